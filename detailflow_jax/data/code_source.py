@@ -1,0 +1,86 @@
+"""Reading a finished folder of codes (written by codes.py)."""
+
+import dataclasses
+import hashlib
+import json
+import os
+
+import grain
+import numpy as np
+
+from detailflow_jax.data.codes import FORMAT_VERSION, ShardLayout, num_records, read_json
+
+
+class CodeSource:
+    """Random access to a finished folder of codes.
+
+    `source[i]` is {"codes": int32 [K, N, 3], "label": int, "index": int}, index the position in
+    the source of the images. `manifest` is manifest.json as a dict.
+
+    Raises:
+        FileNotFoundError: no such folder, extraction not finished, or a shard missing.
+        ValueError: a shard or its records are not those of the manifest.
+    """
+
+    def __init__(self, directory: str):
+        self.directory = os.path.abspath(os.path.expanduser(directory))
+        path = os.path.join(self.directory, "manifest.json")
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"{self.directory} has no manifest.json: the extraction of codes has not finished, "
+                "run the same command again"
+                if os.path.isdir(self.directory) and directory
+                else f"no folder of codes {directory!r}: expected codes:DIR"
+            )
+        self.manifest = read_json(path)
+        version = self.manifest.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path}: format_version {version}, this code reads {FORMAT_VERSION}")
+        fields = [field.name for field in dataclasses.fields(ShardLayout)]
+        self.layout = ShardLayout(**{name: self.manifest[name] for name in fields})
+        self.name = f"codes:{directory}"
+        self.num_classes = self.manifest["num_classes"]
+        self.class_names = tuple(self.manifest["class_names"])
+        digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
+        self.fingerprint = f"codes:{digest.hexdigest()[:16]}"
+        self._check_shards()
+        filled = [s["file"] for s in self.manifest["shards"] if s["num_records"]]
+        if not filled:
+            raise ValueError(f"{self.directory}: every image was unreadable, there are no codes")
+        paths = [os.path.join(self.directory, file) for file in filled]
+        self._records = grain.sources.ArrayRecordDataSource(paths)
+        self[0]  # Refuses another record format here, not in the middle of a run.
+
+    def _check_shards(self) -> None:
+        for shard in self.manifest["shards"]:
+            path = os.path.join(self.directory, shard["file"])
+            again = "remove manifest.json and the file and run the extraction again"
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"{path} is missing, manifest.json lists it: {again}")
+            if (size := os.path.getsize(path)) != shard["num_bytes"]:
+                raise ValueError(
+                    f"{path} has {size} bytes, manifest.json says {shard['num_bytes']}: {again}"
+                )
+            if (count := num_records(path)) != shard["num_records"]:
+                raise ValueError(
+                    f"{path} has {count} records, manifest.json says {shard['num_records']}: "
+                    + again
+                )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        data = self._records[index]
+        dtype = self.layout.record_dtype
+        if len(data) != dtype.itemsize:
+            raise ValueError(
+                f"{self.directory}: record {index} has {len(data)} bytes, manifest.json describes "
+                f"{dtype.itemsize}: the shards are those of another layout"
+            )
+        record = np.frombuffer(data, dtype)[0]
+        return {
+            "codes": record["codes"].astype(np.int32),
+            "label": int(record["label"]),
+            "index": int(record["index"]),
+        }

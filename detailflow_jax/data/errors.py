@@ -1,0 +1,32 @@
+"""Errors that every data source raises in the same way."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UnreadableImage(Exception):
+    """A record whose image cannot be decoded. `name` says which, `reason` says why.
+
+    Training counts and skips such a record; extraction lists it in the manifest.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """A hint at the names nearest to `name` to end an error with; empty if none is near."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not one of `known`, with the nearest ones suggested."""
+    known = list(known)
+    expected = f"expected one of {', '.join(known)}"
+    return ValueError(f"unknown {what} {name!r}: {expected}{near_names(name, known)}")

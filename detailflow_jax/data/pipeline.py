@@ -1,0 +1,179 @@
+"""Batches for training, as a pure function of (seed, step).
+
+Position p of the endless stream is one example, fixed by the seed: which record (every epoch is
+shuffled anew) and which random numbers. Batch k holds the positions [k B, (k+1) B), and process
+i of P reads the i-th block of B / P of them, so the global batch is the same array for every
+number of processes and worker processes, and a run resumes exactly from its batch index.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from detailflow_jax.data.code_source import CodeSource
+from detailflow_jax.data.errors import UnreadableImage, unknown_name
+from detailflow_jax.data.sources import SOURCE_KINDS, Source, make_source
+from detailflow_jax.data.transforms import TRAINING_CROPS, encoding_crops, training_crop
+
+_MAX_SKIPS = 64  # Broken records in a row after which the data, not the record, are at fault.
+_reported: set[str] = set()  # Broken records already named in this process's log.
+
+
+class ReadableSource:
+    """A source in which every position holds an example, still a pure function of position.
+
+    A broken record is replaced by the next readable one (cyclic). Adds "skipped", the int32
+    number of broken records passed over at this position. Raises RuntimeError after 64.
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        for skipped in range(min(_MAX_SKIPS, len(self))):
+            try:
+                example = self._source[(index + skipped) % len(self)]
+            except UnreadableImage as error:
+                last = error
+                if error.name not in _reported:
+                    _reported.add(error.name)
+                    logging.warning("skipping an unreadable image: %s", error)
+                continue
+            return {**example, "skipped": np.int32(skipped)}
+        raise RuntimeError(
+            f"{self._source.name}: {skipped + 1} records in a row from {index} on are unreadable, "
+            f"the last is {last}; check that the data are complete"
+        )
+
+
+class _ProcessBlock(grain.MapDataset):
+    """The `process_index`-th of `process_count` equal blocks of every `batch_size` elements."""
+
+    def __init__(self, parent, batch_size: int, process_index: int, process_count: int):
+        super().__init__(parent)
+        self._batch_size = batch_size
+        self._block = batch_size // process_count
+        self._start = process_index * self._block
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * self._block
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._block)
+        return self._parent[batch * self._batch_size + self._start + row]
+
+
+def _training_view(example: dict, rng: np.random.Generator, **crop) -> dict:
+    image = training_crop(example["image"], rng=rng, **crop)
+    return {"image": image, "label": np.int32(example["label"]), "skipped": example["skipped"]}
+
+
+def _training_codes(example: dict, rng: np.random.Generator) -> dict:
+    codes = example["codes"][rng.integers(len(example["codes"]))]
+    return {"codes": codes, "label": np.int32(example["label"])}
+
+
+def _open(data: Mapping):
+    """(source, random map) of a data configuration."""
+    kind, _, rest = data["source"].partition(":")
+    if kind == "codes":
+        return CodeSource(rest), _training_codes
+    if kind not in SOURCE_KINDS:
+        raise unknown_name("data source", kind, (*SOURCE_KINDS, "codes"))
+    if data["crop"] not in TRAINING_CROPS:
+        raise unknown_name("crop", data["crop"], TRAINING_CROPS)
+    source = make_source(data["source"], data.get("split"), data.get("data_dir"))
+    view = functools.partial(
+        _training_view,
+        size=data["image_size"],
+        kind=data["crop"],
+        min_scale=data.get("min_scale", 0.8),
+        max_scale=data.get("max_scale", 1.0),
+        flip=data.get("flip", False),
+    )
+    return ReadableSource(source), view
+
+
+def make_iterator(
+    data: Mapping,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """The endless training stream of this process.
+
+    Args:
+        data: `config.data`: source, split, image_size, crop, min_scale, max_scale, flip,
+            data_dir for images; source "codes:DIR" for codes; for both num_workers (worker
+            processes, 0 for none) and prefetch (batches prepared ahead, a thread each).
+        batch_size: the global batch B, over all processes.
+        seed: non-negative; with the step it determines every batch.
+
+    Returns:
+        Iterator of this process's b = B / process_count rows:
+        {"image": uint8 [b, R, R, 3], "label": int32 [b], "skipped": int32 [b]} or
+        {"codes": int32 [b, N, 3], "label": int32 [b]}. `get_state` and `set_state` are exact,
+        and `grain.checkpoint.CheckpointSave` takes it. A state saved with worker processes
+        needs the same number of them.
+
+    Raises:
+        ValueError: a batch that the processes do not divide, an unknown source or crop, and
+            what `make_source` and `CodeSource` raise.
+    """
+    if batch_size <= 0 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} of {process_count} processes")
+    source, random_map = _open(data)
+    if not len(source):
+        raise ValueError(f"data source {data['source']!r} holds no examples")
+    # Seeds are derived here: those that Grain derives depend on the depth of the pipeline.
+    shuffle_seed, map_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
+    dataset = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat()
+    # Before the cut into processes, so that the random numbers follow the global position.
+    dataset = dataset.random_map(random_map, seed=map_seed)
+    dataset = _ProcessBlock(dataset, batch_size, process_index, process_count)
+    dataset = dataset.batch(batch_size // process_count)
+    prefetch = data.get("prefetch", 2)
+    dataset = dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
+    )
+    if workers := data.get("num_workers", 0):
+        if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags; a library has none.
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(dataset)
+
+
+def iterate_crops(
+    source: Source, positions: Sequence[int], size: int, kind: str, *, num_threads: int = 8
+) -> Iterator[tuple[int, dict | UnreadableImage]]:
+    """Decodes and cuts the images at `positions`, in order, with threads ahead of the caller.
+
+    Yields (position, {"crops": uint8 [K, size, size, 3], "label": int}), or (position, the
+    UnreadableImage) where a record cannot be decoded; nothing is skipped.
+    """
+
+    def load(position):
+        try:
+            example = source[position]
+        except UnreadableImage as error:
+            return position, error
+        crops = encoding_crops(example["image"], size, kind)
+        return position, {"crops": crops, "label": example["label"]}
+
+    dataset = grain.MapDataset.source(positions).map(load)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
+    yield from dataset.to_iter_dataset(options)

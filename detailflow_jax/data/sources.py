@@ -1,0 +1,260 @@
+"""Labelled images with random access: scikit-learn digits, a folder, a TFDS dataset."""
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from detailflow_jax.data.errors import UnreadableImage, near_names, unknown_name
+from detailflow_jax.data.images import IMAGE_FILE, decode_image
+
+SOURCE_KINDS = ("digits", "folder", "tfds")
+
+
+class Source:
+    """Random access to labelled images: `len(source)` and `source[i]`, 0 <= i < len.
+
+    `source[i]` is {"image": uint8 [H, W, 3] RGB, "label": int}; it raises UnreadableImage for a
+    record that cannot be decoded. `name` is for people; `fingerprint` changes whenever the data
+    do, so that what was derived from other data is recognised.
+    """
+
+    name: str
+    class_names: Sequence[str]
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict:
+        raise NotImplementedError
+
+
+def make_source(spec: str, split: str | None = None, data_dir: str | None = None) -> Source:
+    """Opens the images that `spec` names.
+
+    Args:
+        spec: "digits[:train|test]", "folder:PATH" or "tfds:NAME[:SPLIT]" (NAME may hold a
+            config and a version, "cifar10/cfg:1.0.0"; SPLIT any TFDS split, "train[:5%]").
+        split: used where `spec` names no split ("train" if both are silent). A folder has no
+            splits and accepts "train" only.
+        data_dir: where TFDS keeps its data; else the environment's TFDS_DATA_DIR, else the
+            default of TFDS.
+
+    Raises:
+        ValueError: unknown source or split, or a dataset without the needed fields.
+        FileNotFoundError: missing or empty folder, dataset that is not prepared.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "digits":
+        return DigitsSource(rest or split or "train")
+    if kind == "folder":
+        if split not in (None, "train"):
+            raise ValueError(
+                f"{spec!r} has no split {split!r}: a folder is one set of images; "
+                "name the folder of that split as the source"
+            )
+        return FolderSource(rest)
+    if kind == "tfds":
+        match = re.fullmatch(r"([^:]+(?::\d+\.\d+\.\d+)?)(?::(.+))?", rest)
+        if not match:
+            raise ValueError(f"source {spec!r}: expected tfds:NAME or tfds:NAME:SPLIT")
+        return TfdsSource(match[1], match[2] or split or "train", data_dir)
+    raise unknown_name("data source", kind, SOURCE_KINDS)
+
+
+class DigitsSource(Source):
+    """1,797 real handwritten digits of scikit-learn, enlarged from 8x8 to 32x32 by bicubic.
+
+    A fixed fifth of every class is held out: splits "train" (1,438) and "test" (359).
+    `positions` are the rows of `sklearn.datasets.load_digits()` that the split holds.
+    """
+
+    def __init__(self, split: str = "train"):
+        from sklearn.datasets import load_digits
+
+        if split not in ("train", "test"):
+            raise unknown_name("split of digits", split, ("train", "test"))
+        digits = load_digits()
+        # RandomState, not default_rng: its stream is frozen, and so is the held-out fifth.
+        rng = np.random.RandomState(0)
+        rows = [rng.permutation(np.flatnonzero(digits.target == c)) for c in range(10)]
+        held_out = np.concatenate([row[: round(len(row) / 5)] for row in rows])
+        is_test = np.isin(np.arange(len(digits.target)), held_out)
+        self.positions = np.flatnonzero(is_test if split == "test" else ~is_test)
+        self.name = f"digits:{split}"
+        self.class_names = tuple("0123456789")
+        self._labels = digits.target[self.positions]
+        small = np.round(digits.images[self.positions] * (255 / 16)).astype(np.uint8)
+        large = [Image.fromarray(x).resize((32, 32), Image.Resampling.BICUBIC) for x in small]
+        self._images = np.stack([np.asarray(x) for x in large])
+        self.fingerprint = f"digits:{split}:{hashlib.sha256(self._images).hexdigest()[:16]}"
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> dict:
+        image = np.repeat(self._images[index][..., None], 3, axis=-1)
+        return {"image": image, "label": int(self._labels[index])}
+
+
+class FolderSource(Source):
+    """Images of `path/<class>/<file>`; classes and files in sorted order.
+
+    Images are told by suffix (images.IMAGE_FILE, any case); other files and hidden entries are
+    left out. Raises FileNotFoundError or ValueError, naming the folder, for
+    a missing or empty folder, a class without images, images outside of any class, and folders
+    inside of a class.
+    """
+
+    def __init__(self, path: str):
+        self.path = os.path.abspath(os.path.expanduser(path))
+        if not path or not os.path.isdir(self.path):
+            raise FileNotFoundError(
+                f"no image folder {path!r}: expected folder:PATH with one subfolder a class"
+            )
+        folders, stray, _ = _list_folder(self.path)
+        if stray:
+            raise ValueError(
+                f"{self.path} holds images outside of a class folder (such as {stray[0]}): "
+                "move them into one subfolder a class"
+            )
+        if not folders:
+            raise FileNotFoundError(f"{self.path} is empty: expected one subfolder a class")
+        self.name = f"folder:{path}"
+        self.class_names = tuple(folders)
+        self._files = []  # (class, name) relative to path
+        self._labels = []
+        for label, folder in enumerate(folders):
+            files = self._class_files(folder)
+            self._files += [os.path.join(folder, file) for file in files]
+            self._labels += [label] * len(files)
+
+    def _class_files(self, folder: str) -> list[str]:
+        where = os.path.join(self.path, folder)
+        nested, images, others = _list_folder(where)
+        if nested:
+            raise ValueError(
+                f"class folder {where} holds folders (such as {nested[0]}): images must lie "
+                f"directly in it; if {folder!r} is a split, use the source folder:{where}"
+            )
+        if not images:
+            raise ValueError(
+                f"class folder {where} holds no images: add images or remove the folder "
+                "(read are JPEG, PNG, WebP, AVIF, BMP, GIF, TIFF, PPM and JPEG 2000 files)"
+            )
+        if others:
+            logging.warning(
+                "%s: %d files are not images by suffix and are left out, such as %s",
+                where,
+                len(others),
+                others[0],
+            )
+        return images
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash over every file's relative name and size; the folder itself may move."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            size = os.path.getsize(os.path.join(self.path, file))
+            digest.update(os.fsencode(f"{file.replace(os.sep, '/')}\t{size}\n"))
+        return f"folder:{digest.hexdigest()[:16]}"
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict:
+        path = os.path.join(self.path, self._files[index])
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except (FileNotFoundError, PermissionError) as error:  # Such as a broken link.
+            raise UnreadableImage(path, str(error)) from error
+        return {"image": decode_image(data, path), "label": self._labels[index]}
+
+
+def _list_folder(path: str) -> tuple[list[str], list[str], list[str]]:
+    """Sorted names of the folders, the images and the other files in `path`, without hidden."""
+    folders, images, others = [], [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif IMAGE_FILE.fullmatch(entry.name):
+                images.append(entry.name)
+            else:
+                others.append(entry.name)
+    return sorted(folders), sorted(images), sorted(others)
+
+
+class TfdsSource(Source):
+    """A prepared TFDS dataset with the features `image` and `label`, by random access.
+
+    The stored JPEG or PNG bytes are decoded here, as for a folder. Reading needs no TensorFlow.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str | None = None):
+        import tensorflow_datasets as tfds
+
+        data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or str(tfds.core.constants.DATA_DIR)
+        builder = _prepared_builder(tfds, name, data_dir)
+        features = dict(builder.info.features.items())
+        for field, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+            if not isinstance(features.get(field), kind):
+                raise ValueError(
+                    f"TFDS dataset {name!r} has no {kind.__name__} feature {field!r}; "
+                    f"its features are {sorted(features)}"
+                )
+        self._records = builder.as_data_source(
+            split=split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        self.name = f"tfds:{name}:{split}"
+        self.class_names = tuple(features["label"].names)
+        sizes = {s: (i.num_examples, i.num_bytes) for s, i in builder.info.splits.items()}
+        digest = hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:16]
+        self.fingerprint = f"tfds:{builder.info.full_name}:{split}:{len(self)}:{digest}"
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self._records[index]
+        image = decode_image(record["image"], f"{self.name}[{index}]")
+        return {"image": image, "label": int(record["label"])}
+
+
+def _prepared_builder(tfds, name: str, data_dir: str):
+    """The builder of a dataset that lies prepared under `data_dir` with random access."""
+    prepare = f"tfds.builder({name!r}, data_dir={data_dir!r}, file_format='array_record')"
+    advice = (
+        "prepare it once with: python -c "
+        f'"import tensorflow_datasets as tfds; {prepare}.download_and_prepare()"'
+    )
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(
+            f"TFDS knows no dataset {name!r} and none is prepared under {data_dir}"
+            + near_names(name, tfds.list_builders(with_community_datasets=False))
+        ) from error
+    if not builder.is_prepared():
+        raise FileNotFoundError(f"TFDS dataset {name!r} is not under {data_dir}: {advice}")
+    formats = {f.value for f in builder.info.available_file_formats()}
+    if "array_record" not in formats:
+        raise ValueError(
+            f"TFDS dataset {name!r} under {data_dir} is stored as {' '.join(sorted(formats))}, "
+            f"which has no random access: remove it or choose another data_dir, then {advice}"
+        )
+    return builder
