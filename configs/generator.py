@@ -1,0 +1,116 @@
+"""Training of the generator on extracted codes.
+
+Variants:
+  detailflow_16, detailflow_32, detailflow_64   the published recipe on ImageNet codes
+  digits                                        codes of the digits tokenizer, minutes on a CPU
+
+Options, after a second colon: `size=GPT-L` (GPT-B, GPT-L, GPT-XL, GPT-XLPlus, GPT-XXL, GPT-XXLPlus,
+GPT-XXXL, GPT-1B, GPT-3B, GPT-7B), `codes=DIR` (where `extract_codes` wrote), `runlocal`,
+`batch_size=N`, `epochs=N`.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from detailflow_jax.config import choose, decode_variant
+from detailflow_jax.models.generator import SIZES
+
+IMAGENET_IMAGES = 1_281_167
+TOKENS = {"detailflow_16": 128, "detailflow_32": 256, "detailflow_64": 512}
+
+
+def get_config(arg: str = "digits") -> ConfigDict:
+    """The configuration of a variant; see the module's docstring for `arg`."""
+    variant, options = decode_variant(
+        arg,
+        [*TOKENS, "digits"],
+        size="GPT-L",
+        codes="",
+        runlocal=False,
+        batch_size=0,
+        epochs=0.0,
+    )
+    choose(options.size, SIZES, "generator size")
+    config = _digits(options) if variant == "digits" else _published(variant, options)
+    if options.runlocal:
+        _shrink(config)
+    return config
+
+
+def _published(variant: str, options: ConfigDict) -> ConfigDict:
+    num_tokens = TOKENS[variant]
+    batch_size = options.batch_size or (512 if num_tokens <= 256 else 256)
+    config = ConfigDict({"task": "generator", "seed": 0, "batch_size": batch_size})
+    config.total_steps = int((options.epochs or 300) * (IMAGENET_IMAGES // batch_size))
+    config.data = {
+        "source": f"codes:{options.codes or f'runs/{variant}/codes'}",
+        "num_workers": 4,
+        "prefetch": 4,
+    }
+    config.model = {
+        "size": options.size,
+        "num_kv_heads": placeholder(int),  # None: as many as heads
+        "multiple_of": 256,
+        "num_tokens": num_tokens,
+        "group_size": 8,
+        "causal_num": placeholder(int),  # None: one group
+        "codebook_size": 8192,
+        "num_classes": 1000,
+        "class_dropout": 0.1,
+        "token_dropout": 0.1,
+        "residual_dropout": 0.1,
+        "dtype": "bfloat16",
+        "scan": True,
+        "remat": "none",
+    }
+    config.loss = {"correction": 0.3}  # share of examples that train on a correction pair
+    config.optim = {
+        "lr": 1e-4,  # not scaled with the batch
+        "warmup_steps": config.total_steps // 20,
+        "warmup_start": 0.005,
+        "final": 0.01,
+        "b1": 0.9,
+        "b2": 0.95,
+        "weight_decay": 0.05,
+        "clip": 1.0,
+    }
+    config.ema = {"decay": 0.9999, "warmup": False}
+    _watch(config, log_every=100, checkpoint_every=5000)
+    return config
+
+
+def _watch(config: ConfigDict, log_every: int, checkpoint_every: int) -> None:
+    config.log_every = log_every
+    config.figures_every = checkpoint_every
+    config.checkpoint_every = checkpoint_every
+    config.keep_checkpoints = 3
+    config.tensorboard = True
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+
+
+def _digits(options: ConfigDict) -> ConfigDict:
+    """A small generator for the codes of the digits tokenizer."""
+    config = _published("detailflow_16", options)
+    batch_size = options.batch_size or 128
+    config.batch_size = batch_size
+    config.total_steps = int((options.epochs or 80) * 1437 // batch_size)
+    config.data.update(source=f"codes:{options.codes or 'runs/codes'}", num_workers=0)
+    config.model.update(
+        size=None, num_tokens=16, group_size=4, codebook_size=256, num_classes=10, dtype="float32"
+    )
+    config.model.update(width=128, depth=4, num_heads=4, multiple_of=64)
+    config.optim.update(lr=1e-3, warmup_steps=50, final=0.05)
+    config.ema.update(decay=0.99, warmup=True)
+    _watch(config, log_every=50, checkpoint_every=500)
+    return config
+
+
+def _shrink(config: ConfigDict) -> None:
+    """Two layers, a small batch and a short run; every other field keeps its meaning."""
+    config.batch_size = min(config.batch_size, 8)
+    config.total_steps = 20
+    config.model.size = None
+    config.model.update(width=64, depth=2, num_heads=4)
+    config.optim.warmup_steps = 5
+    config.data.update(num_workers=0)
+    _watch(config, log_every=5, checkpoint_every=10)

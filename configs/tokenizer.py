@@ -1,0 +1,158 @@
+"""Training of the tokenizer.
+
+Variants:
+  detailflow_16, detailflow_32, detailflow_64   the published recipe on ImageNet at 256 px: 128, 256
+                                                and 512 tokens, that is 16, 32 and 64 groups
+  digits                                        scikit-learn's handwritten digits, minutes on a CPU
+
+Options, after a second colon: `runlocal` shrinks the networks, batch and run so that a variant can
+be tried anywhere; `batch_size=N` and `epochs=N` scale the schedule along.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from detailflow_jax.config import decode_variant
+
+IMAGENET_IMAGES = 1_281_167
+TOKENS = {"detailflow_16": 128, "detailflow_32": 256, "detailflow_64": 512}
+
+
+def get_config(arg: str = "digits") -> ConfigDict:
+    """The configuration of a variant; see the module's docstring for `arg`."""
+    variant, options = decode_variant(
+        arg, [*TOKENS, "digits"], runlocal=False, batch_size=0, epochs=0.0
+    )
+    config = _digits(options) if variant == "digits" else _published(variant, options)
+    if options.runlocal:
+        _shrink(config)
+    return config
+
+
+def _published(variant: str, options: ConfigDict) -> ConfigDict:
+    batch_size = options.batch_size or 256
+    steps_per_epoch = IMAGENET_IMAGES // batch_size
+    config = ConfigDict({"task": "tokenizer", "seed": 0, "batch_size": batch_size})
+    config.total_steps = int((options.epochs or 250) * steps_per_epoch)
+    config.data = {
+        "source": "tfds:imagenet2012",
+        "split": "train",
+        "data_dir": "",  # where TFDS keeps its data; empty: $TFDS_DATA_DIR, then TFDS's default
+        "image_size": 256,
+        "crop": "random",
+        "min_scale": 0.8,  # the crop's share of the resized short side: U[0.8, 1]
+        "flip": True,
+        "num_workers": 8,
+        "prefetch": 4,
+    }
+    config.model = {
+        "image_size": 256,
+        "num_tokens": TOKENS[variant],
+        "group_size": 8,
+        "causal_num": placeholder(int),  # None: one group
+        "codebook_size": 8192,
+        "codebook_dim": 8,
+        "resolution_power": 1.5,
+        "encoder": {  # the first 12 layers of SigLIP2-so400m
+            "width": 1152,
+            "depth": 12,
+            "num_heads": 16,
+            "mlp_dim": 4304,
+            "patch_size": 16,
+            "table_side": 16,
+        },
+        "decoder": {
+            "width": 768,
+            "depth": 12,
+            "num_heads": 12,
+            "mlp_dim": 3072,
+            "patch_size": 16,
+            "table_side": 16,
+        },
+        "teacher_width": 1152,
+        "dtype": "bfloat16",
+        "scan": True,
+        "remat": "none",
+    }
+    config.teacher = {  # frozen; the whole of SigLIP2-so400m
+        "width": 1152,
+        "depth": 27,
+        "num_heads": 16,
+        "mlp_dim": 4304,
+        "patch_size": 16,
+        "table_side": 16,
+    }
+    config.loss = _loss()
+    config.optim = {
+        "lr": 1e-4 * batch_size / 256,
+        "warmup_steps": steps_per_epoch,
+        "warmup_start": 0.0,
+        "final": 0.1,
+        "b1": 0.9,
+        "b2": 0.95,
+        "weight_decay": 0.0,
+        "clip": 1.0,
+    }
+    config.ema = {"decay": 0.0, "warmup": False}  # decay 0: no average, as published
+    _watch(config, log_every=100, figures_every=5000, checkpoint_every=5000)
+    return config
+
+
+def _loss() -> dict:
+    return {
+        "mse": 1.0,
+        "commitment": 0.25,
+        "entropy": 0.0,
+        "align": 1.0,
+        "full_probability": 0.8,  # share of batches that reconstruct from all tokens
+        "correction": True,  # the self-correcting second pass
+        "noise_per_sample": True,  # False: one noise position for the whole batch, as published
+        "noise_top": 50,  # a perturbed token becomes one of its so many nearest codes
+    }
+
+
+def _watch(config: ConfigDict, log_every: int, figures_every: int, checkpoint_every: int) -> None:
+    config.log_every = log_every
+    config.figures_every = figures_every
+    config.checkpoint_every = checkpoint_every
+    config.keep_checkpoints = 3
+    config.tensorboard = True
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+
+
+def _digits(options: ConfigDict) -> ConfigDict:
+    """32x32 digits, 16 tokens in 4 groups: the same code path, small enough for two CPU cores."""
+    config = _published("detailflow_16", options)
+    batch_size = options.batch_size or 64
+    config.batch_size = batch_size
+    config.total_steps = int((options.epochs or 110) * 1437 // batch_size)
+    config.data.update(
+        source="digits", image_size=32, min_scale=0.9, flip=False, num_workers=0, prefetch=2
+    )
+    config.model.update(
+        image_size=32, num_tokens=16, group_size=4, codebook_size=256, teacher_width=0
+    )
+    size = {"width": 96, "depth": 3, "num_heads": 4, "mlp_dim": 384}
+    for part in ("encoder", "decoder"):
+        config.model[part].update(**size, patch_size=8, table_side=4)
+    config.model.dtype = "float32"
+    del config.teacher
+    config.loss.update(align=0.0, entropy=0.05)
+    config.optim.update(lr=1e-3, warmup_steps=100, final=0.05)
+    config.ema.update(decay=0.99, warmup=True)
+    _watch(config, log_every=50, figures_every=1000, checkpoint_every=500)
+    return config
+
+
+def _shrink(config: ConfigDict) -> None:
+    """Two layers, a small batch and a short run; every other field keeps its meaning."""
+    config.batch_size = min(config.batch_size, 8)
+    config.total_steps = 20
+    for part in (config.model.encoder, config.model.decoder):
+        part.update(depth=2, width=96, num_heads=4, mlp_dim=192)
+    if "teacher" in config:
+        config.teacher.update(depth=2, width=96, num_heads=4, mlp_dim=192)
+        config.model.teacher_width = 96
+    config.optim.warmup_steps = 5
+    config.data.update(num_workers=0)
+    _watch(config, log_every=5, figures_every=20, checkpoint_every=10)

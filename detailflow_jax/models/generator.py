@@ -1,0 +1,246 @@
+"""The DetailFlow generator: a causal transformer that predicts later groups in parallel.
+
+Shapes: B batch, T positions, N tokens, g group, c causal tokens, V codes, D width.
+Sequence of length N: [class, z_1 .. z_c, s_1 .. s_{g-1}, z_{c+1} .. z_{N-g}] with s the special
+embeddings; position p predicts z_{p+1}, without a further shift (facts of the published model).
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detailflow_jax.models import layers
+from detailflow_jax.ops import masks, rotary
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """Everything that shapes the network. The defaults are GPT-L over 128 tokens."""
+
+    width: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    num_kv_heads: int | None = None  # None: as many as heads
+    multiple_of: int = 256
+    num_tokens: int = 128
+    group_size: int = 8
+    causal_num: int | None = None  # None: one group
+    codebook_size: int = 8192
+    num_classes: int = 1000
+    class_dropout: float = 0.1
+    token_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    dtype: str = "float32"
+    scan: bool = True
+    remat: str = "none"
+
+    def __post_init__(self):
+        masks.check_groups(self.num_tokens, self.group_size, self.causal)
+
+    @property
+    def causal(self) -> int:
+        """c, the number of tokens that are generated one by one."""
+        return self.causal_num or self.group_size
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.width // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """SwiGLU hidden width: 8D/3 rounded up to `multiple_of`."""
+        return -(-int(8 * self.width / 3) // self.multiple_of) * self.multiple_of
+
+    def rope(self) -> np.ndarray:
+        """Rotary table of the N positions: float32 [N, head_dim/2, 2]."""
+        table = rotary.group_rotary_table(self.num_tokens, self.group_size, self.head_dim)
+        return table[: self.num_tokens]
+
+    def check_num_tokens(self, num_tokens: int) -> None:
+        """Raises ValueError unless n is 1..c or a multiple of g up to N."""
+        single = 1 <= num_tokens <= self.causal
+        grouped = num_tokens % self.group_size == 0 and 0 < num_tokens <= self.num_tokens
+        if not (single or grouped):
+            raise ValueError(
+                f"num_tokens={num_tokens} is not valid for this generator; valid counts are "
+                f"1..{self.causal}, then multiples of {self.group_size} up to {self.num_tokens}"
+            )
+
+
+SIZES = {
+    name: {"depth": depth, "num_heads": heads, "width": width}
+    for name, (depth, heads, width) in {
+        "GPT-B": (12, 12, 768),
+        "GPT-L": (24, 16, 1024),
+        "GPT-XL": (36, 20, 1280),
+        "GPT-XLPlus": (42, 22, 1408),
+        "GPT-XXL": (48, 24, 1536),
+        "GPT-XXLPlus": (48, 30, 1920),
+        "GPT-XXXL": (48, 40, 2560),
+        "GPT-1B": (22, 32, 2048),
+        "GPT-3B": (24, 32, 3200),
+        "GPT-7B": (32, 32, 4096),
+    }.items()
+}
+"""Published sizes by name."""
+
+INIT = nn.initializers.normal(0.02)
+
+
+class Block(nn.Module):
+    """Pre-norm RMSNorm, rotary attention without biases, SwiGLU; dropout on both outputs."""
+
+    config: GeneratorConfig
+
+    @nn.compact
+    def __call__(self, x, prefix, mask, rope):
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        # Dropout is active exactly when the caller supplies randomness for it.
+        still = not self.has_rng("dropout")
+        attention = layers.Attention(
+            c.num_heads, c.kv_heads, use_bias=False, dtype=dtype, kernel_init=INIT, name="attention"
+        )
+        y = layers.rms_norm("attention_norm")(x).astype(dtype)
+        y, keys_values = attention(y, prefix=prefix, mask=mask, rope=rope)
+        x = x + nn.Dropout(c.residual_dropout)(y, deterministic=still)
+
+        def project(name: str, features: int, axes: tuple[str, str]) -> nn.Dense:
+            return layers.dense(
+                features, axes, dtype=dtype, use_bias=False, kernel_init=INIT, name=name
+            )
+
+        y = layers.rms_norm("ffn_norm")(x).astype(dtype)
+        y = nn.silu(project("w1", c.mlp_dim, ("embed", "mlp"))(y)) * project(
+            "w3", c.mlp_dim, ("embed", "mlp")
+        )(y)
+        y = nn.with_logical_constraint(y, ("batch", "length", "mlp"))
+        y = project("w2", c.width, ("mlp", "embed"))(y)
+        x = x + nn.Dropout(c.residual_dropout)(y, deterministic=still)
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), keys_values
+
+
+def _embedding(rows: int, width: int, axis: str, std: float = 0.02) -> nn.Embed:
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), (axis, "embed"))
+    return nn.Embed(rows, width, embedding_init=init)
+
+
+class Generator(nn.Module):
+    """Codes and labels to logits; `__call__` is teacher forcing, `step` one cached step."""
+
+    config: GeneratorConfig
+
+    def setup(self):
+        c = self.config
+        self.class_embedding = _embedding(c.num_classes + 1, c.width, "classes")
+        self.token_embedding = _embedding(c.codebook_size, c.width, "vocab")
+        # The published code creates these after its init pass, so they start at std 1.
+        self.special_embedding = _embedding(c.group_size - 1, c.width, "positions", std=1.0)
+        self.blocks = layers.Stack(Block, {"config": c}, c.depth, scan=c.scan, remat=c.remat)
+        self.final_norm = layers.rms_norm()
+        self.output = layers.dense(
+            c.codebook_size,
+            ("embed", "vocab"),
+            dtype=jnp.dtype(c.dtype),
+            use_bias=False,
+            kernel_init=nn.initializers.zeros,
+        )
+        self.dropout = nn.Dropout(c.token_dropout)
+
+    def embed_class(self, labels):
+        """Labels int32 [B] (num_classes is the null class) -> [B, 1, D]."""
+        return self.class_embedding(labels)[:, None].astype(self.config.dtype)
+
+    def embed_codes(self, codes):
+        """Codes int32 [B, n] -> [B, n, D]."""
+        return self.token_embedding(codes).astype(self.config.dtype)
+
+    def embed_special(self, batch: int):
+        """The g - 1 special embeddings for a batch: [B, g - 1, D]."""
+        special = self.special_embedding.embedding.astype(self.config.dtype)
+        return jnp.broadcast_to(special, (batch, *special.shape))
+
+    def to_logits(self, x):
+        """[B, T, D] -> float32 [B, T, V]."""
+        x = self.final_norm(x).astype(self.config.dtype)
+        logits = self.output(x).astype(jnp.float32)
+        return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+
+    def __call__(self, codes, labels):
+        """Teacher forcing.
+
+        Args:
+          codes: int32 [B, N] (or the N - g that are used) in [0, V).
+          labels: int32 [B]; `num_classes` is the null class. Drop them before, with
+            `drop_labels`.
+
+        Returns:
+          float32 [B, N, V]; position p holds the logits of z_{p+1}. Dropout is active when a
+          `dropout` key is given.
+        """
+        c = self.config
+        codes = codes[:, : c.num_tokens - c.group_size]
+        parts = [
+            self.embed_class(labels),
+            self.embed_codes(codes[:, : c.causal]),
+            self.embed_special(len(codes)),
+            self.embed_codes(codes[:, c.causal :]),
+        ]
+        # With a single group there is nothing after the causal part, so the tail is cut off.
+        x = jnp.concatenate(parts, axis=1)[:, : c.num_tokens]
+        x = self.dropout(x, deterministic=not self.has_rng("dropout"))
+        mask = masks.group_mask(c.num_tokens, c.group_size, c.causal)[None, None]
+        x, _ = self.blocks(x, mask=mask, rope=c.rope())
+        return self.to_logits(x)
+
+    def step(self, x, cache, start):
+        """Positions start .. start + n - 1 at once, all seeing each other and the past.
+
+        Args:
+          x: embedded tokens [B, n, D].
+          cache: per layer keys and values [B, N, K, h] of the past.
+          start: int32 scalar, how many positions are in the cache.
+
+        Returns:
+          logits float32 [B, n, V], and the new positions' keys and values per layer.
+        """
+        length = x.shape[1]
+        past = jnp.arange(jax.tree.leaves(cache)[0].shape[-3]) < start
+        mask = jnp.concatenate([past, jnp.ones((length,), bool)])[None, None, None]
+        rope = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.config.rope()), start, length)
+        x, keys_values = self.blocks(x, prefix=cache, mask=mask, rope=rope)
+        return self.to_logits(x), keys_values
+
+
+def drop_labels(key: jax.Array, labels: jax.Array, config: GeneratorConfig) -> jax.Array:
+    """Replace a label by the null class with probability `class_dropout`: int32 [B]."""
+    dropped = jax.random.bernoulli(key, config.class_dropout, labels.shape)
+    return jnp.where(dropped, config.num_classes, labels)
+
+
+def empty_cache(config: GeneratorConfig, batch: int) -> Any:
+    """Zero keys and values for N positions: stacked over layers if scanned, else one pair each."""
+    shape = (batch, config.num_tokens, config.kv_heads, config.head_dim)
+
+    def pair(*lead: int):
+        return tuple(jnp.zeros((*lead, *shape), config.dtype) for _ in "kv")
+
+    return pair(config.depth) if config.scan else [pair() for _ in range(config.depth)]
+
+
+def extend_cache(cache: Any, new: Any, start: jax.Array) -> Any:
+    """Write the keys and values [..., n, K, h] of new positions into the cache, in place."""
+
+    def write(past, part):
+        return jax.lax.dynamic_update_slice_in_dim(past, part.astype(past.dtype), start, axis=-3)
+
+    return jax.tree.map(write, cache, new)

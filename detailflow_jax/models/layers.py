@@ -1,0 +1,230 @@
+"""What the networks share: dense layers, norms, attention and the stack of blocks.
+
+Shapes: B batch, T tokens, P prefix tokens, D width, H heads, K key/value heads, h head dimension.
+Parameters are float32 and carry logical axis names; compute runs in `dtype`, while norms, softmax
+and attention scores are float32.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from detailflow_jax.ops import rotary
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+"""What a block keeps for its backward pass: everything, only its input, or matmul outputs too."""
+
+
+XAVIER = nn.initializers.xavier_uniform()
+
+
+def dense(
+    features: int,
+    axes: tuple[str, str],
+    *,
+    dtype: Any,
+    use_bias: bool = True,
+    kernel_init: Callable = XAVIER,
+    name: str | None = None,
+) -> nn.Dense:
+    """`nn.Dense` whose kernel [in, out] and bias carry the logical names `axes`."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        name=name,
+    )
+
+
+def layer_norm(name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm, eps 1e-6, computed and returned in float32."""
+    return nn.LayerNorm(
+        epsilon=1e-6,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        name=name,
+    )
+
+
+def rms_norm(name: str | None = None, epsilon: float = 1e-5) -> nn.RMSNorm:
+    """RMSNorm computed and returned in float32."""
+    return nn.RMSNorm(
+        epsilon=epsilon,
+        dtype=jnp.float32,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        name=name,
+    )
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    prefix: tuple[jax.Array, jax.Array] | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention over [prefix, own] keys without copying the two together.
+
+    Args:
+      query: [B, T, H, h].
+      key: own keys [B, T', K, h]; query head i reads key/value head i // (H/K).
+      value: own values [B, T', K, h].
+      prefix: keys and values [B, P, K, h] that come before them: a cache, or another stream.
+      mask: bool, broadcastable to [B, 1, T, P + T'], True where attention is allowed.
+
+    Returns:
+      [B, T, H, h] in the dtype of `value`; scores and softmax are float32.
+    """
+    batch, length, heads, head_dim = query.shape
+    query = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)
+    parts = [(key, value)] if prefix is None else [prefix, (key, value)]
+
+    def score(part: jax.Array) -> jax.Array:
+        return jnp.einsum("btkrh,bskh->bkrts", query, part, preferred_element_type=jnp.float32)
+
+    scores = jnp.concatenate([score(k) for k, _ in parts], axis=-1) * head_dim**-0.5
+    if mask is not None:
+        mask = jnp.expand_dims(mask, 2) if mask.ndim == 4 else mask
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    edge = weights.shape[-1] - key.shape[1]
+    split = [weights] if prefix is None else [weights[..., :edge], weights[..., edge:]]
+    out = sum(jnp.einsum("bkrts,bskh->btkrh", w, v) for w, (_, v) in zip(split, parts, strict=True))
+    return out.reshape(batch, length, heads, head_dim)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over its own tokens and, before them, an optional prefix.
+
+    One mechanism serves three uses: the encoder's queries look at the patches of their image, a
+    cached decoding step looks at the past, and plain self-attention has no prefix.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    use_bias: bool
+    dtype: Any
+    kernel_init: Callable = XAVIER
+
+    @nn.compact
+    def __call__(self, x, *, prefix=None, mask=None, rope=None):
+        """[B, T, D] -> ([B, T, D], own (keys, values) [B, T, K, h], turned by `rope`)."""
+        width = x.shape[-1]
+        head_dim = width // self.num_heads
+
+        def project(name: str, heads: int) -> jax.Array:
+            layer = dense(
+                heads * head_dim,
+                ("embed", "heads"),
+                dtype=self.dtype,
+                use_bias=self.use_bias,
+                kernel_init=self.kernel_init,
+                name=name,
+            )
+            y = layer(x).reshape(*x.shape[:-1], heads, head_dim)
+            return nn.with_logical_constraint(y, ("batch", "length", "heads", None))
+
+        query = project("q_proj", self.num_heads)
+        key = project("k_proj", self.num_kv_heads)
+        value = project("v_proj", self.num_kv_heads)
+        if rope is not None:
+            query, key = rotary.rotate(query, rope), rotary.rotate(key, rope)
+        out = attend(query, key, value, prefix=prefix, mask=mask)
+        out_proj = dense(
+            width,
+            ("heads", "embed"),
+            dtype=self.dtype,
+            use_bias=self.use_bias,
+            kernel_init=self.kernel_init,
+            name="out_proj",
+        )
+        return out_proj(out.reshape(x.shape)), (key, value)
+
+
+class Stack(nn.Module):
+    """`depth` equal blocks, scanned over stacked parameters or unrolled.
+
+    A block maps (x, prefix, mask, rope) to (x, its own keys and values). Scanned, the parameters
+    lie under `layers` with a leading layer axis; unrolled, under `layers_0`, `layers_1`, ...
+    """
+
+    block: type[nn.Module]
+    options: Mapping[str, Any]
+    depth: int
+    scan: bool = True
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x, *, prefix=None, mask=None, rope=None):
+        """Run all blocks.
+
+        Args:
+          x: [B, T, D].
+          prefix: per layer keys and values: stacked [L, B, P, K, h] when scanned, else a sequence.
+          mask: see `attend`; the same for every layer.
+          rope: rotary table for the T positions, or None.
+
+        Returns:
+          x after the last block, and every layer's own keys and values in the form of `prefix`.
+        """
+        block = self.block
+        policy = REMAT_POLICIES[self.remat]
+        if policy is not None:
+            block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
+        if self.scan:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=self.depth,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(**self.options, name="layers")
+            return layers(x, prefix, mask, rope)
+        own = []
+        for i in range(self.depth):
+            layer_prefix = None if prefix is None else prefix[i]
+            x, keys_values = block(**self.options, name=f"layers_{i}")(x, layer_prefix, mask, rope)
+            own.append(keys_values)
+        return x, own
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of scanned stacks (`layers`) as those of unrolled ones (`layers_i`), recursively.
+
+    On a CPU, separate arrays decode faster than a scan that slices stacked ones.
+    """
+    out = {}
+    for name, value in params.items():
+        if name == "layers":
+            depth = len(jax.tree.leaves(value)[0])
+            for i in range(depth):
+                out[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], value)
+        else:
+            out[name] = unstack_layers(value) if isinstance(value, Mapping) else value
+    return out
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `unstack_layers`."""
+    out = {}
+    depth = sum(name.startswith("layers_") for name in params)
+    if depth:
+        layers = [params[f"layers_{i}"] for i in range(depth)]
+        out["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    for name, value in params.items():
+        if not name.startswith("layers_"):
+            out[name] = stack_layers(value) if isinstance(value, Mapping) else value
+    return out

@@ -1,0 +1,109 @@
+"""The SigLIP2-NaFlex vision transformer: trunk of the encoder, of the decoder, and the teacher.
+
+Shapes: B batch, P = height * width patches, D width, L layers.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from detailflow_jax.models import layers
+from detailflow_jax.ops import interpolation, patches
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of one vision transformer; the defaults are SigLIP2-so400m."""
+
+    width: int = 1152
+    depth: int = 27
+    num_heads: int = 16
+    mlp_dim: int = 4304
+    patch_size: int = 16
+    table_side: int = 16  # the learned position table covers table_side x table_side patches
+
+
+class Block(nn.Module):
+    """Pre-norm attention and tanh-GELU MLP, LayerNorm eps 1e-6, biases everywhere."""
+
+    num_heads: int
+    mlp_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, prefix, mask, rope):
+        attention = layers.Attention(
+            self.num_heads, self.num_heads, use_bias=True, dtype=self.dtype, name="attention"
+        )
+        y, keys_values = attention(
+            layers.layer_norm("norm1")(x).astype(self.dtype), prefix=prefix, mask=mask, rope=rope
+        )
+        x = x + y
+        y = layers.layer_norm("norm2")(x).astype(self.dtype)
+        y = layers.dense(self.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name="fc1")(y)
+        y = nn.gelu(nn.with_logical_constraint(y, ("batch", "length", "mlp")), approximate=True)
+        y = layers.dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="fc2")(y)
+        return nn.with_logical_constraint(x + y, ("batch", "length", "embed_act")), keys_values
+
+
+class VisionTransformer(nn.Module):
+    """Patch embedding, position table, blocks and final norm, each usable on its own.
+
+    `embed_patches=False` leaves the patch embedding out (the decoder's trunk has none).
+    """
+
+    config: ViTConfig
+    dtype: Any = jnp.float32
+    scan: bool = True
+    remat: str = "none"
+    embed_patches: bool = True
+
+    def setup(self):
+        c = self.config
+        if self.embed_patches:
+            self.patch_embed = layers.dense(c.width, ("pixels", "embed"), dtype=self.dtype)
+        self.position_table = self.param(
+            "position_table",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("positions", "embed")),
+            (c.table_side**2, c.width),
+        )
+        options = {"num_heads": c.num_heads, "mlp_dim": c.mlp_dim, "dtype": self.dtype}
+        self.blocks = layers.Stack(Block, options, c.depth, scan=self.scan, remat=self.remat)
+        self.final_norm = layers.layer_norm()
+
+    def positions(self, height: int, width: int) -> jax.Array:
+        """The position table resized to a grid: float32 [height * width, D]."""
+        return interpolation.resize_position_table(self.position_table, height, width)
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Float images [B, H, W, 3] in [-1, 1] -> patch tokens with positions, [B, P, D]."""
+        size = self.config.patch_size
+        height, width = images.shape[1] // size, images.shape[2] // size
+        tokens = self.patch_embed(patches.patchify(images, size).astype(self.dtype))
+        return (tokens + self.positions(height, width)).astype(self.dtype)
+
+    def encode_patches(self, images: jax.Array):
+        """Images -> (float32 [B, P, D] before the final norm, keys and values of every layer)."""
+        return self.blocks(self.embed(images))
+
+    def run(self, tokens: jax.Array, *, prefix=None, mask=None) -> jax.Array:
+        """The blocks and the final norm over ready tokens: float32 [B, T, D]."""
+        tokens, _ = self.blocks(tokens, prefix=prefix, mask=mask)
+        return self.final_norm(tokens)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] in [-1, 1] -> patch features after the final norm, [B, P, D]."""
+        tokens, _ = self.encode_patches(images)
+        return self.final_norm(tokens)
+
+
+def teacher_features(model: VisionTransformer, params: Any, images: jax.Array) -> jax.Array:
+    """Patch features after *two* applications of the final norm, as published: [B, P, D].
+
+    The alignment loss compares with their mean over patches (paper section 3.5).
+    """
+    once = model.apply({"params": params}, images)
+    return model.apply({"params": params}, once, method=lambda m, x: m.final_norm(x))

@@ -1,0 +1,58 @@
+"""From logits [..., V] to codes: classifier-free guidance, filters, sampling. All float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def guidance_scales(
+    scale: float, num_tokens: int, group_size: int, causal_num: int, *, gradual: bool = False
+) -> np.ndarray:
+    """The guidance scale at each token: float32 [N].
+
+    Constant, or gradual: the zero-based group i >= c/g of the G = N/g groups has
+    s * (G - i + 1)/(G + 1), earlier groups s (behaviour of the published sampler).
+    """
+    group = np.arange(num_tokens) // group_size
+    groups = num_tokens // group_size
+    falling = scale * (groups - group + 1) / (groups + 1)
+    return np.where(gradual & (group >= causal_num // group_size), falling, scale).astype(
+        np.float32
+    )
+
+
+def guide(conditional: jax.Array, null: jax.Array, scale: jax.Array) -> jax.Array:
+    """u + (c - u) * s."""
+    return null + (conditional - null) * scale
+
+
+def top_k_filter(logits: jax.Array, k: int) -> jax.Array:
+    """-inf below the k-th largest logit (ties with it stay); k = 0 or k >= V keeps everything."""
+    if k <= 0 or k >= logits.shape[-1]:
+        return logits
+    threshold = jax.lax.top_k(logits, k)[0][..., -1:]
+    return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def top_p_filter(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """-inf outside the smallest set of most likely tokens whose probability exceeds p.
+
+    The token that crosses p is kept, so at least one always is.
+    """
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    probability = jax.nn.softmax(ranked, axis=-1)
+    cumulative = jnp.cumsum(probability, axis=-1)
+    # A token goes when the tokens *before* it already exceed p.
+    before = jnp.concatenate([jnp.zeros_like(cumulative[..., :1]), cumulative[..., :-1]], axis=-1)
+    ranked = jnp.where(before > p, -jnp.inf, ranked)
+    return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def sample_codes(keys: jax.Array, logits: jax.Array) -> jax.Array:
+    """One code a position by the Gumbel-max trick: int32 [B, n] from [B, n, V].
+
+    `keys` [B] holds one key a *sample*: a sample's draw does not depend on its neighbours.
+    """
+    draw = jax.vmap(lambda key, row: jax.random.categorical(key, row, axis=-1))
+    return draw(keys, logits).astype(jnp.int32)

@@ -1,0 +1,37 @@
+"""Rotary position tables and their application to adjacent pairs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def group_rotary_table(
+    num_tokens: int, group_size: int, head_dim: int, theta: float = 10_000.0
+) -> np.ndarray:
+    """2-D rotary over (group, place in group), with an all-zero first row for the class token.
+
+    The first half of the frequency pairs turns with the group, the second with the place; the
+    frequencies theta^(-4k/head_dim), k < head_dim/4, are the same for both. The zero row
+    (cos = sin = 0) makes the class position's query and key vanish, as in the published code.
+
+    Returns:
+      float32 [N + 1, head_dim/2, 2] holding (cos, sin); position p >= 1 sits in cell p - 1.
+    """
+    if head_dim % 4:
+        raise ValueError(f"head_dim={head_dim} must be a multiple of 4 for 2-D rotary positions")
+    exponent = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
+    frequencies = np.float32(1.0) / np.float32(theta) ** exponent
+    cell = np.arange(num_tokens, dtype=np.float32)
+    angles = [np.outer(cell // group_size, frequencies), np.outer(cell % group_size, frequencies)]
+    angles = np.concatenate(angles, axis=1)
+    table = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    return np.concatenate([np.zeros((1, *table.shape[1:])), table]).astype(np.float32)
+
+
+def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Turn adjacent pairs of [B, T, H, head_dim] by table [T, head_dim/2, 2], in float32."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = table[:, None, :, 0], table[:, None, :, 1]
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
