@@ -1,0 +1,17 @@
+"""The one error that reading and writing checkpoints raises."""
+
+from __future__ import annotations
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written as asked.
+
+    Args:
+        found: where and what is wrong, beginning with the file, folder or tensor it is about.
+        expected: what would have been right.
+        remedy: a whole sentence, what to do about it.
+    """
+
+    def __init__(self, found: str, *, expected: str = "", remedy: str = ""):
+        text = f"{found}; expected {expected}" if expected else found
+        super().__init__(f"{text}. {remedy}" if remedy else text)

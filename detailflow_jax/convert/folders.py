@@ -1,0 +1,244 @@
+"""Places where checkpoints lie: a local folder, a bucket, a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from detailflow_jax.convert.errors import CheckpointError
+
+_BUCKETS = ("gs://", "s3://")
+_HUB = re.compile(
+    r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/@]+))?(?:/(?P<file>.+))?"
+)
+
+
+class Folder(Protocol):
+    """A folder of files that can be brought to this machine.
+
+    Attributes:
+        where: what messages call the folder.
+    """
+
+    where: str
+
+    def names(self) -> list[str]:
+        """Names of the files in the folder and in `checkpoints/` under it, sorted."""
+
+    def fetch(self, name: str) -> Path:
+        """Path of the file on this machine; raises `CheckpointError` if it cannot be had."""
+
+
+def open_folder(
+    path: str | os.PathLike[str], stack: contextlib.ExitStack
+) -> tuple[Folder, str | None]:
+    """The folder that `path` names or lies in, and the file's name there if it names a file.
+
+    Args:
+        path: a local path, `gs://` or `s3://` path, or `hf:OWNER/NAME[@REVISION][/FILE]`.
+        stack: closing it deletes the copies that `fetch` made of a bucket's files.
+
+    Raises:
+        CheckpointError: nothing is there, or the place cannot be reached.
+    """
+    text = os.fspath(path)
+    if text.startswith("hf:"):
+        return _open_hub(text)
+    if text.startswith(_BUCKETS):
+        return _open_bucket(text, stack)
+    if "://" in text:
+        raise CheckpointError(
+            f"{text}: an address of an unknown kind",
+            expected="a local path, gs://BUCKET/PATH or hf:OWNER/NAME",
+            remedy="Download the file and pass its path.",
+        )
+    return _open_local(text)
+
+
+def join(where: str, name: str) -> str:
+    """What messages call a file of a folder."""
+    return f"{where.rstrip('/')}/{name}"
+
+
+def _split(path: Any) -> tuple[Any, str]:
+    """A file's folder and its name there; `checkpoints/` belongs to the folder above it."""
+    if path.parent.name == "checkpoints":
+        return path.parent.parent, f"checkpoints/{path.name}"
+    return path.parent, path.name
+
+
+@dataclasses.dataclass(frozen=True)
+class _LocalFolder:
+    root: Path
+    where: str
+
+    def names(self) -> list[str]:
+        found = (*self.root.glob("*"), *self.root.glob("checkpoints/*"))
+        return sorted(p.relative_to(self.root).as_posix() for p in found if p.is_file())
+
+    def fetch(self, name: str) -> Path:
+        return self.root / name
+
+
+def _open_local(text: str) -> tuple[Folder, str | None]:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _LocalFolder(path, str(path)), None
+    if not path.is_file():
+        hub = f" For the hub, write hf:{text}." if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
+        raise CheckpointError(
+            f"{text}: there is no such file or folder",
+            expected="a checkpoint file or its folder",
+            remedy=f"Check the path.{hub}",
+        )
+    root, name = _split(path)
+    return _LocalFolder(root, str(root)), name
+
+
+@dataclasses.dataclass(frozen=True)
+class _BucketFolder:
+    root: Any  # epath.Path
+    where: str
+    scratch: Path
+
+    def names(self) -> list[str]:
+        with _reaching(self.where):
+            found = {path.name for path in self.root.iterdir()}
+            if "checkpoints" in found:
+                inner = (self.root / "checkpoints").iterdir()
+                found |= {f"checkpoints/{path.name}" for path in inner}
+        return sorted(found)
+
+    def fetch(self, name: str) -> Path:
+        target = self.scratch / name
+        target.parent.mkdir(exist_ok=True)
+        with (
+            _reaching(join(self.where, name)),
+            (self.root / name).open("rb") as source,
+            target.open("wb") as copy,
+        ):
+            shutil.copyfileobj(source, copy, 16 << 20)
+        return target
+
+
+@contextlib.contextmanager
+def _reaching(where: str) -> Iterator[None]:
+    # Every driver of a bucket raises errors of its own, without a common base.
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"{where}: cannot be read: {type(error).__name__}: {' '.join(str(error).split())}",
+            expected="a path that this machine may read",
+            remedy="Check the path and the credentials, and that gcsfs (gs://), s3fs (s3://) or "
+            "TensorFlow is installed; or copy the files here and pass the local path.",
+        ) from error
+
+
+def _open_bucket(text: str, stack: contextlib.ExitStack) -> tuple[Folder, str | None]:
+    from etils import epath
+
+    path = epath.Path(text)
+    with _reaching(text):
+        is_folder = path.is_dir()
+        missing = not is_folder and not path.exists()
+    if missing:
+        raise CheckpointError(f"{text}: there is no such object", remedy="Check the path.")
+    root, name = (path, None) if is_folder else _split(path)
+    scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="detailflow-"))
+    return _BucketFolder(root, str(root), Path(scratch)), name
+
+
+@dataclasses.dataclass(frozen=True)
+class _HubFolder:
+    repo: str
+    revision: str | None
+    files: tuple[str, ...]
+    root: PurePosixPath
+    where: str
+
+    def names(self) -> list[str]:
+        paths = [PurePosixPath(file) for file in self.files]
+        folders = (self.root, self.root / "checkpoints")
+        return sorted(p.relative_to(self.root).as_posix() for p in paths if p.parent in folders)
+
+    def fetch(self, name: str) -> Path:
+        import huggingface_hub
+        from huggingface_hub import errors
+
+        try:
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    self.repo, (self.root / name).as_posix(), revision=self.revision
+                )
+            )
+        except (OSError, errors.HTTPError) as error:
+            raise _hub_error(join(self.where, name), self.repo, error) from error
+
+
+def _open_hub(text: str) -> tuple[Folder, str | None]:
+    parts = _HUB.fullmatch(text)
+    if not parts:
+        raise CheckpointError(
+            f"{text}: not a name on the hub", expected="hf:OWNER/NAME[@REVISION][/FILE]"
+        )
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise CheckpointError(
+            f"{text}: reading from the hub needs huggingface_hub",
+            remedy="Install it with `pip install huggingface_hub`, or pass a local path.",
+        ) from error
+    repo, revision = parts["repo"], parts["revision"]
+    where = f"hf:{repo}" + (f"@{revision}" if revision else "")
+    root, name = PurePosixPath("."), None
+    if parts["file"]:
+        root, name = _split(PurePosixPath(parts["file"]))
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise _hub_error(where, repo, error) from error
+    # Offline or out of reach: what an earlier download left in the cache is used as a folder.
+    except (OSError, errors.HTTPError) as error:
+        snapshot = _cached_snapshot(repo, revision)
+        if snapshot is None:
+            raise _hub_error(where, repo, error) from error
+        where = where if root == PurePosixPath(".") else join(where, str(root))
+        return _LocalFolder(snapshot / root, where), name
+    where = where if root == PurePosixPath(".") else join(where, str(root))
+    return _HubFolder(repo, revision, tuple(files), root, where), name
+
+
+def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
+        return Path(folder)
+    except errors.LocalEntryNotFoundError as error:
+        # Newer libraries refuse a snapshot that lacks any file of the repository; the few that are
+        # wanted here may well be in it.
+        partial = getattr(error, "snapshot_path", None)
+        return Path(partial) if partial else None
+
+
+def _hub_error(where: str, repo: str, error: Exception) -> CheckpointError:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(
+        f"{where}: the hub did not give it, and it is not in the cache ({reason})",
+        expected=f"the repository on the hub, or a copy of it in {cache}",
+        remedy=f"Where there is network, run `hf download {repo}` and put its folder there, or "
+        "pass the path of the downloaded folder; set HF_TOKEN for a private repository.",
+    )

@@ -1,0 +1,200 @@
+"""Finds the files of a checkpoint and chooses among them.
+
+Of the names in a folder, the weights, an index of shards, `config.json` and `config.yaml` are
+wanted. Which file holds the weights is chosen in this order:
+
+1. `model.safetensors`
+2. `model.safetensors.index.json`, then `pytorch_model.bin.index.json` (shards)
+3. the only other `*.safetensors` or `*.safetensors.index.json`
+4. the only file in `checkpoints/`, as the published folders have it
+5. the only `.pt`, `.pth`, `.ckpt` or `.bin` in the folder itself
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.folders import Folder, join, open_folder
+
+CONFIG_NAMES = ("config.json", "config.yaml")
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+INDEX_SUFFIX = ".index.json"
+_FIRST = (
+    "model.safetensors",
+    f"model.safetensors{INDEX_SUFFIX}",
+    f"pytorch_model.bin{INDEX_SUFFIX}",
+)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+# What trainers leave beside the weights under the same suffixes.
+_NOT_WEIGHTS = re.compile(r"(^|/)(optimizer|scheduler|rng_state\w*|training_args|scaler)\.\w+$")
+# No configuration or index is near this; a file that is would only fill the memory.
+_MAX_TEXT_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """The files of one checkpoint, on this machine.
+
+    Attributes:
+        source: what was chosen, as the user would name it.
+        weights: for each file its path here, by the name that messages give it.
+        shard_of: for a sharded checkpoint the file (by that name) of every tensor, else None.
+        configs: paths of `config.json` and `config.yaml` by the names that messages give them.
+        notices: what the user should know about the choice.
+    """
+
+    source: str
+    weights: Mapping[str, Path]
+    shard_of: Mapping[str, str] | None
+    configs: Mapping[str, Path]
+    notices: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def locate(path: str | os.PathLike[str]) -> Iterator[Located]:
+    """Finds the files of a checkpoint and brings them to this machine.
+
+    Args:
+        path: a file or a folder, local, `gs://` or `s3://`; or `hf:OWNER/NAME[@REVISION][/FILE]`.
+
+    Yields:
+        The files. Copies from a bucket are deleted on leaving; a file mapped before stays valid.
+
+    Raises:
+        CheckpointError: nothing there, several candidates, or the place cannot be reached.
+    """
+    with contextlib.ExitStack() as stack:
+        yield _gather(*open_folder(path, stack))
+
+
+def choose_weights(names: Sequence[str], where: str) -> str:
+    """The file that holds the weights, by the order that the module's docstring gives.
+
+    Args:
+        names: the files of the folder and of `checkpoints/` under it.
+        where: what messages call the folder.
+
+    Raises:
+        CheckpointError: no candidate, or several of the same rank; both list what is there.
+    """
+    for name in _FIRST:
+        if name in names:
+            return name
+    candidates = _candidates(names)
+    ranks = (
+        [n for n in candidates if "/" not in n and ".safetensors" in n],
+        [n for n in candidates if "/" in n],
+        [n for n in candidates if "/" not in n],
+    )
+    for found in ranks:
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{where}: holds several checkpoints: {_listed(found)}",
+                expected="one",
+                remedy="Name the file itself.",
+            )
+        if found:
+            return found[0]
+    raise CheckpointError(
+        f"{where}: holds no weights ({_listed(names)})",
+        expected="model.safetensors, an index of shards, checkpoints/*.pt, or one .safetensors, "
+        ".pt, .pth, .ckpt or .bin file",
+        remedy="Name the folder or the file that holds them.",
+    )
+
+
+def read_mapping(path: Path, where: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """The mapping that a JSON or YAML file holds.
+
+    Args:
+        path: the file.
+        where: what messages call it.
+        parse: text -> value, raising ValueError or `yaml.YAMLError`.
+
+    Raises:
+        CheckpointError: the file does not parse, holds no mapping, or is far too large.
+    """
+    import yaml
+
+    try:
+        if path.stat().st_size > _MAX_TEXT_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        content = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict | None):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(
+            f"{where}: cannot be read: {error}",
+            expected="one mapping in plain JSON or YAML, without Python objects",
+            remedy="Download it again, or remove it and name the configuration yourself.",
+        ) from error
+    return content or {}
+
+
+def _candidates(names: Sequence[str]) -> list[str]:
+    suffixes = (*TORCH_SUFFIXES, ".safetensors", f".safetensors{INDEX_SUFFIX}")
+    return [
+        n for n in names
+        if n.endswith(suffixes) and not _SHARD.search(n) and not _NOT_WEIGHTS.search(n)
+    ]  # fmt: skip
+
+
+def _listed(names: Sequence[str], limit: int = 10) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(sorted(names)[:limit]) + more) or "it is empty"
+
+
+def _gather(folder: Folder, file: str | None) -> Located:
+    names = folder.names()
+    if file is not None and file not in names:
+        raise CheckpointError(
+            f"{folder.where}: has no file {file}",
+            expected=f"one of those there ({_listed(names)})",
+            remedy="Check the name.",
+        )
+    chosen = file or choose_weights(names, folder.where)
+    notices = []
+    if aside := [n for n in _candidates(names) if n != chosen and file is None]:
+        notices.append(f"{folder.where}: reading {chosen}, leaving aside {_listed(aside)}")
+    shard_of, files = None, [chosen]
+    if chosen.endswith(INDEX_SUFFIX):
+        shards = _read_index(folder, chosen, names)
+        files = sorted(set(shards.values()))
+        shard_of = {tensor: join(folder.where, shard) for tensor, shard in shards.items()}
+    return Located(
+        source=join(folder.where, chosen),
+        weights={join(folder.where, f): folder.fetch(f) for f in files},
+        shard_of=shard_of,
+        configs={join(folder.where, n): folder.fetch(n) for n in CONFIG_NAMES if n in names},
+        notices=tuple(notices),
+    )
+
+
+def _read_index(folder: Folder, name: str, names: Sequence[str]) -> dict[str, str]:
+    """Tensor name -> file name in the folder, from the `weight_map` of an index."""
+    where = join(folder.where, name)
+    weight_map = read_mapping(folder.fetch(name), where, json.loads).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+        raise CheckpointError(
+            f"{where}: has no usable weight_map",
+            expected='{"weight_map": {TENSOR: FILE}}',
+            remedy="Download the index again.",
+        )
+    parent = PurePosixPath(name).parent
+    shards = {tensor: (parent / shard).as_posix() for tensor, shard in weight_map.items()}
+    # Only names that the folder lists, so that an index cannot point anywhere else.
+    if missing := set(shards.values()) - set(names):
+        raise CheckpointError(
+            f"{where}: names files that are not beside it: {_listed(sorted(missing))}",
+            expected="every shard in the folder of the index",
+            remedy="Download the missing shards.",
+        )
+    return shards

@@ -1,0 +1,274 @@
+"""Reads published weights: `.pt`, `.pth`, `.ckpt`, `.bin`, `.safetensors`, shards and folders.
+
+Reading never runs code from a file and needs no PyTorch; see `torch_pickle`. What a file is, is
+told by its content, not by its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.locate import Located, locate, read_mapping
+from detailflow_jax.convert.torch_pickle import TensorSpec
+from detailflow_jax.convert.torch_zip import PICKLE_MAGIC, ZIP_MAGIC, open_torch, strided_view
+
+Weights = Literal["model", "ema"]
+
+# Keys under which checkpoints keep the trained weights, the first one present being read.
+_MODEL_KEYS = ("model", "module", "state_dict")
+_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
+# Tied weights may be in a file once and be read twice; a file that unfolds to more than this is
+# made to fill the memory.
+_MAX_UNFOLDING = 4
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64,
+    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32,
+    "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_, "C64": np.complex64,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Weights as they were published.
+
+    Attributes:
+        tensors: arrays by published name, without `module.` and `_orig_mod.` prefixes. They are
+            read-only views of a memory map: a tensor that is not used is not read. bfloat16 is
+            `ml_dtypes.bfloat16`.
+        config: `config.json` over `config.yaml` over the pickled arguments beside the weights;
+            empty if there is none.
+        source: the file or index read, as the user would name it.
+        notices: what the user should know: a fallback, a choice among files, entries left out.
+    """
+
+    tensors: Mapping[str, np.ndarray]
+    config: dict[str, Any]
+    source: str
+    notices: list[str]
+
+
+def read_checkpoint(path: str | os.PathLike[str], weights: Weights | None = None) -> Checkpoint:
+    """Opens a checkpoint; numbers are read when a tensor is used.
+
+    Args:
+        path: a file or a folder (see `locate` for what is chosen there), local, `gs://` or
+            `s3://`; or `hf:OWNER/NAME[@REVISION][/FILE]`, through the hub's cache.
+        weights: the set preferred where a file holds several: "model" (also what None means) or
+            "ema". The other one is read with a notice if the preferred one is absent.
+
+    Raises:
+        CheckpointError: nothing readable there, a file that would run code (it is not run), a
+            damaged or foreign file, a folder with several candidates, a hub out of reach.
+        ValueError: `weights` is neither.
+    """
+    if weights not in ("model", "ema", None):
+        raise ValueError(f"weights={weights!r}; expected 'model', 'ema' or None")
+    with locate(path) as found:
+        notices = list(found.notices)
+        config = _read_config(found, notices)
+        parts = {}
+        for name, file in found.weights.items():
+            parts[name], args = _read_file(file, name, weights, notices)
+            config = args | config
+    tensors = _merge_shards(found, parts) if found.shard_of else parts.popitem()[1]
+    return Checkpoint(_strip_prefixes(tensors, found.source), config, found.source, notices)
+
+
+def check_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """A notice for weights that are NaN or infinite; an empty list if all are finite.
+
+    Reads every number, so it is left to the one who is about to use them.
+    """
+    bad = [
+        name for name, x in tensors.items()
+        if x.dtype.kind not in "biu" and not np.isfinite(x).all()
+    ]  # fmt: skip
+    if not bad:
+        return []
+    some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+    return [f"{len(bad)} of {len(tensors)} tensors hold NaN or infinite numbers: {some}"]
+
+
+def _read_file(
+    path: Path, name: str, weights: Weights | None, notices: list[str]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors of one file, and the arguments pickled beside them."""
+    size = path.stat().st_size
+    # numpy cannot map an empty file.
+    raw = np.memmap(path, np.uint8, "r").view(np.ndarray) if size else np.empty(0, np.uint8)
+    head = raw[:512].tobytes()
+    if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
+        return _read_torch(raw, path, name, weights, notices)
+    if head[8:9] == b"{":
+        if weights == "ema":
+            notices.append(f"{name}: holds one set of weights; taken as the 'ema' asked for")
+        return _read_safetensors(raw, path, name), {}
+    found, remedy = _foreign(head)
+    raise CheckpointError(
+        f"{name}: {found}", expected="a file of torch.save or of safetensors", remedy=remedy
+    )
+
+
+def _foreign(head: bytes) -> tuple[str, str]:
+    """What a file that is no checkpoint seems to be, and what to do about it."""
+    text = head.lstrip().lower()
+    if not head:
+        return "is empty", "Download or copy it again."
+    if head.startswith(b"version https://git-lfs"):
+        return (
+            "a Git LFS pointer, not the file it stands for",
+            "Run `git lfs pull` in its repository, or download the file itself.",
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, probably an error or a login page", "Download the file itself."
+    if head[257:262] == b"ustar" or head.startswith(b"\x1f\x8b"):
+        return "a tar or gzip archive", "Unpack it; load a PyTorch file older than 0.2 in PyTorch."
+    return f"begins with {head[:16]!r}", "Check that it is the checkpoint, and download it again."
+
+
+def _read_torch(
+    raw: np.ndarray, path: Path, name: str, weights: Weights | None, notices: list[str]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    archive = open_torch(raw, path, name)
+    state = _choose_state(archive.tree, weights, name, notices)
+    specs = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, TensorSpec)}
+    if other := [str(k) for k in state if k not in specs]:
+        notices.append(f"{name}: {len(other)} entries are no tensors: {', '.join(other[:5])}")
+    total = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
+    if total > _MAX_UNFOLDING * len(raw):
+        raise CheckpointError(
+            f"{name}: {len(raw)} bytes unfold to tensors of {total}",
+            expected=f"at most {_MAX_UNFOLDING} times the size of the file",
+            remedy="Save contiguous tensors.",
+        )
+    tensors = {label: archive.tensor(label, spec) for label, spec in specs.items()}
+    return tensors, _plain_arguments(archive.tree.get("args"))
+
+
+def _choose_state(tree: Any, weights: Weights | None, name: str, notices: list[str]) -> dict:
+    """The state dict wanted among those of the file: label -> TensorSpec or something else."""
+    top = tree if isinstance(tree, dict) else {}
+    live = next(filter(None, (_state_in(top.get(key)) for key in _MODEL_KEYS)), None)
+    ema = _state_in(top.get("ema"))
+    if live is None and ema is None:
+        live = _state_in(tree)
+    sets = {"model": live, "ema": ema}
+    wanted, other = ("ema", "model") if weights == "ema" else ("model", "ema")
+    if sets[wanted] is not None:
+        return sets[wanted]
+    if sets[other] is not None:
+        notices.append(f"{name}: holds no {wanted!r} weights; reading {other!r}")
+        return sets[other]
+    keys = ", ".join(str(key) for key in list(top)[:10]) or f"a {type(tree).__name__}"
+    raise CheckpointError(
+        f"{name}: no weights in it (it holds: {keys})",
+        expected="a dict of tensors, or one under 'model', 'module', 'state_dict' or 'ema'",
+        remedy="Save the state dict under one of these keys.",
+    )
+
+
+def _state_in(value: Any) -> dict | None:
+    """`value` if it is a state dict, or the state dict that it wraps."""
+    for state in (value, *(value.get(key) for key in _MODEL_KEYS if isinstance(value, dict))):
+        if isinstance(state, dict) and any(isinstance(v, TensorSpec) for v in state.values()):
+            return state
+    return None
+
+
+def _plain_arguments(args: Any) -> dict[str, Any]:
+    """Scalars and short lists among pickled arguments.
+
+    Nothing deeper: a pickle can share one list a million times, so that walking it never ends.
+    """
+    scalar = str | int | float | None
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return len(value) <= 64 and all(isinstance(item, scalar) for item in value)
+        return isinstance(value, scalar)
+
+    items = args.items() if isinstance(args, dict) else ()
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in items
+        if isinstance(key, str) and is_plain(value)
+    }
+
+
+def _read_safetensors(raw: np.ndarray, path: Path, name: str) -> dict[str, np.ndarray]:
+    import safetensors
+
+    try:
+        # The library checks the header against the file; the views below are then zero-copy.
+        with safetensors.safe_open(path, "numpy"):
+            pass
+        length = int.from_bytes(raw[:8].tobytes(), "little")
+        header = json.loads(raw[8 : 8 + length].tobytes())
+        header.pop("__metadata__", None)
+        tensors = {}
+        for label, entry in header.items():
+            if entry["dtype"] not in _SAFETENSORS_DTYPES:
+                raise ValueError(f"tensor {label!r} has the unknown type {entry['dtype']}")
+            dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
+            start = 8 + length + entry["data_offsets"][0]
+            tensors[label] = strided_view(raw, start, dtype, tuple(entry["shape"]))
+        return tensors
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: a damaged or cut safetensors file ({len(raw)} bytes): {error}",
+            expected="a whole file of safetensors",
+            remedy="Download or copy the file again.",
+        ) from error
+
+
+def _read_config(found: Located, notices: list[str]) -> dict[str, Any]:
+    """`config.json` over `config.yaml`, with a notice where they differ."""
+    import yaml
+
+    config: dict[str, Any] = {}
+    for name, path in reversed(found.configs.items()):
+        read = read_mapping(path, name, json.loads if name.endswith(".json") else yaml.safe_load)
+        if differ := sorted(str(k) for k in read.keys() & config.keys() if read[k] != config[k]):
+            notices.append(f"{name}: differs from config.yaml in {', '.join(differ)}; it is used")
+        config |= read
+    return config
+
+
+def _merge_shards(
+    found: Located, parts: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    missing = [t for t, shard in found.shard_of.items() if t not in parts[shard]]
+    if missing:
+        raise CheckpointError(
+            f"{found.source}: {len(missing)} tensors are not in the shards it names for them: "
+            f"{', '.join(missing[:5])}",
+            expected="an index and shards of the same checkpoint",
+            remedy="Download the index and its shards again, together.",
+        )
+    return {tensor: parts[shard][tensor] for tensor, shard in found.shard_of.items()}
+
+
+def _strip_prefixes(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Names without what DistributedDataParallel and torch.compile put before them."""
+    stripped: dict[str, np.ndarray] = {}
+    for label, array in tensors.items():
+        if (bare := _PREFIX.sub("", label)) in stripped:
+            raise CheckpointError(
+                f"{source}: {bare!r} is there twice, with and without a prefix",
+                expected="one tensor a name",
+                remedy="Save the state dict of one module alone.",
+            )
+        stripped[bare] = array
+    return stripped

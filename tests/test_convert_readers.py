@@ -1,0 +1,337 @@
+"""Published checkpoints of every form are read bit-exact, without PyTorch."""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from etils.epath import gpath
+from etils.epath import testing as epath_testing
+
+from detailflow_jax.convert import CheckpointError, check_finite, read_checkpoint
+from detailflow_jax.convert.locate import choose_weights
+
+
+def a_state(seed=0):
+    """Tensors of every kind that a state dict may hold."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(6, 8, generator=generator)
+    return OrderedDict(
+        {
+            "float32": base.clone(),
+            "float64": base.double(),
+            "float16": base.half(),
+            "bfloat16": base.bfloat16(),
+            "int64": torch.arange(7) - 3,
+            "int32": torch.arange(7, dtype=torch.int32),
+            "uint8": torch.arange(7, dtype=torch.uint8),
+            "bool": base > 0,
+            "scalar": torch.tensor(3.5),
+            "scalar_int": torch.tensor(2**40),
+            "empty": torch.zeros(0, 3),
+            "parameter": torch.nn.Parameter(base + 1),
+        }
+    )
+
+
+def with_views(state):
+    """Adds what only `.pt` can hold: strided tensors and ones that share a storage."""
+    base = torch.arange(48.0).reshape(6, 8)
+    views = {"base": base, "rows": base[2:4], "transposed": base.T, "column": base[:, 3]}
+    return OrderedDict(state, **views)
+
+
+def digest(dtype, shape, data):
+    return [str(dtype).removeprefix("torch."), list(shape), hashlib.sha256(data).hexdigest()]
+
+
+def torch_digests(state):
+    return {
+        name: digest(x.dtype, x.shape, x.detach().contiguous().flatten().view(torch.uint8).numpy())
+        if x.numel()
+        else digest(x.dtype, x.shape, b"")
+        for name, x in state.items()
+    }
+
+
+def digests(tensors):
+    return {name: digest(x.dtype, x.shape, x.tobytes()) for name, x in tensors.items()}
+
+
+def run_python(code, *args, **env):
+    """Runs `code` in a fresh interpreter and returns what it printed as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        env={**os.environ, **env}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+READ_WITHOUT_TORCH = """
+import hashlib, json, sys
+from detailflow_jax.convert import read_checkpoint
+out = {}
+for path in sys.argv[1:]:
+    tensors = read_checkpoint(path).tensors
+    out[path] = {n: [str(x.dtype), list(x.shape), hashlib.sha256(x.tobytes()).hexdigest()]
+                 for n, x in tensors.items()}
+assert "torch" not in sys.modules and "jax" not in sys.modules
+print(json.dumps(out))
+"""
+
+
+def test_every_form_is_bit_exact_without_torch(tmp_path):
+    state, views = a_state(), with_views(a_state())
+    expected = {}
+    for name, options in {
+        "zip2.pt": {}, "zip5.pth": {"pickle_protocol": 5},
+        "old.ckpt": {"_use_new_zipfile_serialization": False},
+    }.items():  # fmt: skip
+        torch.save({"model": views}, tmp_path / name, **options)
+        expected[str(tmp_path / name)] = torch_digests(views)
+    torch.save(views, tmp_path / "bare.bin")
+    expected[str(tmp_path / "bare.bin")] = torch_digests(views)
+    safetensors.torch.save_file(state, tmp_path / "one.safetensors")
+    expected[str(tmp_path / "one.safetensors")] = torch_digests(state)
+    assert run_python(READ_WITHOUT_TORCH, *expected) == expected
+
+
+def test_types_only_newer_pickles_hold(tmp_path):
+    state = {
+        "u16": torch.tensor([1, 65535], dtype=torch.uint16),
+        "f8": torch.tensor([1.5, -2.0]).to(torch.float8_e4m3fn),
+    }
+    torch.save(state, tmp_path / "x.pt")
+    tensors = read_checkpoint(tmp_path / "x.pt").tensors
+    np.testing.assert_array_equal(tensors["u16"], np.array([1, 65535], np.uint16))
+    assert tensors["f8"].dtype == ml_dtypes.float8_e4m3fn
+    np.testing.assert_array_equal(tensors["f8"].astype(np.float32), [1.5, -2.0])
+
+
+def test_tensors_are_views_of_the_file(tmp_path):
+    torch.save({"w": torch.zeros(64, 64)}, tmp_path / "x.pt")
+    safetensors.torch.save_file({"w": torch.zeros(64, 64)}, tmp_path / "x.safetensors")
+    for name in ("x.pt", "x.safetensors"):
+        array = read_checkpoint(tmp_path / name).tensors["w"]
+        assert not array.flags.owndata and not array.flags.writeable
+
+
+def test_what_lies_beside_the_weights(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    args = argparse.Namespace(gpt_model="GPT-L", betas=(0.9, 0.95), causal_num=None, lr=1e-4)
+    content = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict(),
+        "best": np.float64(3.5), "rng": np.arange(3), "device": torch.device("cpu"),
+        "steps": 7, "args": args,
+    }  # fmt: skip
+    torch.save(content, tmp_path / "x.pt")
+    read = read_checkpoint(tmp_path / "x.pt")
+    assert digests(read.tensors) == torch_digests(model.state_dict())
+    assert read.config == {
+        "gpt_model": "GPT-L", "betas": [0.9, 0.95], "causal_num": None, "lr": 1e-4,
+    }  # fmt: skip
+    assert read.notices == [] and read.source == str(tmp_path / "x.pt")
+
+
+def test_optimizer_state_is_not_looked_at(tmp_path, monkeypatch):
+    from detailflow_jax.convert import torch_zip
+
+    seen = []
+    original = torch_zip.Archive.tensor
+    monkeypatch.setattr(
+        torch_zip.Archive, "tensor", lambda self, k, s: seen.append(k) or original(self, k, s)
+    )
+    content = {"model": {"a": torch.ones(2)}, "ema": {"b": torch.ones(2)}, "optimizer": [{}]}
+    torch.save({**content, "discriminator": {"c": torch.ones(2)}}, tmp_path / "x.pt")
+    read_checkpoint(tmp_path / "x.pt", "ema")
+    assert seen == ["b"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_are_stripped(tmp_path, prefix):
+    torch.save({"model": {f"{prefix}enc.module.w": torch.ones(2)}}, tmp_path / "x.pt")
+    assert list(read_checkpoint(tmp_path / "x.pt").tensors) == ["enc.module.w"]
+
+
+def test_a_name_with_and_without_prefix_is_refused(tmp_path):
+    torch.save({"w": torch.ones(2), "module.w": torch.zeros(2)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="'w' is there twice"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+ONE, TWO = {"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}
+
+
+@pytest.mark.parametrize(
+    ("content", "weights", "value", "noticed"),
+    [
+        ({"model": ONE, "ema": TWO}, "model", 1, False),
+        ({"model": ONE, "ema": TWO}, None, 1, False),
+        ({"model": ONE, "ema": TWO}, "ema", 2, False),
+        ({"model": ONE}, "ema", 1, True),
+        ({"ema": TWO}, "model", 2, True),
+        ({"module": ONE, "steps": 3}, "model", 1, False),
+        ({"state_dict": ONE, "loss": torch.tensor(0.5)}, "model", 1, False),
+        ({"ema": {"module": TWO, "decay": 0.999}, "model": ONE}, "ema", 2, False),
+        (ONE, "model", 1, False),
+        (ONE, "ema", 1, True),
+    ],
+)
+def test_which_weights_are_read(tmp_path, content, weights, value, noticed):
+    torch.save(content, tmp_path / "x.pt")
+    read = read_checkpoint(tmp_path / "x.pt", weights)
+    assert read.tensors["w"].tolist() == [value]
+    assert bool(read.notices) == noticed
+
+
+def test_no_weights_names_the_keys(tmp_path):
+    torch.save({"optimizer": {}, "steps": 3}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="it holds: optimizer, steps"):
+        read_checkpoint(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="weights='teacher'"):
+        read_checkpoint(tmp_path / "x.pt", "teacher")
+
+
+def published_folder(root, content=None):
+    (root / "checkpoints").mkdir(parents=True)
+    (root / "config.json").write_text(json.dumps({"image_size": 256, "causal_num": None}))
+    (root / "config.yaml").write_text(yaml.safe_dump({"image_size": 512, "gpt_model": "GPT-L"}))
+    content = content or {"model": ONE, "args": argparse.Namespace(image_size=64, dim=8)}
+    torch.save(content, root / "checkpoints" / "128.pt")
+    return root
+
+
+def test_folder_and_file_give_the_same(tmp_path):
+    root = published_folder(tmp_path / "published")
+    for path in (root, root / "checkpoints" / "128.pt", str(root) + "/"):
+        read = read_checkpoint(path)
+        assert read.tensors["w"].tolist() == [1]
+        assert read.source == str(root / "checkpoints" / "128.pt")
+        assert read.config == {
+            "image_size": 256, "causal_num": None, "gpt_model": "GPT-L", "dim": 8,
+        }  # fmt: skip
+        assert len(read.notices) == 1 and "image_size" in read.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["a.pt", "config.json", "model.safetensors"], "model.safetensors"),
+        (["model.safetensors.index.json", "model-00001-of-00002.safetensors"],
+         "model.safetensors.index.json"),
+        (["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
+         "pytorch_model.bin.index.json"),
+        (["x.pt", "x.safetensors", "checkpoints/1.pt"], "x.safetensors"),
+        (["checkpoints/256.pt", "optimizer.pt", "x.pth"], "checkpoints/256.pt"),
+        (["README.md", "optimizer.pt", "training_args.bin", "x.ckpt"], "x.ckpt"),
+        (["a.pt", "b.pth"], "several checkpoints: a.pt, b.pth"),
+        (["checkpoints/1.pt", "checkpoints/2.pt"], "several checkpoints"),
+        (["README.md"], r"holds no weights \(README.md\)"),
+        ([], "it is empty"),
+    ],
+)  # fmt: skip
+def test_choice_in_a_folder(names, chosen):
+    if chosen in names:
+        assert choose_weights(names, "here") == chosen
+    else:
+        with pytest.raises(CheckpointError, match=chosen):
+            choose_weights(names, "here")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards(tmp_path, suffix):
+    save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    save({"a": torch.ones(2)}, tmp_path / f"{stem}-00001-of-00002.{suffix}")
+    save({"module.b": torch.zeros(3)}, tmp_path / f"{stem}-00002-of-00002.{suffix}")
+    weight_map = {n: f"{stem}-0000{i}-of-00002.{suffix}" for n, i in (("a", 1), ("module.b", 2))}
+    index = tmp_path / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for path in (tmp_path, index):
+        read = read_checkpoint(path)
+        assert {n: x.tolist() for n, x in read.tensors.items()} == {"a": [1, 1], "b": [0, 0, 0]}
+        assert read.source == str(index)
+    index.write_text(json.dumps({"weight_map": {**weight_map, "c": weight_map["a"]}}))
+    with pytest.raises(CheckpointError, match="not in the shards it names for them: c"):
+        read_checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    with pytest.raises(CheckpointError, match="not beside it"):
+        read_checkpoint(tmp_path)
+
+
+def test_bucket_is_copied_and_cleaned_up(tmp_path, monkeypatch):
+    published_folder(tmp_path / "bucket" / "run")
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    # epath's own fake backend, with the bucket in a local folder.
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+
+    def local(function, path, *args):
+        return function(str(path).replace("gs://", f"{tmp_path}/"), *args)
+
+    with epath_testing.mock_epath(open=local, exists=local, isdir=local, listdir=local):
+        for path in ("gs://bucket/run", "gs://bucket/run/checkpoints/128.pt"):
+            read = read_checkpoint(path)
+            assert list((tmp_path / "scratch").iterdir()) == []
+            assert read.tensors["w"].tolist() == [1]  # mapped, so still there
+            assert read.source == "gs://bucket/run/checkpoints/128.pt"
+            assert read.config["gpt_model"] == "GPT-L"
+        with pytest.raises(CheckpointError, match="gs://bucket/none: there is no such object"):
+            read_checkpoint("gs://bucket/none")
+
+        def refuse(function, path, *args):
+            raise PermissionError("no credentials")
+
+        with (
+            epath_testing.mock_epath(open=refuse, exists=local, isdir=local, listdir=local),
+            pytest.raises(CheckpointError, match=r"gs://bucket/run/.*no credentials"),
+        ):
+            read_checkpoint("gs://bucket/run")
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_finite_check():
+    tensors = {
+        "fine": np.ones(3, np.float16), "whole": np.ones(3, np.int64),
+        "nan": np.array([1, np.nan], ml_dtypes.bfloat16), "inf": np.array([np.inf]),
+    }  # fmt: skip
+    (notice,) = check_finite(tensors)
+    assert notice == "2 of 4 tensors hold NaN or infinite numbers: nan, inf"
+    assert check_finite({"fine": tensors["fine"]}) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("missing.pt", "there is no such file"),
+        ("owner/name", "write hf:owner/name"),
+        ("https://host/x.pt", "address of an unknown kind"),
+        ("hf:only-owner", "not a name on the hub"),
+    ],
+)
+def test_addresses_that_lead_nowhere(path, found):
+    with pytest.raises(CheckpointError, match=found):
+        read_checkpoint(path)
+
+
+def test_a_folder_of_another_kind(tmp_path):
+    Path(tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(CheckpointError, match=r"holds no weights \(notes.txt\).*expected"):
+        read_checkpoint(tmp_path)
