@@ -1,0 +1,67 @@
+"""Batches on their way to the devices, one ahead of the step that runs."""
+
+import copy
+from typing import Any
+
+import jax
+
+from detailflow_jax import sharding
+
+
+class DataError(RuntimeError):
+    """The data cannot be read; the text says what stopped it."""
+
+
+class Feed:
+    """The batches of a run, placed on its mesh; a context manager that closes the iterator.
+
+    `state` is the iterator's state after the batches that were taken, though it has read one
+    more: saved with the model's state, it makes a resumed run read exactly what was not used.
+    """
+
+    def __init__(self, iterator: Any, mesh: jax.sharding.Mesh):
+        """Wraps a Grain `DatasetIterator` of dicts of numpy arrays, this process's rows [b, ...].
+
+        An entry "skipped", int [b], stays on the host and is summed in `skipped`.
+        """
+        self._iterator, self._mesh = iterator, mesh
+        self._ahead = None
+        self.state: dict | None = None
+        self.skipped: int | None = None  # Unreadable images passed over, where the data count them.
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._iterator.close()
+
+    def set_state(self, state: dict, skipped: int | None) -> None:
+        """Goes on where a saved run was; call before the first batch."""
+        self._iterator.set_state(state)
+        self.state, self.skipped = state, skipped
+
+    def prefetch(self) -> None:
+        """Reads the next batch and starts its way to the devices, unless that is done already.
+
+        Raises:
+            DataError: the iterator cannot give another batch.
+        """
+        if self._ahead is not None:
+            return
+        try:
+            batch = dict(next(self._iterator))
+        except StopIteration as error:
+            raise DataError("the data have ended: expected an endless stream") from error
+        except Exception as error:  # A reader can raise anything.
+            raise DataError(f"cannot read the next batch: {error}") from error
+        skipped = batch.pop("skipped", None)
+        state = copy.deepcopy(self._iterator.get_state())
+        self._ahead = sharding.global_batch(batch, self._mesh), state, skipped
+
+    def take(self) -> dict[str, jax.Array]:
+        """The next batch, [b * process_count, ...]."""
+        self.prefetch()
+        (batch, self.state, skipped), self._ahead = self._ahead, None
+        if skipped is not None:
+            self.skipped = (self.skipped or 0) + int(skipped.sum())
+        return batch

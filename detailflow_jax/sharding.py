@@ -1,0 +1,165 @@
+"""Placement by rule: models name the axes of their arrays, the mesh is configuration.
+
+The mesh has three axes. `data` holds copies of the model; `fsdp` splits the batch too, and every
+large parameter by its width (gathered again where it is used); `tensor` splits the heads, the
+hidden width of the MLPs and the vocabulary. No model or task knows about devices: `RULES` is
+the only place where a logical name meets a mesh axis.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from detailflow_jax.config import ConfigError
+
+PyTree = Any
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# Logical name -> mesh axis, None where a dimension is never split.
+RULES = (
+    # of parameters
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("layers", None),
+    ("positions", None),
+    ("pixels", None),
+    ("code", None),
+    ("norm", None),
+    # of activations, which bear "heads", "mlp" and "vocab" as well
+    ("batch", BATCH),
+    ("length", None),
+    ("embed_act", None),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The device mesh of a run.
+
+    Args:
+        sizes: {"data": -1, "fsdp": 1, "tensor": 1}; one axis may be -1, it takes the rest.
+        devices: default all devices of all processes.
+
+    Raises:
+        ConfigError: an unknown axis, or sizes whose product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    if unknown := set(sizes) - set(AXES):
+        raise ConfigError(f"config.mesh has unknown axes {sorted(unknown)}: expected {AXES}")
+    if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
+        raise ConfigError(f"config.mesh is {asked}: sizes are at least 1, and one may be -1")
+    known = int(np.prod([size for size in shape if size > 0]))
+    if -1 in shape and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    elif known != len(devices) or -1 in shape:
+        raise ConfigError(
+            f"config.mesh is {asked}: that does not divide {len(devices)} devices; "
+            "the product of the sizes must be the number of devices (-1 takes the rest)"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Within it, `nn.with_logical_constraint` in models means this mesh and `RULES`."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+# --------------------------------------------------------------------------------------- the state
+
+
+def abstract_state(init: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Mesh) -> PyTree:
+    """What `create_sharded` returns, as `jax.ShapeDtypeStruct` with shardings; allocates nothing.
+
+    Args:
+        init: key -> state whose parameters are in flax boxes (`nn.with_logical_partitioning`).
+            Optimizer state and averages made from them carry the same boxes.
+
+    Raises:
+        ValueError: an array bears a logical name that `RULES` lacks.
+    """
+    boxed = jax.eval_shape(init, key)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        _unboxed(boxed),
+        state_shardings(boxed, mesh),
+    )
+
+
+def state_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
+    """`NamedSharding` for each array of an abstract boxed state, by `RULES`.
+
+    A dimension that its mesh axis does not divide stays whole, and so does the second of two
+    dimensions that ask for the same axis.
+    """
+
+    def place(path, names: PartitionSpec, leaf) -> NamedSharding:
+        spec = _partition(names, leaf.shape, mesh, jax.tree_util.keystr(path))
+        return NamedSharding(mesh, spec)
+
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    names = nn.get_partition_spec(boxed)
+    return jax.tree_util.tree_map_with_path(place, names, _unboxed(boxed), is_leaf=is_spec)
+
+
+def _unboxed(state: PyTree) -> PyTree:
+    # Not `nn.unbox`: that constrains the sharding, which abstract arrays cannot have done to them.
+    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, state, is_leaf=is_box)
+
+
+def _partition(names: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, where: str):
+    rules = dict(RULES)
+    axes = []
+    for name, size in zip(names, shape, strict=False):
+        if name is not None and name not in rules:
+            raise ValueError(f"{where}: unknown logical axis {name!r}; add it to sharding.RULES")
+        axis = rules.get(name)
+        # fsdp and tensor axes of size 1 are named too: the placement then reads the same.
+        free = axis is not None and axis not in axes and size % mesh.shape[axis] == 0
+        axes.append(axis if free else None)
+    return PartitionSpec(*axes)
+
+
+def create_sharded(init: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Mesh) -> PyTree:
+    """Runs `init` so that each device makes only its part; returns the state without its boxes."""
+    shardings = state_shardings(jax.eval_shape(init, key), mesh)
+    return jax.jit(lambda key: _unboxed(init(key)), out_shardings=shardings)(key)
+
+
+# --------------------------------------------------------------------------------------- the batch
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises ConfigError where the data and fsdp axes do not divide the global batch."""
+    parts = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    if batch_size % parts:
+        raise ConfigError(
+            f"config.batch_size={batch_size} is not a multiple of {parts}, over which "
+            f"the mesh splits it (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
+        )
+
+
+def global_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Places a batch on the devices, split over data and fsdp; does not wait for the copy.
+
+    Args:
+        batch: numpy arrays with this process's rows of the global batch, [b, ...].
+
+    Returns:
+        jax.Array with the rows of all processes, [b * process_count, ...].
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,386 @@
+"""The training loop: the only one, for every task.
+
+    python -m detailflow_jax.train --config configs/tokenizer.py:digits --workdir runs/tok
+
+A task (`detailflow_jax.tasks.Task`) is a few pure functions over an explicit state. Everything
+that a step does not say by itself, its batch, its plan, its random numbers, is a function of the
+configuration and the step alone, and a checkpoint holds {state, position in the data, clock}. So
+the same command run again goes on where the last checkpoint is, and ends with the same bits as
+a run that was never stopped.
+
+`step` counts finished updates. The first step to run is 0; what it yields is reported, drawn and
+saved as step 1.
+
+Exit codes:
+    0    FINISHED   all steps are done (also when they were done before)
+    1    FAILED     the loss or the state became NaN or Inf; or an unforeseen error (a traceback)
+    2    UNUSABLE   the command line, configuration, workdir, data or checkpoints cannot be used
+    143  PREEMPTED  SIGTERM, or Ctrl-C: the state was saved, run the command again to resume
+    130             a second Ctrl-C: left at once, without saving
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+from clu import parameter_overview
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from detailflow_jax import sharding
+from detailflow_jax.checkpoint import CheckpointError, Checkpoints
+from detailflow_jax.config import ConfigError, check_fields, check_same, load_config, write_config
+from detailflow_jax.feed import DataError, Feed
+from detailflow_jax.metrics import Averages, Diverged, MetricWriter, Progress, run_log
+
+FINISHED, FAILED, UNUSABLE, PREEMPTED, INTERRUPTED = 0, 1, 2, 143, 130
+
+# What the loop itself reads; `task`, `data`, `model` and the rest belong to the task and the data.
+LOOP_FIELDS = {
+    "seed": int,  # >= 0
+    "total_steps": int,
+    "batch_size": int,  # over all devices of all processes
+    "log_every": int,
+    "figures_every": int,  # 0: at the end only
+    "checkpoint_every": int,  # 0: at the end only
+    "keep_checkpoints": int,
+    "tensorboard": bool,
+    "mesh.data": int,
+    "mesh.fsdp": int,
+    "mesh.tensor": int,
+}
+AT_LEAST_ONE = ("total_steps", "batch_size", "log_every", "keep_checkpoints")
+
+
+class Preempted(Exception):
+    """The run was asked to leave, and has saved its state."""
+
+
+def train(config: ConfigDict, workdir: str, task: Any = None, iterator: Any = None) -> Any:
+    """Trains until `config.total_steps`, from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+        config: see `LOOP_FIELDS`, and `detailflow_jax.tasks` for the rest.
+        workdir: written: config.json, log.txt, metrics.jsonl, checkpoints, figures, tensorboard.
+        task: a `detailflow_jax.tasks.Task`; default, the one that `config.task` names.
+        iterator: a Grain `DatasetIterator` of dicts of numpy arrays, this process's rows of each
+            batch; default, made from `config.data`. It is closed at the end.
+
+    Returns:
+        The final state, a dataclass of `jax.Array`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see there; nothing was lost.
+        Diverged: the loss or the state is not finite any more; it was not saved.
+        Preempted: SIGTERM or Ctrl-C; the state was saved.
+    """
+    started = time.perf_counter()
+    check_run(config, workdir)
+    with contextlib.ExitStack() as stack:
+        # ------------------------------------------------------------- log, devices, task, data
+        stack.enter_context(run_log(workdir))
+        stop = stack.enter_context(StopRequest())
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_batch_size(config.batch_size, mesh)
+        stack.enter_context(sharding.use(mesh))
+        task = task or _make_task(config)
+        feed = stack.enter_context(Feed(iterator or _make_iterator(config), mesh))
+
+        # ------------------------------------------------- state: the newest checkpoint's or new
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
+        key = jax.random.key(config.seed)
+        abstract_state = sharding.abstract_state(task.init, key, mesh)
+        restored = checkpoints.restore(abstract_state)
+        if restored:
+            step, state, clock = restored.step, restored.state, restored.clock
+            feed.set_state(restored.data, clock["skipped"])
+        else:
+            step, state, clock = 0, sharding.create_sharded(task.init, key, mesh), {}
+        _log_start(config, mesh, state, step)
+        if step >= config.total_steps:
+            logging.info("this run is finished: nothing is left to do in %s", workdir)
+            return state
+
+        # -------------------------------------------------------------------------------- steps
+        run = Run(
+            config=config,
+            feed=feed,
+            checkpoints=checkpoints,
+            writer=stack.enter_context(
+                MetricWriter(workdir, tensorboard=config.tensorboard, step=step)
+            ),
+            averages=Averages(clock.get("averages")),
+            progress=stack.enter_context(
+                Progress(
+                    total_steps=config.total_steps,
+                    step=step,
+                    batch_size=config.batch_size,
+                    seconds=clock.get("seconds", 0.0),
+                )
+            ),
+            stop=stop,
+            started=started,
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+        try:
+            state = run_steps(run, task, state, step, shardings)
+        except Diverged as error:
+            raise Diverged(f"{error}; {_last_good(checkpoints)}") from error
+        logging.info("finished %d steps in %.0f s", config.total_steps, run.progress.seconds)
+    return state
+
+
+def run_steps(run: "Run", task: Any, state: Any, step: int, shardings: Any) -> Any:
+    """The loop. The host never waits for the devices but to log, draw or save."""
+    config, first = run.config, step + 1
+    train_step = jax.jit(
+        task.train_step,
+        static_argnames="variant",  # One compilation a variant.
+        donate_argnums=0,  # The new state takes the memory of the old one.
+        out_shardings=(shardings, None),
+    )
+    while step < config.total_steps:
+        batch = run.feed.take()
+        variant, plan = task.plan(step)
+        with run.compilation(variant):
+            state, step_metrics = train_step(state, batch, plan, variant=variant)
+        step += 1  # The call has returned at once:
+        run.averages.add(step, step_metrics)
+        if step < config.total_steps:
+            run.feed.prefetch()  # this goes on while the devices compute.
+        if step == first:
+            jax.block_until_ready(step_metrics)
+            logging.info("first step done after %.1f s", time.perf_counter() - run.started)
+            run.progress.restart(step)
+
+        last = step == config.total_steps
+        leave = run.stop.requested(step) and not last
+        if last or _due(config.log_every, step):
+            run.log(step)
+        with run.progress.pause():
+            if last or _due(config.figures_every, step):
+                run.writer.figures(step, task.figures(state, batch))
+            if last or leave or _due(config.checkpoint_every, step):
+                run.save(step, state)
+        if leave:
+            logging.info("asked to leave: saved step %d; run again to resume", step)
+            raise Preempted(f"saved step {step}; run the same command to resume")
+    return state
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run holds open around its steps."""
+
+    config: ConfigDict
+    feed: Feed
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    averages: Averages
+    progress: Progress
+    stop: "StopRequest"
+    started: float
+    compiled: set = dataclasses.field(default_factory=set)
+
+    @contextlib.contextmanager
+    def compilation(self, variant: Hashable) -> Iterator[None]:
+        """Around a step: the first one of a variant compiles, and is left out of the rate."""
+        if variant in self.compiled:
+            yield
+            return
+        self.compiled.add(variant)
+        start = time.perf_counter()
+        with self.progress.pause():
+            yield
+        logging.info("compiled variant %s in %.1f s", variant, time.perf_counter() - start)
+
+    def log(self, step: int) -> None:
+        """Waits for the steps so far, then reports their means."""
+        means = self.averages.take_means()
+        if self.feed.skipped is not None:
+            means["skipped"] = self.feed.skipped
+        self.writer.scalars(step, means | self.progress.report(step, means["loss"]))
+
+    def save(self, step: int, state: Any) -> None:
+        """Saves, after making sure that every loss so far, and the state, is finite."""
+        self.averages.fetch()
+        clock = {
+            "seconds": self.progress.seconds,
+            "skipped": self.feed.skipped,
+            "averages": self.averages.totals,
+        }
+        self.checkpoints.save(step, state, self.feed.state, clock)
+
+
+# -------------------------------------------------------------------------------- around the loop
+
+
+def check_run(config: ConfigDict, workdir: str) -> None:
+    """Checks the loop's fields, and that the workdir is this configuration's; writes it there."""
+    check_fields(config, LOOP_FIELDS)
+    for name in AT_LEAST_ONE:
+        if config[name] < 1:
+            raise ConfigError(f"config.{name}={config[name]}: expected at least 1")
+    for name in ("seed", "figures_every", "checkpoint_every"):
+        if config[name] < 0:
+            raise ConfigError(f"config.{name}={config[name]}: expected at least 0")
+    check_same(config, workdir)
+    if jax.process_index() == 0:
+        write_config(config, workdir)
+
+
+def _make_task(config: ConfigDict) -> Any:
+    from detailflow_jax.tasks import make_task
+
+    with _as_config_error():
+        return make_task(config)
+
+
+def _make_iterator(config: ConfigDict) -> Any:
+    from detailflow_jax.data import make_iterator
+
+    with _as_config_error():
+        return make_iterator(
+            config.data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+
+@contextlib.contextmanager
+def _as_config_error() -> Iterator[None]:
+    # What a task or a data source refuses, it refuses with one of these; log.txt has the rest.
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _log_start(config: ConfigDict, mesh: jax.sharding.Mesh, state: Any, step: int) -> None:
+    logging.debug("configuration:\n%s", config)
+    logging.info(
+        "%d x %s in %d process(es), mesh %s",
+        jax.device_count(),
+        jax.devices()[0].device_kind,
+        jax.process_count(),
+        dict(mesh.shape),
+    )
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats="sharding")
+    logging.debug("parameters:\n%s", overview)
+    logging.info("%s parameters", f"{parameter_overview.count_parameters(state.params):,}")
+    if step:
+        logging.info("resuming after step %d of %d", step, config.total_steps)
+
+
+def _last_good(checkpoints: Checkpoints) -> str:
+    step = checkpoints.latest()
+    if step is None:
+        return "there is no checkpoint yet"
+    return f"the last good checkpoint is step {step}, in {checkpoints.directory}"
+
+
+class StopRequest:
+    """Turns SIGTERM and the first Ctrl-C into a wish that the loop sees; a context manager."""
+
+    def __init__(self):
+        self._asked = self._interrupted = False
+        self._before = {}
+
+    def __enter__(self):
+        # With several processes SIGTERM belongs to JAX, which makes them agree on a step.
+        signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in signals}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            os._exit(INTERRUPTED)
+        self._asked, self._interrupted = True, self._interrupted or number == signal.SIGINT
+        # Not the log: the signal may have come while it was being written.
+        os.write(2, b"\nasked to leave: saving after this step (Ctrl-C again: leave at once)\n")
+
+    def requested(self, step: int) -> bool:
+        """Whether to leave after `step`; the same answer in every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def parse_command_line(argv: Sequence[str] | None = None) -> tuple[ConfigDict, str]:
+    """(configuration, workdir) from the arguments; leaves with UNUSABLE on an unknown option."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detailflow_jax.train",
+        description="Train a tokenizer or a generator. The same command again resumes the run.",
+        epilog="""\
+any field of the configuration can be set from here, with a value of its own type:
+  --config.batch_size=64 --config.optim.lr=3e-4 --config.data.source=folder:photos
+
+exit codes: 0 finished; 1 diverged or failed; 2 unusable command line, configuration, workdir
+or data; 143 asked to leave by SIGTERM or Ctrl-C, state saved, run again to resume.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:VARIANT]",
+        help="the configuration, such as configs/tokenizer.py:digits",
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="where the run keeps its configuration, log, metrics, figures and checkpoints",
+    )
+    args, overrides = parser.parse_known_args(argv)
+    for override in overrides:
+        if not re.match(r"--config\.[^=]+=", override):
+            parser.error(
+                f"unknown option {override!r}: expected --config, --workdir or --config.NAME=VALUE"
+            )
+    return load_config(args.config, overrides), args.workdir
+
+
+def main(argv: Sequence[str] | None = None, run=train) -> int:
+    """Runs the command line and returns the exit code; `run(config, workdir)` does the work."""
+    try:
+        config, workdir = parse_command_line(argv)
+        run(config, workdir)
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNUSABLE
+    except Diverged as error:
+        print(f"diverged: {error}", file=sys.stderr)
+        return FAILED
+    except Preempted as error:
+        print(f"preempted: {error}", file=sys.stderr)
+        return PREEMPTED
+    return FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

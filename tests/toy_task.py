@@ -1,0 +1,141 @@
+"""A small task with every feature of a real one, for tests of the loop.
+
+Also a configuration file (`--config tests/toy_task.py`) and a program that trains it:
+`python tests/toy_task.py --config tests/toy_task.py --workdir DIR`.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from ml_collections import ConfigDict
+
+from detailflow_jax import train
+
+WIDTH, HIDDEN, CLASSES = 16, 64, 8
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return ConfigDict(
+        {
+            "task": "toy",
+            "seed": 0,
+            "total_steps": 20,
+            "batch_size": 8,
+            "log_every": 5,
+            "figures_every": 0,
+            "checkpoint_every": 6,
+            "keep_checkpoints": 2,
+            "tensorboard": False,
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "model": {"dropout": 0.1},
+            "optim": {"lr": 1e-2},
+            "nan_at": -1,  # The step whose loss is NaN.
+            "delay": 0.0,  # Seconds a batch, to leave time for a signal.
+        }
+    )
+
+
+@struct.dataclass
+class State:
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+    extra: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyTask:
+    init: Callable
+    plan: Callable
+    train_step: Callable
+    figures: Callable
+
+
+class Network(nn.Module):
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        def dense(features, axes, name):
+            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+            return nn.Dense(features, kernel_init=init, name=name)
+
+        x = nn.relu(dense(HIDDEN, ("embed", "mlp"), "up")(x))
+        x = nn.with_logical_constraint(x, ("batch", "mlp"))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return dense(CLASSES, ("mlp", "vocab"), "down")(x)
+
+
+def make_task(config: ConfigDict, traced: list | None = None) -> ToyTask:
+    """`traced` collects the variant of each trace of `train_step`."""
+    network = Network(config.model.dropout)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(config.optim.lr, config.total_steps))
+
+    def init(key):
+        params = network.init(key, jnp.zeros((1, WIDTH)), train=False)["params"]
+        return State(jnp.int32(0), params, optimizer.init(params), params, {})
+
+    def plan(step):
+        scale = np.random.default_rng((config.seed, step)).uniform(0.5, 1.5)
+        return step % 2, {"scale": np.float32(scale), "bad": np.bool_(step + 1 == config.nan_at)}
+
+    def train_step(state, batch, plan, *, variant):
+        if traced is not None:
+            traced.append(variant)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def loss_fn(params):
+            x = batch["x"] * plan["scale"]
+            logits = network.apply({"params": params}, x, train=True, rngs={"dropout": key})
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+            return losses.mean() * (1.0 if variant == 0 else 0.5)
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        loss = jnp.where(plan["bad"], jnp.nan, loss)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 0.1)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        return state, {"loss": loss, f"variant_{variant}": loss}
+
+    def figures(state, batch):
+        return {"inputs": np.zeros((4, 4, 3), np.uint8) + np.uint8(int(state.step))}
+
+    return ToyTask(init, plan, train_step, figures)
+
+
+def make_iterator(config: ConfigDict) -> grain.DatasetIterator:
+    """{"x": float32 [b, WIDTH], "label": int32 [b], "skipped": int32 [b]}, endless, shuffled."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(100, WIDTH)).astype(np.float32)
+    labels = (inputs @ rng.normal(size=(WIDTH, CLASSES))).argmax(-1).astype(np.int32)
+
+    def example(i):
+        return {"x": inputs[i], "label": labels[i], "skipped": np.int32(i == 7)}
+
+    def wait(batch):
+        time.sleep(config.delay)
+        return batch
+
+    data = grain.MapDataset.range(len(inputs)).seed(config.seed).shuffle().map(example).repeat()
+    data = data.batch(config.batch_size, drop_remainder=True).map(wait)
+    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def run(config: ConfigDict, workdir: str) -> State:
+    return train.train(config, workdir, make_task(config), make_iterator(config))
+
+
+if __name__ == "__main__":
+    sys.exit(train.main(run=run))
