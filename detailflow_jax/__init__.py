@@ -1,0 +1,17 @@
+"""DetailFlow and FlowAR in JAX.
+
+import detailflow_jax as df
+tok, gen = df.load_tokenizer("runs/tok"), df.load_generator("runs/gen")
+images = tok.decode(gen.sample([3, 1, 4], seed=0, cfg_scale=1.5))
+"""
+
+import importlib
+
+__all__ = ["Generator", "Tokenizer", "load_generator", "load_tokenizer"]
+
+
+def __getattr__(name: str):
+    # Lazily, so that a part (`detailflow_jax.ops`, the checkpoint readers) costs only itself.
+    if name in __all__:
+        return getattr(importlib.import_module("detailflow_jax.api"), name)
+    raise AttributeError(f"module 'detailflow_jax' has no attribute {name!r}")
