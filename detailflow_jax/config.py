@@ -6,22 +6,25 @@ given another value of its own type with `--config.NAME=VALUE`. What cannot be m
 field, variant or option, is refused with the names that come near it.
 """
 
+import contextlib
 import difflib
+import fcntl
 import inspect
 import json
 import os
 import pathlib
 import runpy
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 T = TypeVar("T")
 
-# Fields that change how a run is watched or where it computes, not what it computes.
+# Fields that change how a run is watched or where it computes, not what it computes. The number
+# of data workers is not one of them: the saved position in the data is one of that many workers.
 MAY_DIFFER = (
     "log_every",
     "figures_every",
@@ -29,7 +32,6 @@ MAY_DIFFER = (
     "keep_checkpoints",
     "tensorboard",
     "mesh",
-    "data.num_workers",
     "data.prefetch",
 )
 
@@ -224,6 +226,34 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def hold_workdir(workdir: str | os.PathLike) -> Iterator[None]:
+    """Within it no other process may hold the same workdir; makes it where there is none.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        ConfigError: another process holds it, or it cannot be made.
+    """
+    path = pathlib.Path(workdir) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write to the workdir {workdir}: {error}") from error
+    with file:
+        try:
+            # A POSIX lock: unlike flock's, it is not inherited by the data workers.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ConfigError(
+                f"another process is at work in {workdir}: stop it, or take another workdir"
+            ) from error
+        except OSError as error:  # Some network file systems have no locks.
+            logging.warning("%s cannot be locked: %s", workdir, error)
+        yield
+
+
 def write_config(config: ConfigDict, workdir: str | os.PathLike) -> None:
     """Writes the resolved configuration to WORKDIR/config.json, atomically.
 
@@ -282,7 +312,8 @@ def check_same(
     if differences:
         raise ConfigError(
             "\n".join([f"{workdir} was started with another configuration:", *differences])
-            + "\nGive the run another --workdir, or resume it with its own configuration."
+            + "\nGive the run another --workdir (or delete this one), or resume it with its own "
+            "configuration."
         )
 
 

@@ -72,7 +72,7 @@ def run_log(workdir: str | os.PathLike) -> Iterator[None]:
     logging.set_verbosity(logging.DEBUG)
     try:
         yield
-    except BaseException:
+    except Exception:
         logging.debug("the run stopped here", exc_info=True)
         raise
     finally:
@@ -185,6 +185,7 @@ def _keep_lines_until(path: pathlib.Path, step: int) -> None:
 
 def _tensorboard_writer(directory: pathlib.Path):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # Else it greets on standard error.
     import tensorflow as tf
 
     # TensorFlow takes the whole memory of every accelerator that it sees.

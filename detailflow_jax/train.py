@@ -2,11 +2,10 @@
 
     python -m detailflow_jax.train --config configs/tokenizer.py:digits --workdir runs/tok
 
-A task (`detailflow_jax.tasks.Task`) is a few pure functions over an explicit state. Everything
-that a step does not say by itself, its batch, its plan, its random numbers, is a function of the
-configuration and the step alone, and a checkpoint holds {state, position in the data, clock}. So
-the same command run again goes on where the last checkpoint is, and ends with the same bits as
-a run that was never stopped.
+A task (`detailflow_jax.tasks`) is a few pure functions over an explicit state. What goes into a
+step, its batch, its plan, its random numbers, is a function of the configuration and the step
+alone, and a checkpoint holds {state, position in the data, clock}. So the same command run again
+goes on from the last checkpoint, and ends with the same bits as a run that was never stopped.
 
 `step` counts finished updates. The first step to run is 0; what it yields is reported, drawn and
 saved as step 1.
@@ -35,13 +34,23 @@ import jax
 from absl import logging
 from clu import parameter_overview
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from detailflow_jax import sharding
 from detailflow_jax.checkpoint import CheckpointError, Checkpoints
-from detailflow_jax.config import ConfigError, check_fields, check_same, load_config, write_config
+from detailflow_jax.config import (
+    ConfigError,
+    check_fields,
+    check_same,
+    hold_workdir,
+    load_config,
+    write_config,
+)
+from detailflow_jax.data import make_iterator
 from detailflow_jax.feed import DataError, Feed
 from detailflow_jax.metrics import Averages, Diverged, MetricWriter, Progress, run_log
+from detailflow_jax.tasks import Task, TrainState, make_task
 
 FINISHED, FAILED, UNUSABLE, PREEMPTED, INTERRUPTED = 0, 1, 2, 143, 130
 
@@ -62,22 +71,28 @@ LOOP_FIELDS = {
 AT_LEAST_ONE = ("total_steps", "batch_size", "log_every", "keep_checkpoints")
 
 
-class Preempted(Exception):
-    """The run was asked to leave, and has saved its state."""
+class Preempted(SystemExit):
+    """The run was asked to leave, and has saved its state; uncaught, it exits with PREEMPTED."""
+
+    def __init__(self, step: int):
+        super().__init__(PREEMPTED)
+        self.step = step
 
 
-def train(config: ConfigDict, workdir: str, task: Any = None, iterator: Any = None) -> Any:
+def train(
+    config: ConfigDict, workdir: str, task: Task | None = None, iterator: Any = None
+) -> TrainState:
     """Trains until `config.total_steps`, from the newest checkpoint in `workdir` if there is one.
 
     Args:
-        config: see `LOOP_FIELDS`, and `detailflow_jax.tasks` for the rest.
+        config: see `LOOP_FIELDS`; the task and the data read the rest.
         workdir: written: config.json, log.txt, metrics.jsonl, checkpoints, figures, tensorboard.
-        task: a `detailflow_jax.tasks.Task`; default, the one that `config.task` names.
+        task: what to train; default, the task that `config.task` names.
         iterator: a Grain `DatasetIterator` of dicts of numpy arrays, this process's rows of each
             batch; default, made from `config.data`. It is closed at the end.
 
     Returns:
-        The final state, a dataclass of `jax.Array`.
+        The final state.
 
     Raises:
         ConfigError, DataError, CheckpointError: see there; nothing was lost.
@@ -88,46 +103,51 @@ def train(config: ConfigDict, workdir: str, task: Any = None, iterator: Any = No
     check_run(config, workdir)
     with contextlib.ExitStack() as stack:
         # ------------------------------------------------------------- log, devices, task, data
+        if jax.process_index() == 0:
+            stack.enter_context(hold_workdir(workdir))
         stack.enter_context(run_log(workdir))
         stop = stack.enter_context(StopRequest())
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch_size(config.batch_size, mesh)
         stack.enter_context(sharding.use(mesh))
-        task = task or _make_task(config)
-        feed = stack.enter_context(Feed(iterator or _make_iterator(config), mesh))
+        task, iterator = _task_and_data(config, task, iterator)
+        feed = stack.enter_context(Feed(iterator, mesh))
+        if jax.process_index() == 0:
+            write_config(config, workdir)
 
         # ------------------------------------------------- state: the newest checkpoint's or new
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
         key = jax.random.key(config.seed)
         abstract_state = sharding.abstract_state(task.init, key, mesh)
-        restored = checkpoints.restore(abstract_state)
+        restored = checkpoints.restore(_to_save(abstract_state))
         if restored:
-            step, state, clock = restored.step, restored.state, restored.clock
+            step, clock = restored.step, restored.clock
+            frozen = sharding.create_sharded(lambda key: task.init(key).frozen, key, mesh)
+            state = restored.state.replace(frozen=frozen)
             feed.set_state(restored.data, clock["skipped"])
         else:
-            step, state, clock = 0, sharding.create_sharded(task.init, key, mesh), {}
+            step, clock = 0, {"seconds": 0.0, "averages": {}}
+            state = sharding.create_sharded(task.init, key, mesh)
         _log_start(config, mesh, state, step)
         if step >= config.total_steps:
             logging.info("this run is finished: nothing is left to do in %s", workdir)
             return state
 
         # -------------------------------------------------------------------------------- steps
+        writer = MetricWriter(workdir, tensorboard=config.tensorboard, step=step)
+        progress = Progress(
+            total_steps=config.total_steps,
+            step=step,
+            batch_size=config.batch_size,
+            seconds=clock["seconds"],
+        )
         run = Run(
             config=config,
             feed=feed,
             checkpoints=checkpoints,
-            writer=stack.enter_context(
-                MetricWriter(workdir, tensorboard=config.tensorboard, step=step)
-            ),
-            averages=Averages(clock.get("averages")),
-            progress=stack.enter_context(
-                Progress(
-                    total_steps=config.total_steps,
-                    step=step,
-                    batch_size=config.batch_size,
-                    seconds=clock.get("seconds", 0.0),
-                )
-            ),
+            writer=stack.enter_context(writer),
+            averages=Averages(clock["averages"]),
+            progress=stack.enter_context(progress),
             stop=stop,
             started=started,
         )
@@ -136,11 +156,13 @@ def train(config: ConfigDict, workdir: str, task: Any = None, iterator: Any = No
             state = run_steps(run, task, state, step, shardings)
         except Diverged as error:
             raise Diverged(f"{error}; {_last_good(checkpoints)}") from error
-        logging.info("finished %d steps in %.0f s", config.total_steps, run.progress.seconds)
+        logging.info("finished %d steps in %.0f s", config.total_steps, progress.seconds)
     return state
 
 
-def run_steps(run: "Run", task: Any, state: Any, step: int, shardings: Any) -> Any:
+def run_steps(
+    run: "Run", task: Task, state: TrainState, step: int, shardings: TrainState
+) -> TrainState:
     """The loop. The host never waits for the devices but to log, draw or save."""
     config, first = run.config, step + 1
     train_step = jax.jit(
@@ -154,10 +176,11 @@ def run_steps(run: "Run", task: Any, state: Any, step: int, shardings: Any) -> A
         variant, plan = task.plan(step)
         with run.compilation(variant):
             state, step_metrics = train_step(state, batch, plan, variant=variant)
-        step += 1  # The call has returned at once:
+        step += 1
+        # The call returns before the devices are done: meanwhile the next batch is read.
         run.averages.add(step, step_metrics)
         if step < config.total_steps:
-            run.feed.prefetch()  # this goes on while the devices compute.
+            run.feed.prefetch()
         if step == first:
             jax.block_until_ready(step_metrics)
             logging.info("first step done after %.1f s", time.perf_counter() - run.started)
@@ -173,8 +196,7 @@ def run_steps(run: "Run", task: Any, state: Any, step: int, shardings: Any) -> A
             if last or leave or _due(config.checkpoint_every, step):
                 run.save(step, state)
         if leave:
-            logging.info("asked to leave: saved step %d; run again to resume", step)
-            raise Preempted(f"saved step {step}; run the same command to resume")
+            raise Preempted(step)
     return state
 
 
@@ -215,7 +237,7 @@ class Run:
             means["skipped"] = self.feed.skipped
         self.writer.scalars(step, means | self.progress.report(step, means["loss"]))
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: TrainState) -> None:
         """Saves, after making sure that every loss so far, and the state, is finite."""
         self.averages.fetch()
         clock = {
@@ -223,14 +245,14 @@ class Run:
             "skipped": self.feed.skipped,
             "averages": self.averages.totals,
         }
-        self.checkpoints.save(step, state, self.feed.state, clock)
+        self.checkpoints.save(step, _to_save(state), self.feed.state, clock)
 
 
 # -------------------------------------------------------------------------------- around the loop
 
 
 def check_run(config: ConfigDict, workdir: str) -> None:
-    """Checks the loop's fields, and that the workdir is this configuration's; writes it there."""
+    """Checks the loop's fields, and that the workdir is not of another configuration."""
     check_fields(config, LOOP_FIELDS)
     for name in AT_LEAST_ONE:
         if config[name] < 1:
@@ -239,40 +261,30 @@ def check_run(config: ConfigDict, workdir: str) -> None:
         if config[name] < 0:
             raise ConfigError(f"config.{name}={config[name]}: expected at least 0")
     check_same(config, workdir)
-    if jax.process_index() == 0:
-        write_config(config, workdir)
 
 
-def _make_task(config: ConfigDict) -> Any:
-    from detailflow_jax.tasks import make_task
-
-    with _as_config_error():
-        return make_task(config)
-
-
-def _make_iterator(config: ConfigDict) -> Any:
-    from detailflow_jax.data import make_iterator
-
-    with _as_config_error():
-        return make_iterator(
-            config.data,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-
-
-@contextlib.contextmanager
-def _as_config_error() -> Iterator[None]:
-    # What a task or a data source refuses, it refuses with one of these; log.txt has the rest.
+def _task_and_data(config: ConfigDict, task: Task | None, iterator: Any) -> tuple[Task, Any]:
     try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
+        if task is None:
+            task = make_task(config)
+        if iterator is None:
+            iterator = make_iterator(
+                config.data,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+    except (ValueError, FileNotFoundError) as error:  # What they refuse; log.txt tells where.
         raise ConfigError(str(error)) from error
+    return task, iterator
 
 
-def _log_start(config: ConfigDict, mesh: jax.sharding.Mesh, state: Any, step: int) -> None:
+def _to_save(state: TrainState) -> TrainState:
+    return state.replace(frozen={})  # `task.init` makes these again.
+
+
+def _log_start(config: ConfigDict, mesh: Mesh, state: TrainState, step: int) -> None:
     logging.debug("configuration:\n%s", config)
     logging.info(
         "%d x %s in %d process(es), mesh %s",
@@ -303,10 +315,10 @@ class StopRequest:
         self._before = {}
 
     def __enter__(self):
-        # With several processes SIGTERM belongs to JAX, which makes them agree on a step.
-        signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in signals}
+        # With several processes it is JAX that takes SIGTERM, and makes them agree on a step.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -377,7 +389,7 @@ def main(argv: Sequence[str] | None = None, run=train) -> int:
         print(f"diverged: {error}", file=sys.stderr)
         return FAILED
     except Preempted as error:
-        print(f"preempted: {error}", file=sys.stderr)
+        print(f"preempted: saved step {error.step}; run again to resume", file=sys.stderr)
         return PREEMPTED
     return FINISHED
 

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from ml_collections import ConfigDict
@@ -26,7 +28,7 @@ def get_config(arg=None):
         "ema_decay": placeholder(float),
         "model": {"width": choose(variant, SIZES, "size"), "inner": {"depth": 2}},
         "optim": {"lr": 1e-3, "betas": (0.9, 0.95)},
-        "data": {"num_workers": 0},
+        "data": {"prefetch": 0},
         "log_every": 10,
     })
 """
@@ -130,7 +132,7 @@ def test_workdir_of_another_configuration_is_refused(spec, tmp_path):
     config = config_lib.load_config(spec)
     config_lib.check_same(config, workdir)  # Nothing there yet.
     config_lib.write_config(config, workdir)
-    harmless = ["--config.log_every=3", "--config.data.num_workers=4"]
+    harmless = ["--config.log_every=3", "--config.data.prefetch=4"]
     config_lib.check_same(config_lib.load_config(spec, harmless), workdir)
 
     other = config_lib.load_config(spec, ["--config.model.width=9", *harmless])
@@ -152,11 +154,34 @@ def test_unusable_workdir_is_an_error_with_its_name(spec, tmp_path):
     file.write_text("")
     with pytest.raises(ConfigError, match=str(file)):
         config_lib.write_config(config_lib.load_config(spec), file / "run")
+    with (
+        pytest.raises(ConfigError, match="cannot write to the workdir"),
+        config_lib.hold_workdir(file / "run"),
+    ):
+        pass
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         config_lib.read_config(tmp_path / "nothing")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot read"):
         config_lib.read_config(tmp_path)
+
+
+def test_workdir_is_for_one_process_at_a_time(tmp_path):
+    with config_lib.hold_workdir(tmp_path / "run"):
+        pass
+    hold = f"import fcntl; f = open({str(tmp_path / 'run' / '.lock')!r}, 'w'); "
+    hold += "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(ConfigError, match=f"another process is at work in {tmp_path}"),
+            config_lib.hold_workdir(tmp_path / "run"),
+        ):
+            pass
+        other.kill()
+    with config_lib.hold_workdir(tmp_path / "run"):
+        pass
 
 
 def test_fields_are_checked_by_name_and_type():

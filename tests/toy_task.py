@@ -4,11 +4,8 @@ Also a configuration file (`--config tests/toy_task.py`) and a program that trai
 `python tests/toy_task.py --config tests/toy_task.py --workdir DIR`.
 """
 
-import dataclasses
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import grain
@@ -16,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from ml_collections import ConfigDict
 
 from detailflow_jax import train
+from detailflow_jax.tasks import Task, TrainState
 
 WIDTH, HIDDEN, CLASSES = 16, 64, 8
 
@@ -45,23 +42,6 @@ def get_config(arg: str = "") -> ConfigDict:
     )
 
 
-@struct.dataclass
-class State:
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    ema: Any
-    extra: dict
-
-
-@dataclasses.dataclass(frozen=True)
-class ToyTask:
-    init: Callable
-    plan: Callable
-    train_step: Callable
-    figures: Callable
-
-
 class Network(nn.Module):
     dropout: float
 
@@ -77,14 +57,22 @@ class Network(nn.Module):
         return dense(CLASSES, ("mlp", "vocab"), "down")(x)
 
 
-def make_task(config: ConfigDict, traced: list | None = None) -> ToyTask:
+def make_task(config: ConfigDict, traced: list | None = None) -> Task:
     """`traced` collects the variant of each trace of `train_step`."""
     network = Network(config.model.dropout)
     optimizer = optax.adamw(optax.cosine_decay_schedule(config.optim.lr, config.total_steps))
 
     def init(key):
         params = network.init(key, jnp.zeros((1, WIDTH)), train=False)["params"]
-        return State(jnp.int32(0), params, optimizer.init(params), params, {})
+        mix = jax.random.normal(key, (WIDTH, WIDTH)) / WIDTH**0.5
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=optimizer.init(params),
+            ema=params,
+            extra={"seen": jnp.int32(0)},
+            frozen={"mix": nn.LogicallyPartitioned(mix, ("embed", None))},
+        )
 
     def plan(step):
         scale = np.random.default_rng((config.seed, step)).uniform(0.5, 1.5)
@@ -96,7 +84,7 @@ def make_task(config: ConfigDict, traced: list | None = None) -> ToyTask:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
         def loss_fn(params):
-            x = batch["x"] * plan["scale"]
+            x = batch["x"] @ state.frozen["mix"] * plan["scale"]
             logits = network.apply({"params": params}, x, train=True, rngs={"dropout": key})
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
             return losses.mean() * (1.0 if variant == 0 else 0.5)
@@ -106,13 +94,16 @@ def make_task(config: ConfigDict, traced: list | None = None) -> ToyTask:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 0.1)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        extra = {"seen": state.extra["seen"] + len(batch["x"])}
+        state = state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, ema=ema, extra=extra
+        )
         return state, {"loss": loss, f"variant_{variant}": loss}
 
     def figures(state, batch):
-        return {"inputs": np.zeros((4, 4, 3), np.uint8) + np.uint8(int(state.step))}
+        return {"inputs": np.zeros((4, 4, 3), np.uint8) + np.uint8(int(state.step) % 256)}
 
-    return ToyTask(init, plan, train_step, figures)
+    return Task(init, plan, train_step, figures)
 
 
 def make_iterator(config: ConfigDict) -> grain.DatasetIterator:
@@ -133,7 +124,7 @@ def make_iterator(config: ConfigDict) -> grain.DatasetIterator:
     return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def run(config: ConfigDict, workdir: str) -> State:
+def run(config: ConfigDict, workdir: str) -> TrainState:
     return train.train(config, workdir, make_task(config), make_iterator(config))
 
 
