@@ -29,9 +29,9 @@ setup(
         "numpy",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
-        "pillow>=10",
+        "pillow>=10.1",
         "pyyaml",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "scikit-learn",
         "tensorboard",  # clu's writers import it, and tensorflow no longer brings it
         "tensorflow-cpu; platform_system == 'Linux'",

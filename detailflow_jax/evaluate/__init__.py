@@ -1,0 +1,1 @@
+"""Figures about trained models, and the page that shows them."""

@@ -1,0 +1,240 @@
+"""Encodes a data set once: every crop of every image as the triplet the generator learns from.
+
+    python -m detailflow_jax.extract_codes --tokenizer runs/tok --out runs/codes --source digits
+
+Kill it at any moment and run the same command again: it goes on with the shards that are missing
+and ends with the same bytes, because every random number comes from the seed and the position of
+the image and crop (paper section 3.4; facts 4).
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from detailflow_jax import api, data
+from detailflow_jax.checkpoint import CheckpointError
+from detailflow_jax.config import ConfigError
+from detailflow_jax.models.tokenizer import Tokenizer
+from detailflow_jax.ops import correction
+from detailflow_jax.ops import images as pixels
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def encode_triplets(network: Tokenizer, params: Any, crops: jax.Array, keys: jax.Array, top: int):
+    """Triplets (clean, input, label) of a batch of crops, each with noise of its own.
+
+    Args:
+      network: the tokenizer.
+      params: its parameters.
+      crops: uint8 [B, R, R, 3].
+      keys: one PRNG key a crop, [B].
+      top: a perturbed token becomes one of its so many nearest codes.
+
+    Returns:
+      int32 [B, N, 3].
+    """
+    c = network.config
+    whole = jnp.int32(c.num_tokens)
+
+    def draw(key):
+        position_key, choice_key = jax.random.split(key)
+        span = correction.draw_span(
+            position_key,
+            1,
+            whole,
+            num_tokens=c.num_tokens,
+            group_size=c.group_size,
+            causal_num=c.causal,
+        )
+        choice = jax.random.randint(choice_key, (c.num_tokens,), 0, min(top, c.codebook_size))
+        return jax.tree.map(lambda x: x[0], span), choice
+
+    span, choice = jax.vmap(draw)(keys)
+    pair = network.apply(
+        {"params": params}, pixels.to_float(crops), span, choice, method="encode_pair"
+    )
+    return pair.triplet
+
+
+def crop_keys(seed: int, positions: np.ndarray, crops: np.ndarray) -> jax.Array:
+    """One key a crop from the seed, the image's position and the crop's number: keys [B]."""
+    fold = jax.vmap(jax.random.fold_in, (0, 0))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), positions)
+    return fold(keys, crops)
+
+
+def encode_shard(
+    tokenizer: "api.Tokenizer",
+    source: data.Source,
+    positions: Sequence[int],
+    unreadable: dict[int, str],
+    *,
+    crops: str,
+    seed: int,
+    noise_top: int,
+    batch_size: int,
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(position, label, codes [K, N, 3]) of every readable image, in order.
+
+    Batches run across images and have one shape, so there is one compiled program. `unreadable`
+    is filled with position -> name.
+    """
+    size, per_image = tokenizer.config.image_size, data.ENCODING_CROPS[crops]
+    images_a_batch = max(1, batch_size // per_image)
+
+    def encode(batch: list) -> Iterator[tuple[int, int, np.ndarray]]:
+        filled = batch + [batch[-1]] * (images_a_batch - len(batch))
+        where = np.repeat([position for position, _ in filled], per_image)
+        which = np.tile(np.arange(per_image), len(filled))
+        views = np.concatenate([example["crops"] for _, example in filled])
+        keys = crop_keys(seed, where, which)
+        codes = encode_triplets(tokenizer.network, tokenizer.params, views, keys, noise_top)
+        codes = np.asarray(codes).reshape(len(filled), per_image, *codes.shape[1:])
+        for (position, example), triplets in zip(batch, codes, strict=False):
+            yield position, example["label"], triplets
+
+    batch = []
+    for position, example in data.iterate_crops(source, positions, size, crops):
+        if isinstance(example, data.UnreadableImage):
+            unreadable[position] = example.name
+            continue
+        batch.append((position, example))
+        if len(batch) == images_a_batch:
+            yield from encode(batch)
+            batch = []
+    if batch:
+        yield from encode(batch)
+
+
+def extract(
+    tokenizer: "api.Tokenizer",
+    source: data.Source,
+    out: str,
+    *,
+    crops: str = "ten",
+    seed: int = 0,
+    noise_top: int = 50,
+    shard_size: int = 4096,
+    batch_size: int = 64,
+) -> dict:
+    """Writes the codes of a source to the folder `out`; resumes what is there.
+
+    Args:
+      tokenizer: a loaded tokenizer.
+      source: of images.
+      out: folder, made if missing.
+      crops: views of each image: "ten", "five", "center" or "none" (`data.encoding_crops`).
+      seed: of the noise.
+      noise_top: a perturbed token becomes one of its so many nearest codes.
+      shard_size: images a shard.
+      batch_size: crops a call of the compiled program.
+
+    Returns:
+      the manifest.
+
+    Raises:
+      ValueError: the folder holds another extraction; the differing fields are named.
+    """
+    c = tokenizer.config
+    layout = data.ShardLayout(
+        len(source), shard_size, data.ENCODING_CROPS[crops], c.num_tokens, c.codebook_size
+    )
+    definition = {
+        "source": source.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "class_names": list(source.class_names),
+        "num_classes": source.num_classes,
+        "image_size": c.image_size,
+        "group_size": c.group_size,
+        "causal_num": c.causal,
+        "crops": crops,
+        "seed": seed,
+        "noise_top": noise_top,
+    }
+    data.open_extraction(out, layout, definition)
+    pending = data.pending_shards(out, layout)
+    total = sum(len(layout.positions(shard)) for shard in pending)
+    with tqdm(total=total, unit="image", desc="extract codes") as progress:
+        for shard in pending:
+            unreadable: dict[int, str] = {}
+            records = encode_shard(
+                tokenizer,
+                source,
+                layout.positions(shard),
+                unreadable,
+                crops=crops,
+                seed=seed,
+                noise_top=noise_top,
+                batch_size=batch_size,
+            )
+            data.write_shard(out, layout, shard, _counted(records, progress), unreadable)
+    manifest = data.write_manifest(out, layout)
+    for position, name in manifest["unreadable"]:
+        print(f"skipped: image {position}, {name}, cannot be read", file=sys.stderr)
+    return manifest
+
+
+def _counted(records: Iterator, progress: tqdm) -> Iterator:
+    for record in records:
+        yield record
+        progress.update()
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detailflow_jax.extract_codes",
+        description="Encode a data set into code shards for the generator. Run the same command "
+        "again to resume.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--tokenizer", required=True, help="what df.load_tokenizer takes, such as a workdir")
+    add("--out", required=True, help="folder for the shards; manifest.json comes last")
+    add("--source", default="digits", help="digits[:SPLIT], folder:PATH or tfds:NAME[:SPLIT]")
+    add("--split", help="split of the source, where it has any; default: its training split")
+    add("--data_dir", help="where TFDS keeps its data")
+    add("--crops", default="ten", choices=sorted(data.ENCODING_CROPS), help="views of each image")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--noise_top", type=int, default=50, help="nearest codes that noise picks from")
+    add("--shard_size", type=int, default=4096, help="images a shard")
+    add("--batch_size", type=int, default=64, help="crops a call of the compiled program")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 with one line that says what is wrong."""
+    args = parse_arguments(argv)
+    try:
+        tokenizer = api.load_tokenizer(args.tokenizer)
+        source = data.make_source(args.source, args.split, args.data_dir)
+        manifest = extract(
+            tokenizer,
+            source,
+            args.out,
+            crops=args.crops,
+            seed=args.seed,
+            noise_top=args.noise_top,
+            shard_size=args.shard_size,
+            batch_size=args.batch_size,
+        )
+    except (ConfigError, CheckpointError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{manifest['num_records']} images x {data.ENCODING_CROPS[args.crops]} crops in "
+        f"{len(manifest['shards'])} shards in {args.out}; {len(manifest['unreadable'])} unreadable"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
