@@ -78,6 +78,9 @@ class Preempted(SystemExit):
         super().__init__(PREEMPTED)
         self.step = step
 
+    def __str__(self) -> str:
+        return f"saved step {self.step}; run the same command to resume"
+
 
 def train(
     config: ConfigDict, workdir: str, task: Task | None = None, iterator: Any = None
@@ -389,7 +392,7 @@ def main(argv: Sequence[str] | None = None, run=train) -> int:
         print(f"diverged: {error}", file=sys.stderr)
         return FAILED
     except Preempted as error:
-        print(f"preempted: saved step {error.step}; run again to resume", file=sys.stderr)
+        print(f"preempted: {error}", file=sys.stderr)
         return PREEMPTED
     return FINISHED
 
