@@ -141,7 +141,7 @@ class Generator(nn.Module):
 
     def setup(self):
         c = self.config
-        self.class_embedding = _embedding(c.num_classes + 1, c.width, "classes")
+        self.class_embedding = _embedding(c.num_classes + 1, c.width, "positions")
         self.token_embedding = _embedding(c.codebook_size, c.width, "vocab")
         # The published code creates these after its init pass, so they start at std 1.
         self.special_embedding = _embedding(c.group_size - 1, c.width, "positions", std=1.0)
