@@ -179,7 +179,7 @@ class Generator(nn.Module):
         """Teacher forcing.
 
         Args:
-          codes: int32 [B, N] (or the N - g that are used) in [0, V).
+          codes: int32 [B, N] (or the N - g that are used, N - 1 where c = N) in [0, V).
           labels: int32 [B]; `num_classes` is the null class. Drop them before, with
             `drop_labels`.
 
@@ -188,14 +188,13 @@ class Generator(nn.Module):
           `dropout` key is given.
         """
         c = self.config
-        codes = codes[:, : c.num_tokens - c.group_size]
         parts = [
             self.embed_class(labels),
             self.embed_codes(codes[:, : c.causal]),
             self.embed_special(len(codes)),
-            self.embed_codes(codes[:, c.causal :]),
+            self.embed_codes(codes[:, c.causal : c.num_tokens - c.group_size]),
         ]
-        # With a single group there is nothing after the causal part, so the tail is cut off.
+        # Where every token is causal (c = N) the sequence ends with z_{N-1}: no specials are read.
         x = jnp.concatenate(parts, axis=1)[:, : c.num_tokens]
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
         mask = masks.group_mask(c.num_tokens, c.group_size, c.causal)[None, None]
