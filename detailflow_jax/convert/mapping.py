@@ -1,16 +1,22 @@
 """One table a network: published tensor names <-> parameter paths, read in both directions.
 
-Parameters here are in the scanned layout: blocks lie under `layers` with a leading layer axis, and
-a published name with `{}` stands for one tensor a layer. `models.layers.unstack_layers` turns the
-result into the unrolled layout.
+A published name with `{}` stands for one tensor a layer; its parameters lie under `layers` with a
+leading layer axis where blocks are scanned, under `layers_0`, `layers_1`, ... where they are not.
+Tables name the former; both layouts are read and written, told apart by the parameters themselves.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
+
+from detailflow_jax.convert.errors import CheckpointError
+
+# What XLA asks of host memory that it is to use in place.
+_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +36,25 @@ class Entry:
     lead: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One published tensor and its places: (path, layer index in that leaf or None)."""
+
+    name: str
+    places: tuple[tuple[str, int | None], ...]
+    transpose: bool
+    lead: int
+
+    def shape(self, flat: Mapping[str, Any]) -> tuple[int, ...]:
+        """The published shape."""
+        shapes = [
+            tuple(flat[path].shape[0 if layer is None else 1 :]) for path, layer in self.places
+        ]
+        if self.transpose:
+            shapes = [shape[::-1] for shape in shapes]
+        return (1,) * self.lead + (sum(s[0] for s in shapes), *shapes[0][1:])
+
+
 @dataclasses.dataclass
 class Report:
     """What became of every name: lists of published names."""
@@ -38,10 +63,6 @@ class Report:
     missing: list[str] = dataclasses.field(default_factory=list)
     unused: list[str] = dataclasses.field(default_factory=list)
     skipped: list[str] = dataclasses.field(default_factory=list)
-
-
-class ConversionError(ValueError):
-    """Weights and network do not belong together."""
 
 
 def linear(name: str, path: str) -> tuple[Entry, Entry]:
@@ -57,35 +78,46 @@ def norm(name: str, path: str) -> tuple[Entry, Entry]:
     return Entry(f"{name}.weight", (f"{path}/scale",)), Entry(f"{name}.bias", (f"{path}/bias",))
 
 
-def _expand(entry: Entry, abstract: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
-    """(published name, layer or None) of every tensor an entry stands for."""
-    if "{}" not in entry.name:
-        yield entry.name, None
-        return
-    for layer in range(abstract[entry.paths[0]].shape[0]):
-        yield entry.name.format(layer), layer
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """{"blocks/layers/w1/kernel": leaf, ...} of nested parameters."""
+    return traverse_util.flatten_dict(params, sep="/")
 
 
-def _present(table: Iterable[Entry], flat: Mapping[str, Any]) -> list[Entry]:
-    """The entries whose parameters this network has (optional parts, like alignment, may lack)."""
-    return [entry for entry in table if entry.paths[0] in flat]
+def _expand(table: Iterable[Entry], flat: Mapping[str, Any]) -> Iterator[_Tensor]:
+    """Every tensor that the table has for these parameters; parts that they lack have none."""
+    for entry in table:
+        for layer in itertools.count() if "{}" in entry.name else (None,):
+            name = entry.name if layer is None else entry.name.format(layer)
+            places = _places(entry.paths, layer, flat)
+            if places is None:
+                break
+            yield _Tensor(name, places, entry.transpose, entry.lead)
 
 
-def _published_shape(entry: Entry, flat: Mapping[str, Any], layer: int | None) -> tuple[int, ...]:
-    shapes = [tuple(flat[path].shape[0 if layer is None else 1 :]) for path in entry.paths]
-    if entry.transpose:
-        shapes = [shape[::-1] for shape in shapes]
-    return (1,) * entry.lead + (sum(s[0] for s in shapes), *shapes[0][1:])
+def _places(
+    paths: tuple[str, ...], layer: int | None, flat: Mapping[str, Any]
+) -> tuple[tuple[str, int | None], ...] | None:
+    """Where a tensor's parameters are: in a stacked leaf, in leaves of its own, or nowhere."""
+    if paths[0] in flat:
+        inside = layer is None or layer < flat[paths[0]].shape[0]
+        return tuple((path, layer) for path in paths) if inside else None
+    if layer is None:
+        return None
+    own = tuple(f"/{path}".replace("/layers/", f"/layers_{layer}/", 1)[1:] for path in paths)
+    return tuple((path, None) for path in own) if own[0] in flat else None
 
 
 def published_shapes(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[str, tuple]:
     """Published name -> shape of everything the table writes for (abstract) parameters."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    return {
-        name: _published_shape(entry, flat, layer)
-        for entry in _present(table, flat)
-        for name, layer in _expand(entry, flat)
-    }
+    flat = flatten(params)
+    return {tensor.name: tensor.shape(flat) for tensor in _expand(table, flat)}
+
+
+def depth(table: Iterable[Entry], params: Mapping[str, Any]) -> int:
+    """How many layers (abstract) parameters have."""
+    flat = flatten(params)
+    layered = next(entry for entry in table if "{}" in entry.name)
+    return sum(1 for _ in _expand([layered], flat))
 
 
 def from_published(
@@ -93,82 +125,148 @@ def from_published(
     tensors: Mapping[str, np.ndarray],
     abstract: Mapping[str, Any],
     *,
+    source: str = "the checkpoint",
     skip: Iterable[str] = (),
     allow_missing: bool = False,
+    allow_unused: bool = True,
+    initial: Callable[[], Mapping[str, Any]] | None = None,
+    progress: Callable[[list], Iterable] = iter,
     dtype: Any = np.float32,
 ) -> tuple[dict[str, Any], Report]:
-    """Published tensors -> nested parameters, each written once into its final place.
+    """Published tensors -> nested parameters, each number written once, into its final place.
 
     Args:
       table: entries of the network.
       tensors: published name -> array; may be lazy, each is read once.
-      abstract: nested parameters with `.shape` (from `jax.eval_shape`), scanned layout.
+      abstract: nested parameters with `.shape` (from `jax.eval_shape`), scanned or not.
+      source: what messages call the file.
       skip: prefixes of published names that are not needed, by design.
-      allow_missing: leave parameters without a published tensor out, instead of refusing.
+      allow_missing: take a parameter without a published tensor from `initial`.
+      allow_unused: leave tensors aside that no parameter needs.
+      initial: makes parameters like `abstract`; called only if one is missing and allowed to be.
+      progress: wraps the list of what is to be read, such as `tqdm`.
       dtype: of the result.
 
     Returns:
-      parameters (NumPy) and the report.
+      parameters (NumPy, in memory that XLA can use without a copy) and the report.
 
     Raises:
-      ConversionError: a tensor is missing or has another shape; both are named.
+      CheckpointError: a tensor is missing, unused or of another shape, or holds no numbers.
     """
-    flat = traverse_util.flatten_dict(abstract, sep="/")
+    flat = flatten(abstract)
+    wanted = list(_expand(table, flat))
+    _check_covered(wanted, flat)
+    skip = tuple(skip)
+    names = {tensor.name for tensor in wanted}
+    rest = [name for name in tensors if name not in names]
+    report = Report(
+        loaded=[tensor.name for tensor in wanted if tensor.name in tensors],
+        missing=[tensor.name for tensor in wanted if tensor.name not in tensors],
+        unused=[name for name in rest if not name.startswith(skip)],
+        skipped=[name for name in rest if name.startswith(skip)],
+    )
+    if report.missing and not (allow_missing and initial):
+        raise _missing(report, len(tensors), source)
+    for tensor in wanted:  # All shapes first: a wrong one is told before gigabytes are read.
+        if tensor.name in tensors:
+            _check_tensor(tensor, tensors[tensor.name], flat, source)
+    if report.unused and not allow_unused:
+        raise _unused(report, source)
     out: dict[str, np.ndarray] = {}
-    report = Report()
-    for entry in _present(table, flat):
-        for name, layer in _expand(entry, flat):
-            if name not in tensors:
-                report.missing.append(name)
-                continue
-            _place(entry, name, layer, tensors[name], flat, out, dtype)
-            report.loaded.append(name)
-    covered = {path for entry in _present(table, flat) for path in entry.paths}
-    if uncovered := sorted(set(flat) - covered):
-        raise ConversionError(f"the table names no published tensor for {', '.join(uncovered)}")
-    if report.missing and not allow_missing:
-        raise ConversionError(
-            f"{len(report.missing)} tensors are missing, first {report.missing[0]!r} "
-            f"(the file holds {len(tensors)}); is this a checkpoint of another network or size?"
-        )
-    done = set(report.loaded)
-    for name in tensors:
-        if name not in done:
-            kind = report.skipped if name.startswith(tuple(skip)) else report.unused
-            kind.append(name)
+    for tensor in progress([t for t in wanted if t.name in tensors]):
+        _place(tensor, np.asarray(tensors[tensor.name]), flat, out, dtype)
+    if report.missing:
+        _fill([t for t in wanted if t.name not in tensors], flatten(initial()), out, dtype)
     return traverse_util.unflatten_dict(out, sep="/"), report
 
 
-def _place(entry, name, layer, tensor, flat, out, dtype) -> None:
-    """Write one published tensor into the leaf or leaves it belongs to."""
-    expected = _published_shape(entry, flat, layer)
-    if tuple(tensor.shape) != expected:
-        raise ConversionError(
-            f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {expected}"
+def _check_covered(wanted: list[_Tensor], flat: Mapping[str, Any]) -> None:
+    covered = {path for tensor in wanted for path, _ in tensor.places}
+    if uncovered := sorted(set(flat) - covered):
+        raise ValueError(f"the table names no published tensor for {', '.join(uncovered)}")
+
+
+def _check_tensor(tensor: _Tensor, array: Any, flat: Mapping[str, Any], source: str) -> None:
+    expected = tensor.shape(flat)
+    if tuple(array.shape) != expected:
+        raise CheckpointError(
+            f"{source}: tensor {tensor.name!r} has shape {tuple(array.shape)}",
+            expected=f"{expected}",
+            remedy="Is this a checkpoint of another size, or damaged?",
         )
-    tensor = np.asarray(tensor).reshape(expected[entry.lead :])
+    if array.dtype.kind in "cOSU":
+        raise CheckpointError(
+            f"{source}: tensor {tensor.name!r} is {array.dtype}", expected="real numbers"
+        )
+
+
+def _missing(report: Report, count: int, source: str) -> CheckpointError:
+    some = ", ".join(report.missing[:5]) + (", ..." if len(report.missing) > 5 else "")
+    return CheckpointError(
+        f"{source}: {len(report.missing)} tensors are missing among the {count} there: {some}",
+        expected=f"{len(report.missing) + len(report.loaded)} tensors of this network",
+        remedy="Is this a checkpoint of another network or size? To start the missing ones anew, "
+        "allow it (allow_missing).",
+    )
+
+
+def _unused(report: Report, source: str) -> CheckpointError:
+    some = ", ".join(report.unused[:5]) + (", ..." if len(report.unused) > 5 else "")
+    return CheckpointError(
+        f"{source}: {len(report.unused)} tensors belong to no parameter: {some}",
+        expected="the tensors of this network alone",
+        remedy="Is this a checkpoint of another network or size? To leave them aside, allow it "
+        "(allow_unused).",
+    )
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array that `jax.device_put` takes over on a CPU instead of copying it."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _targets(tensor: _Tensor, flat, out, dtype) -> Iterator[np.ndarray]:
+    """The arrays that a tensor's parts go into, in their own orientation."""
+    for path, layer in tensor.places:
+        if path not in out:
+            out[path] = _aligned(tuple(flat[path].shape), dtype)
+        yield out[path] if layer is None else out[path][layer]
+
+
+def _place(tensor: _Tensor, array: np.ndarray, flat, out, dtype) -> None:
+    """Write one published tensor into the leaf or leaves it belongs to."""
+    array = array.reshape(array.shape[tensor.lead :])
     start = 0
-    for path in entry.paths:
-        shape = tuple(flat[path].shape)
-        leaf = out.setdefault(path, np.empty(shape, dtype))
-        target = leaf if layer is None else leaf[layer]
-        target = target.T if entry.transpose else target
-        target[...] = tensor[start : start + target.shape[0]]
+    for target in _targets(tensor, flat, out, dtype):
+        target = target.T if tensor.transpose else target
+        target[...] = array[start : start + target.shape[0]]
         start += target.shape[0]
 
 
-def to_published(
-    table: Iterable[Entry], params: Mapping[str, Any], dtype: Any = np.float32
-) -> dict[str, np.ndarray]:
-    """Nested parameters (scanned layout) -> published names and arrays, in table order."""
-    flat = traverse_util.flatten_dict(params, sep="/")
+def _fill(missing: list[_Tensor], initial: Mapping[str, Any], out, dtype) -> None:
+    """Takes the parameters of missing tensors from initial ones, which have the same layout."""
+    for tensor in missing:
+        for target, (path, layer) in zip(
+            _targets(tensor, initial, out, dtype), tensor.places, strict=True
+        ):
+            target[...] = initial[path] if layer is None else initial[path][layer]
+
+
+def to_published(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Nested parameters, scanned or not -> published names and arrays, in table order.
+
+    The arrays are views of the parameters where these are in the host's memory, but for fused ones.
+    """
+    flat = flatten(params)
     out = {}
-    for entry in _present(table, flat):
-        leaves = [np.asarray(flat[path]) for path in entry.paths]
-        for name, layer in _expand(entry, flat):
-            parts = [leaf if layer is None else leaf[layer] for leaf in leaves]
-            parts = [part.T if entry.transpose else part for part in parts]
-            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            whole = np.ascontiguousarray(whole, dtype).reshape((1,) * entry.lead + whole.shape)
-            out[name] = whole
+    for tensor in _expand(table, flat):
+        parts = []
+        for path, layer in tensor.places:
+            part = np.asarray(flat[path]) if layer is None else np.asarray(flat[path][layer])
+            parts.append(part.T if tensor.transpose else part)
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        out[tensor.name] = whole.reshape((1,) * tensor.lead + whole.shape)
     return out

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from detailflow_jax.convert.torch_pickle import TensorSpec
 from detailflow_jax.convert.torch_zip import PICKLE_MAGIC, ZIP_MAGIC, open_torch, strided_view
 
 Weights = Literal["model", "ema"]
+Preference = Weights | Callable[[Collection[str]], Weights] | None
 
 # Keys under which checkpoints keep the trained weights, the first one present being read.
 _MODEL_KEYS = ("model", "module", "state_dict")
@@ -59,21 +60,22 @@ class Checkpoint:
     notices: list[str]
 
 
-def read_checkpoint(path: str | os.PathLike[str], weights: Weights | None = None) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], weights: Preference = None) -> Checkpoint:
     """Opens a checkpoint; numbers are read when a tensor is used.
 
     Args:
         path: a file or a folder (see `locate` for what is chosen there), local, `gs://` or
             `s3://`; or `hf:OWNER/NAME[@REVISION][/FILE]`, through the hub's cache.
         weights: the set preferred where a file holds several: "model" (also what None means) or
-            "ema". The other one is read with a notice if the preferred one is absent.
+            "ema", or a function of the tensors' names that tells. The other one is read with a
+            notice if the preferred one is absent.
 
     Raises:
         CheckpointError: nothing readable there, a file that would run code (it is not run), a
             damaged or foreign file, a folder with several candidates, a hub out of reach.
         ValueError: `weights` is neither.
     """
-    if weights not in ("model", "ema", None):
+    if weights not in ("model", "ema", None) and not callable(weights):
         raise ValueError(f"weights={weights!r}; expected 'model', 'ema' or None")
     with locate(path) as found:
         notices = list(found.notices)
@@ -102,7 +104,7 @@ def check_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def _read_file(
-    path: Path, name: str, weights: Weights | None, notices: list[str]
+    path: Path, name: str, weights: Preference, notices: list[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Tensors of one file, and the arguments pickled beside them."""
     size = path.stat().st_size
@@ -112,9 +114,10 @@ def _read_file(
     if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
         return _read_torch(raw, path, name, weights, notices)
     if head[8:9] == b"{":
-        if weights == "ema":
+        tensors = _read_safetensors(raw, path, name)
+        if _preferred(weights, tensors) == "ema":
             notices.append(f"{name}: holds one set of weights; taken as the 'ema' asked for")
-        return _read_safetensors(raw, path, name), {}
+        return tensors, {}
     found, remedy = _foreign(head)
     raise CheckpointError(
         f"{name}: {found}", expected="a file of torch.save or of safetensors", remedy=remedy
@@ -139,7 +142,7 @@ def _foreign(head: bytes) -> tuple[str, str]:
 
 
 def _read_torch(
-    raw: np.ndarray, path: Path, name: str, weights: Weights | None, notices: list[str]
+    raw: np.ndarray, path: Path, name: str, weights: Preference, notices: list[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     archive = open_torch(raw, path, name)
     state = _choose_state(archive.tree, weights, name, notices)
@@ -157,7 +160,7 @@ def _read_torch(
     return tensors, _plain_arguments(archive.tree.get("args"))
 
 
-def _choose_state(tree: Any, weights: Weights | None, name: str, notices: list[str]) -> dict:
+def _choose_state(tree: Any, weights: Preference, name: str, notices: list[str]) -> dict:
     """The state dict wanted among those of the file: label -> TensorSpec or something else."""
     top = tree if isinstance(tree, dict) else {}
     live = next(filter(None, (_state_in(top.get(key)) for key in _MODEL_KEYS)), None)
@@ -165,7 +168,8 @@ def _choose_state(tree: Any, weights: Weights | None, name: str, notices: list[s
     if live is None and ema is None:
         live = _state_in(tree)
     sets = {"model": live, "ema": ema}
-    wanted, other = ("ema", "model") if weights == "ema" else ("model", "ema")
+    wanted = _preferred(weights, live or ema or {})
+    other = "model" if wanted == "ema" else "ema"
     if sets[wanted] is not None:
         return sets[wanted]
     if sets[other] is not None:
@@ -177,6 +181,12 @@ def _choose_state(tree: Any, weights: Weights | None, name: str, notices: list[s
         expected="a dict of tensors, or one under 'model', 'module', 'state_dict' or 'ema'",
         remedy="Save the state dict under one of these keys.",
     )
+
+
+def _preferred(weights: Preference, names: Collection[Any]) -> Weights:
+    if callable(weights):
+        weights = weights({_PREFIX.sub("", name) for name in names if isinstance(name, str)})
+    return weights or "model"
 
 
 def _state_in(value: Any) -> dict | None:

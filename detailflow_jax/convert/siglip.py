@@ -1,11 +1,21 @@
 """SigLIP2 vision model in Hugging Face names."""
 
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear, norm
+from detailflow_jax.convert.settings import count_layers, dimension
+from detailflow_jax.models.siglip import ViTConfig
+
+HEADS = {1152: 16, 768: 12}
+"""Heads by width, in SigLIP2-so400m and in the trunks of the published tokenizers."""
 
 
 def blocks(name: str, path: str) -> tuple[Entry, ...]:
-    """The transformer layers under published `name` and parameter `path`."""
-    layer, ours = f"{name}.encoder.layers.{{}}", f"{path}/blocks/layers"
+    """The transformer layers under published `name` and parameter `path`; both may be empty."""
+    layer, ours = f"{_under(name)}encoder.layers.{{}}", f"{_under(path, '/')}blocks/layers"
     return (
         *linear(f"{layer}.self_attn.k_proj", f"{ours}/attention/k_proj"),
         *linear(f"{layer}.self_attn.v_proj", f"{ours}/attention/v_proj"),
@@ -20,21 +30,91 @@ def blocks(name: str, path: str) -> tuple[Entry, ...]:
 
 def trunk(name: str, path: str, *, patches: bool = True) -> tuple[Entry, ...]:
     """A whole vision transformer; `patches=False` has no patch embedding (the decoder's)."""
-    prefix = f"{path}/" if path else ""
-    embedding = linear(f"{name}.embeddings.patch_embedding", f"{prefix}patch_embed")
-    table = Entry(f"{name}.embeddings.position_embedding.weight", (f"{prefix}position_table",))
+    published, ours = _under(name), _under(path, "/")
+    embedding = linear(f"{published}embeddings.patch_embedding", f"{ours}patch_embed")
+    table = Entry(f"{published}embeddings.position_embedding.weight", (f"{ours}position_table",))
     return (
         *(embedding if patches else ()),
         table,
-        *(
-            Entry(e.name, tuple(p.lstrip("/") for p in e.paths), e.transpose, e.lead)
-            for e in blocks(name, path)
-        ),
-        *norm(f"{name}.post_layernorm", f"{prefix}final_norm"),
+        *blocks(name, path),
+        *norm(f"{published}post_layernorm", f"{ours}final_norm"),
     )
 
 
-TABLE = trunk("vision_model", "")
-"""Hugging Face `Siglip2VisionModel`; its pooling head (`vision_model.head.`) is not used."""
+def _under(name: str, separator: str = ".") -> str:
+    return f"{name}{separator}" if name else ""
 
-SKIPPED = ("vision_model.head.", "text_model.", "logit_scale", "logit_bias")
+
+PREFIXES = ("vision_model", "", "repa_model.visual_model")
+"""Where a file may keep the model: that of a `Siglip2Model`, of a `Siglip2VisionModel` alone
+(newer versions of transformers), of a training checkpoint of the tokenizer with its teacher."""
+
+SIGN = "embeddings.patch_embedding.weight"
+"""Under one of the prefixes, the name by which such a checkpoint is known."""
+
+
+def find(tensors: Collection[str]) -> str | None:
+    """The prefix under which a file keeps a SigLIP2 vision model, or None."""
+    return next((p for p in PREFIXES if _under(p) + SIGN in tensors), None)
+
+
+def inside(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors under a prefix: without a text tower, or the tokenizer around a teacher."""
+    return {name: x for name, x in tensors.items() if name.startswith(_under(prefix))}
+
+
+def skipped(prefix: str, depth: int, tensors: Mapping[str, Any]) -> tuple[str, ...]:
+    """Prefixes of what is not needed: the pooling head, and the layers from `depth` on."""
+    name = _under(prefix)
+    later = range(depth, count_layers(tensors, f"{name}encoder.layers."))
+    return (f"{name}head.", *(f"{name}encoder.layers.{i}." for i in later))
+
+
+def infer_config(
+    tensors: Mapping[str, Any],
+    name: str,
+    source: str,
+    num_heads: int | None,
+    *,
+    override: str,
+    pixels: int,
+) -> ViTConfig:
+    """Sizes of the vision transformer under published `name`.
+
+    Args:
+      tensors: published name -> anything with `.shape`.
+      name: what its tensors' names begin with.
+      source: what messages call the file.
+      num_heads: None takes what is usual for the width.
+      override: what the number of heads is called where it can be given.
+      pixels: numbers of a patch.
+
+    Raises:
+      CheckpointError: a tensor is missing, or the heads are not known or do not divide the width.
+    """
+    table, layers = f"{name}.embeddings.position_embedding.weight", f"{name}.encoder.layers."
+    rows, width = (dimension(tensors, table, axis, 2, source) for axis in (0, 1))
+    num_heads = num_heads or HEADS.get(width)
+    if not isinstance(num_heads, int) or num_heads < 1 or width % num_heads:
+        raise CheckpointError(
+            f"{source}: {name} has width {width} and {num_heads} heads",
+            expected=f"{override}=..., a divisor of the width; shapes do not tell it",
+            remedy=f"Pass {override}.",
+        )
+    return ViTConfig(
+        width=width,
+        depth=count_layers(tensors, layers),
+        num_heads=num_heads,
+        mlp_dim=dimension(tensors, f"{layers}0.mlp.fc1.weight", 0, 2, source),
+        patch_size=_side(pixels, 3, f"{source}: the patches of {name}"),
+        table_side=_side(rows, 1, f"{source}: {table!r}"),
+    )
+
+
+def _side(size: int, channels: int, where: str) -> int:
+    side = math.isqrt(size // channels)
+    if side < 1 or channels * side * side != size:
+        raise CheckpointError(
+            f"{where}: {size} numbers", expected=f"{channels} x side x side of a square"
+        )
+    return side

@@ -173,12 +173,22 @@ def _write_folder(
     target: Path, texts: Mapping[str, str], save: Callable[[Path], None], file: str, overwrite: bool
 ) -> None:
     weights = Path("checkpoints") / file
-    with _beside(target) as new, _beside(target) as old:
+    check_replaceable(target, {*map(Path, texts), weights, weights.parent}, overwrite)
+    with appearing(target) as new:
         (new / "checkpoints").mkdir(parents=True)
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
-        _check_replaceable(target, {*map(Path, texts), weights, weights.parent}, overwrite)
         save(new / weights)
+
+
+@contextlib.contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """The name of a folder to make and fill: on leaving it takes the place of `target`, if any.
+
+    After an error within there is no trace of it. `check_replaceable` comes before.
+    """
+    with _beside(target) as new, _beside(target) as old:
+        yield new
         for path in (*new.rglob("*"), new):
             _sync(path)
         replaced = target.exists()
@@ -193,13 +203,23 @@ def _write_folder(
     _sync(target.parent)
 
 
-def _check_replaceable(target: Path, ours: set[Path], overwrite: bool) -> None:
-    """A folder is replaced whole, so only one that holds nothing but a checkpoint may be."""
+def check_replaceable(target: Path, ours: set[Path], overwrite: bool) -> None:
+    """A folder is replaced whole, so only one that holds nothing but a checkpoint may be.
+
+    Args:
+        target: the folder to write, which may exist.
+        ours: paths of a checkpoint, relative to the folder; what lies under them is of it too.
+        overwrite: whether it may be replaced at all.
+
+    Raises:
+        CheckpointError: it may not, or holds more.
+    """
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:
         raise _exists(target)
-    strange = {path.relative_to(target) for path in target.rglob("*")} - ours
+    inside = {path.relative_to(target) for path in target.rglob("*")}
+    strange = {path for path in inside if ours.isdisjoint((path, *path.parents))}
     if strange or not target.is_dir() or target.is_symlink():
         raise CheckpointError(
             f"{target}: holds more than the checkpoint to replace "

@@ -1,0 +1,221 @@
+"""Converts checkpoints between the published PyTorch layout and this project's.
+
+    python -m detailflow_jax.convert --to jax --src hf:ByteFlow-AI/DetailFlow-16 --dst models/tok16
+    python -m detailflow_jax.convert --to pytorch --src runs/gen --dst exported/gen
+
+Exit codes: 0 done, 2 it could not be done (one line says why); nothing partial is left.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import logging
+from tqdm import tqdm
+
+from detailflow_jax import checkpoint
+from detailflow_jax.convert import export
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.load import load
+from detailflow_jax.convert.published import Loaded
+from detailflow_jax.convert.writers import appearing, check_replaceable
+
+# What the folder holds that `write_jax` makes, and nothing of a run.
+_FOLDER = {pathlib.Path("config.json"), pathlib.Path("checkpoints/0"), pathlib.Path("checkpoints")}
+OVERRIDES = {
+    "encoder_num_heads": "attention heads of a tokenizer's encoder",
+    "decoder_num_heads": "attention heads of a tokenizer's decoder",
+    "num_heads": "attention heads of a generator",
+    "num_tokens": "N of a generator",
+    "group_size": "g, tokens of a group",
+    "causal_num": "c, tokens generated one by one",
+    "image_size": "side in pixels of a tokenizer's full resolution",
+}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detailflow_jax.convert",
+        description="Convert a checkpoint: a published one into a folder that df.load_tokenizer "
+        "and df.load_generator read, or a model of this project into the published layout. Reading "
+        "never runs code from a file.",
+        epilog="""\
+examples:
+  --to jax     --src hf:ByteFlow-AI/DetailFlow-16        --dst models/tokenizer16
+  --to jax     --src downloads/gpt_l.pt --num_tokens 128 --dst models/generator16
+  --to pytorch --src runs/tok                            --dst exported/tok
+  --to pytorch --src runs/gen                            --dst exported/gen.safetensors
+
+exit codes: 0 done; 2 not done, the last line says why and nothing partial is left.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--to", required=True, choices=("jax", "pytorch"), help="the layout to write")
+    add(
+        "--src",
+        required=True,
+        metavar="PATH",
+        help="a workdir, a published folder or file (.pt .pth .ckpt .bin .safetensors), gs://..., "
+        "or hf:OWNER/NAME[@REVISION][/FILE]",
+    )
+    add(
+        "--dst",
+        required=True,
+        metavar="PATH",
+        help="a folder to make; for pytorch also a file ending in .pt .pth .ckpt .bin .safetensors",
+    )
+    add(
+        "--weights",
+        choices=("model", "ema"),
+        help="which set to take; default of a published tokenizer model, of a published generator "
+        "ema, of a run the average where it keeps one",
+    )
+    add("--allow_missing", action="store_true", help="start anew what the file lacks")
+    add("--allow_unused", action="store_true", help="leave tensors aside that have no place")
+    add("--overwrite", action="store_true", help="replace a checkpoint at --dst")
+    group = parser.add_argument_group(
+        "overrides", "what shapes cannot tell; default: the configuration beside the weights"
+    )
+    for name, text in OVERRIDES.items():
+        group.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    return parser.parse_args(argv)
+
+
+def convert(args: argparse.Namespace) -> list[str]:
+    """Does what the arguments say; returns the lines of the report.
+
+    Raises:
+      CheckpointError and others: see `load`, `export` and `write_jax`; nothing partial is left.
+    """
+    started = time.perf_counter()
+    _check_target(args)
+    overrides = {n: getattr(args, n) for n in OVERRIDES if getattr(args, n) is not None}
+    found = load(
+        None,
+        args.src,
+        weights=args.weights,
+        allow_missing=args.allow_missing,
+        allow_unused=args.allow_unused,
+        progress=functools.partial(tqdm, desc="read", unit="tensor"),
+        overrides=overrides,
+    )
+    for notice in found.notices:
+        logging.warning("%s", notice)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(found.params))
+    lines = _read_lines(found, size)
+    if args.to == "jax":
+        write_jax(found, args.dst, overwrite=args.overwrite)
+        lines.append(f"written          {args.dst}")
+    else:
+        lines += _written_lines(
+            export.export(
+                found.kind,
+                found.config,
+                found.params,
+                args.dst,
+                overwrite=args.overwrite,
+                progress=functools.partial(tqdm, desc="write", unit="tensor"),
+            )
+        )
+    seconds, peak = time.perf_counter() - started, _peak_bytes()
+    memory = f"{peak / 2**30:.2f} GiB at most, {peak / size:.1f}x the weights"
+    return [*lines, f"memory           {memory}", f"time             {seconds:.1f} s"]
+
+
+def write_jax(found: Loaded, dst: str, *, overwrite: bool = False) -> None:
+    """Writes a folder that `df.load_*` reads as it reads a run: config.json and one checkpoint.
+
+    Raises:
+      CheckpointError: something is at `dst` that may not be replaced.
+    """
+    target = pathlib.Path(dst).expanduser()
+    check_replaceable(target, _FOLDER, overwrite)
+    written = {"task": found.kind, "source": found.source}
+    written["model"] = dataclasses.asdict(found.config)
+    with appearing(target) as folder:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+        checkpoint.save_params(folder, found.params)
+
+
+def _check_target(args: argparse.Namespace) -> None:
+    """What would only fail after minutes of reading fails now."""
+    if "://" in args.dst:
+        raise CheckpointError(f"{args.dst}: not a local path", remedy="Write here, then copy it.")
+    if os.path.exists(args.dst) and not args.overwrite:
+        raise CheckpointError(
+            f"{args.dst}: exists already", remedy="Choose another path, or pass --overwrite."
+        )
+
+
+def _read_lines(found: Loaded, size: int) -> list[str]:
+    report = found.report
+    count = len(report.loaded) or len(jax.tree.leaves(found.params))
+    lines = [
+        f"read             {found.source}",
+        f"network          {found.kind}, {size / 4e6:.1f}M parameters",
+        f"loaded           {count} tensors, {' and '.join(found.dtypes)} -> float32",
+    ]
+    for title, names in (
+        ("skipped (design)", report.skipped),
+        ("missing (new)", report.missing),
+        ("unused", report.unused),
+    ):
+        lines.append(f"{title:17}{_summary(names)}")
+    return lines
+
+
+def _written_lines(done: export.Exported) -> list[str]:
+    for notice in done.notices:
+        logging.warning("%s: %s", done.path, notice)
+    return [
+        f"written          {done.path}",
+        f"tensors          {len(done.written)}, buffers {_summary(done.buffers)}",
+        f"left out         {_summary(done.left_out)} (only training uses them)"
+        if done.left_out
+        else "left out         none",
+    ]
+
+
+def _summary(names: Sequence[str]) -> str:
+    """Names with their numbers, grouped by what comes before the first dot."""
+    if len(names) <= 3:
+        return ", ".join(names) or "none"
+    groups: dict[str, int] = {}
+    for name in names:
+        head = name.partition(".")[0]
+        groups[head] = groups.get(head, 0) + 1
+    return ", ".join(f"{head}.* ({count})" for head, count in groups.items())
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has had resident, mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args: Any = parse_arguments(argv)
+    try:
+        lines = convert(args)
+    except (ValueError, checkpoint.CheckpointError, OSError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

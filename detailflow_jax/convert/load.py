@@ -1,0 +1,136 @@
+"""A network from whatever a path leads to: a run of this project, or a published checkpoint."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from detailflow_jax.checkpoint import restore_params
+from detailflow_jax.config import near_names, read_config
+from detailflow_jax.convert import mapping, published
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.published import Loaded
+from detailflow_jax.convert.readers import Weights
+from detailflow_jax.tasks import generator as generator_task
+from detailflow_jax.tasks import tokenizer as tokenizer_task
+
+_MODEL_CONFIG = {
+    "tokenizer": tokenizer_task.model_config,
+    "generator": generator_task.model_config,
+}
+
+
+def is_workdir(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is the workdir of a training run of this project, or like one."""
+    try:
+        return "task" in json.loads((epath.Path(path) / "config.json").read_text())
+    except Exception:  # Not there, no JSON, or out of reach, which has many exceptions.
+        return False
+
+
+def load(
+    kind: str | None,
+    path: str | os.PathLike[str],
+    *,
+    weights: Weights | None = None,
+    step: int | None = None,
+    scan: bool = True,
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+    progress: Callable[[list], Iterable] = iter,
+    overrides: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Reads a network.
+
+    Args:
+      kind: "tokenizer" or "generator"; None is told by what is there.
+      path: a workdir, or what `read_checkpoint` takes.
+      weights: "model" or "ema". Default: of a published checkpoint what its evaluation takes
+        (a tokenizer's model, a generator's average), of a run the average where it keeps one.
+      step: of a run, which checkpoint; default the newest complete one.
+      scan: layout wanted of the parameters; those of a run come in the layout it has.
+      allow_missing, allow_unused: see `published.load`.
+      progress: wraps the list of what is to be read of a published checkpoint.
+      overrides: fields of the configuration, and `encoder_num_heads`, `decoder_num_heads`.
+
+    Raises:
+      ConfigError, CheckpointError (here and of `detailflow_jax.checkpoint`): nothing to load there,
+        or not of this kind; the text says what to do.
+      ValueError: `weights` is neither, or an unknown override.
+    """
+    if weights not in (None, "model", "ema"):
+        raise ValueError(f"weights={weights!r}; expected 'model', 'ema' or None")
+    if is_workdir(path):
+        return _load_run(kind, path, weights, step, overrides or {})
+    if step is not None:
+        raise ValueError(f"step={step} is for the workdir of a run, which {path} is not")
+    return published.load(
+        kind,
+        path,
+        weights=weights,
+        scan=scan,
+        allow_missing=allow_missing,
+        allow_unused=allow_unused,
+        progress=progress,
+        overrides=overrides,
+    )
+
+
+def _load_run(
+    kind: str | None,
+    path: str | os.PathLike[str],
+    weights: Weights | None,
+    step: int | None,
+    overrides: Mapping[str, Any],
+) -> Loaded:
+    run = read_config(path)
+    kind = kind or run.task
+    if run.task != kind or kind not in _MODEL_CONFIG:
+        raise CheckpointError(
+            f"{path} holds a {run.task}",
+            expected=f"a {kind}",
+            remedy=f"Load it with df.load_{run.task}." if run.task in _MODEL_CONFIG else "",
+        )
+    notices = []
+    if weights == "ema" and not run.get("ema", {}).get("decay"):
+        notices.append(f"{path}: the run keeps no 'ema' weights; reading 'model'")
+    config = _override(_MODEL_CONFIG[kind](run.model), overrides)
+    params = restore_params(path, ema=weights != "model", step=step)
+    _check_shapes(params, published.KINDS[kind].abstract(config, scan=config.scan), str(path))
+    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
+    return Loaded(kind, config, params, mapping.Report(), notices, str(path), tuple(dtypes))
+
+
+def _check_shapes(params: Any, abstract: Any, source: str) -> None:
+    """Refuses parameters that are not those of the configuration."""
+    there, here = mapping.flatten(params), mapping.flatten(abstract)
+    for name in dict.fromkeys([*here, *there]):
+        a, b = (tuple(x[name].shape) if name in x else "absent" for x in (there, here))
+        if a != b:
+            raise CheckpointError(
+                f"{source}: parameter {name} is {a}",
+                expected=f"{b} by the configuration",
+                remedy="Leave out the override of a size, or check config.json there.",
+            )
+
+
+def _override(config: Any, overrides: Mapping[str, Any]) -> Any:
+    """The configuration with fields replaced, the head counts of both trunks among them."""
+    known = [field.name for field in dataclasses.fields(config)]
+    trunks = [part for part in ("encoder", "decoder") if part in known]
+    heads = {f"{part}_num_heads": part for part in trunks}
+    for name, value in overrides.items():
+        if name in heads:
+            part = dataclasses.replace(getattr(config, heads[name]), num_heads=value)
+            config = dataclasses.replace(config, **{heads[name]: part})
+        elif name in known:
+            config = dataclasses.replace(config, **{name: value})
+        else:
+            known += heads
+            near = ", ".join(near_names(name, known)) or ", ".join(known)
+            raise ValueError(f"unknown override {name!r}; near names: {near}")
+    return config

@@ -1,0 +1,144 @@
+"""What is known about a network: from its tensors, from the file's configuration, from overrides.
+
+The tensors' shapes are always right. An override by name comes before the configuration beside the
+weights, and both are refused where they contradict the shapes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from detailflow_jax.convert.errors import CheckpointError
+
+
+class Settings:
+    """Collects the fields of a network's configuration, refusing contradictions.
+
+    Attributes:
+      fields: what has been settled so far, by the name of our field.
+      notices: what the user should know: a value that had to be assumed.
+    """
+
+    def __init__(self, source: str, published: Mapping[str, Any], overrides: Mapping[str, Any]):
+        """Args: what messages call the file, its configuration, values by name."""
+        self.source, self.published = source, published
+        self.overrides = dict(overrides)
+        self.fields: dict[str, Any] = {}
+        self.notices: list[str] = []
+
+    def by_shape(self, name: str, value: Any, names: Sequence[str] = ()) -> None:
+        """A field that the tensors tell; `names` are those of the published configuration."""
+        self.check(value, names)
+        given = self.overrides.pop(name, None)
+        if given is not None and given != value:
+            raise CheckpointError(
+                f"{self.source}: the override {name}={given} contradicts the weights, whose "
+                f"shapes say {name}={value}",
+                remedy="Leave the override out, or name the file that it belongs to.",
+            )
+        self.fields[name] = value
+
+    def check(self, value: Any, names: Sequence[str]) -> None:
+        """Refuses a configuration that says anything but `value` under one of `names`."""
+        for name in names:
+            said = self.published.get(name)
+            if said is not None and said != value:
+                self.contradict(name, repr(said), value)
+
+    def contradict(self, name: str, said: str, found: Any) -> NoReturn:
+        """Raises CheckpointError: the configuration says one thing, the weights another."""
+        raise CheckpointError(
+            f"{self.source}: the configuration beside the weights says {name}={said}, the weights "
+            f"themselves say {found}",
+            expected="a configuration of these weights",
+            remedy="Put the right config.json beside them, or none: shapes and overrides then "
+            "tell the sizes.",
+        )
+
+    def told(
+        self,
+        name: str,
+        kind: type,
+        names: Sequence[str] = (),
+        *,
+        default: Any = None,
+        why: str = "",
+    ) -> Any:
+        """A field that no tensor tells: the override, the configuration's, or the default.
+
+        Args:
+          name: of our field.
+          kind: int or float.
+          names: of the published configuration, the first one present counts; default `name`.
+          default: None, or a value of this kind.
+          why: where a default comes from; if given, a notice tells that it was taken.
+
+        Raises:
+          CheckpointError: a value of another kind.
+        """
+        found = [(n, self.published[n]) for n in names or (name,) if n in self.published]
+        if name in self.overrides:
+            value = self.overrides.pop(name)
+        elif found:
+            value = found[0][1]
+        else:
+            value = default
+            if why:
+                self.notices.append(f"{self.source}: nothing tells {name}; {value} taken, {why}")
+        if not (value is None and default is None):
+            value = self._number(name, value, kind)
+        self.fields[name] = value
+        return value
+
+    def _number(self, name: str, value: Any, kind: type) -> int | float:
+        fits = isinstance(value, int | kind) and not isinstance(value, bool) and value > 0
+        if not fits:
+            raise CheckpointError(
+                f"{self.source}: {name}={value!r}", expected=f"a positive {kind.__name__}"
+            )
+        return kind(value)
+
+    def only(self, name: str, supported: Any, meaning: str) -> None:
+        """Refuses weights whose configuration has another value than the one supported."""
+        said = self.published.get(name)
+        if said is not None and said != supported:
+            raise CheckpointError(
+                f"{self.source}: its configuration says {name}={said!r}, {meaning}",
+                expected=f"{name}={supported!r}, as in every published DetailFlow",
+                remedy="Such a network is not supported here.",
+            )
+
+    def rest(self, known: Sequence[str]) -> dict[str, Any]:
+        """The settled fields, with the overrides of `known` fields that nothing has settled."""
+        free = [name for name in known if name not in self.fields]
+        unknown = [name for name in self.overrides if name not in free]
+        if unknown:
+            raise CheckpointError(
+                f"unknown override {unknown[0]!r}",
+                expected=f"one of {', '.join(sorted({*free, *self.fields}))}",
+            )
+        return self.fields | self.overrides
+
+
+def dimension(tensors: Mapping[str, Any], name: str, axis: int, rank: int, source: str) -> int:
+    """One dimension of a tensor that every file of this network has.
+
+    Raises:
+      CheckpointError: no such tensor, or one of another rank.
+    """
+    if name not in tensors:
+        raise CheckpointError(
+            f"{source}: tensor {name!r} is missing",
+            remedy="Is this a checkpoint of another network, or a part of one?",
+        )
+    shape = tuple(tensors[name].shape)
+    if len(shape) != rank:
+        raise CheckpointError(
+            f"{source}: tensor {name!r} has shape {shape}", expected=f"{rank} dimensions"
+        )
+    return int(shape[axis])
+
+
+def count_layers(tensors: Mapping[str, Any], prefix: str) -> int:
+    """How many layers there are, their tensors being named PREFIX0.…, PREFIX1.…, ..."""
+    numbers = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
+    return 1 + max((int(n) for n in numbers if n.isdecimal() and len(n) < 4), default=-1)

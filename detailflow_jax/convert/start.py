@@ -1,0 +1,147 @@
+"""Training that starts from weights: which file goes into which part of a state.
+
+    config.init_from.model     a whole network: a run of this project or a published checkpoint
+    config.init_from.encoder   SigLIP2 for the tokenizer's encoder: its first layers
+    config.teacher.path        SigLIP2 for the frozen teacher of the alignment loss
+
+SigLIP2 is a folder, file or hub name in Hugging Face's format, or a published training checkpoint
+of a tokenizer, which has its teacher inside. Position tables of another grid are resized as the
+network resizes them (antialiased bilinear); layers beyond the depth wanted are left out.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from flax import traverse_util
+
+from detailflow_jax.convert import mapping, siglip, tokenizer
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.load import is_workdir, load
+from detailflow_jax.convert.published import KINDS, check_kind
+from detailflow_jax.convert.readers import check_finite, read_checkpoint
+from detailflow_jax.ops import interpolation
+from detailflow_jax.tasks import TrainState
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def load_into(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
+    """The state with the weights that the configuration names in their places.
+
+    Args:
+      config: of the run; `init_from` and `teacher` may be absent.
+      state: as created or restored, placed on its mesh; every array keeps its placement.
+      fresh: whether no checkpoint was restored; else `init_from` has had its effect long ago,
+        and only what is no part of a checkpoint, the frozen teacher, is read.
+
+    Raises:
+      CheckpointError: a file that cannot be read, is of another network or size, or two files for
+        the same parameters.
+    """
+    start = config.get("init_from") or {}
+    model, encoder = start.get("model"), start.get("encoder")
+    if model and encoder:
+        raise CheckpointError(
+            f"config.init_from names both model={model} and encoder={encoder}",
+            expected="one of them: a whole model has an encoder",
+        )
+    if fresh and model:
+        state = _with_params(state, _whole(config.task, model, state.params))
+    if fresh and encoder:
+        trunk = _siglip(encoder, state.params["encoder"]["trunk"])
+        state = _with_params(state, {"encoder": {"trunk": trunk}})
+    if "teacher" in state.frozen and config.teacher.get("path"):
+        teacher = state.frozen["teacher"]
+        teacher = _placed(teacher, _siglip(config.teacher.path, teacher))
+        state = state.replace(frozen=state.frozen | {"teacher": teacher})
+    return state
+
+
+def _with_params(state: TrainState, loaded: Mapping[str, Any]) -> TrainState:
+    # The average gets arrays of its own: a step gives the memory of both away.
+    average = state.ema if state.ema is None else _placed(state.ema, loaded)
+    return state.replace(params=_placed(state.params, loaded), ema=average)
+
+
+def _placed(current: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """`current` with the leaves that were loaded, each where the old one was."""
+    leaves = mapping.flatten(current)
+    for path, array in mapping.flatten(loaded).items():
+        old = leaves[path]
+        array = np.asarray(array, old.dtype)
+        leaves[path] = jax.make_array_from_callback(
+            old.shape, old.sharding, lambda index, array=array: array[index]
+        )
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a whole network, but for the projection for alignment where it has none."""
+    names = KINDS[kind].names
+    if is_workdir(path):
+        tensors, source = mapping.to_published(names.TABLE, load(kind, path).params), path
+    else:
+        read = read_checkpoint(path, KINDS[kind].weights)
+        _tell(read.notices)
+        tensors, source = read.tensors, read.source
+    check_kind(kind, tensors, source)
+    aligned = f"{tokenizer.ALIGNMENT}0.weight" in tensors
+    wanted = {k: x for k, x in params.items() if aligned or not k.startswith("align_layers")}
+    return _read(names.TABLE, _fitted(names.TABLE, tensors, wanted), wanted, source, names.SKIPPED)
+
+
+def _siglip(path: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a vision transformer, as deep as `params`."""
+    read = read_checkpoint(path)
+    _tell(read.notices)
+    prefix = siglip.find(read.tensors)
+    if prefix is None:
+        check_kind("SigLIP2 vision model", read.tensors, read.source)
+    table = siglip.trunk(prefix, "")
+    tensors = siglip.inside(prefix, read.tensors)
+    depth = mapping.depth(table, params)
+    skip = siglip.skipped(prefix, depth, tensors)
+    return _read(table, _fitted(table, tensors, params), params, read.source, skip)
+
+
+def _read(table, tensors: Tensors, params, source: str, skip) -> dict[str, Any]:
+    loaded, report = mapping.from_published(
+        table, tensors, params, source=source, skip=skip, allow_unused=False
+    )
+    _tell([f"{source}: {n}" for n in check_finite({k: tensors[k] for k in report.loaded})])
+    logging.info(
+        "%d tensors from %s, %d left aside by design",
+        len(report.loaded),
+        source,
+        len(report.skipped),
+    )
+    return loaded
+
+
+def _tell(notices: list[str]) -> None:
+    for notice in notices:
+        logging.warning("%s", notice)
+
+
+def _fitted(table, tensors: Tensors, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors with their position tables resized to the grids of `params`."""
+    fitted = dict(tensors)
+    for name, (rows, width) in mapping.published_shapes(_position_tables(table), params).items():
+        have = tensors[name].shape if name in tensors else ()
+        if len(have) != 2 or have[0] == rows or have[1] != width:
+            continue  # The right one, or one that cannot be: from_published tells.
+        if math.isqrt(have[0]) ** 2 != have[0]:
+            continue
+        side = math.isqrt(rows)
+        logging.info("%s resized from %d to %d positions", name, have[0], rows)
+        whole = np.asarray(tensors[name], np.float32)
+        fitted[name] = np.asarray(interpolation.resize_position_table(whole, side, side))
+    return fitted
+
+
+def _position_tables(table):
+    return [entry for entry in table if entry.name.endswith("position_embedding.weight")]
