@@ -7,7 +7,14 @@ images = tok.decode(gen.sample([3, 1, 4], seed=0, cfg_scale=1.5))
 
 import importlib
 
-__all__ = ["Generator", "Tokenizer", "load_generator", "load_tokenizer"]
+__all__ = [
+    "Generator",
+    "Tokenizer",
+    "check_pair",
+    "load_generator",
+    "load_tokenizer",
+    "save_pytorch",
+]
 
 
 def __getattr__(name: str):

@@ -10,66 +10,133 @@ Shapes: B images or samples, N tokens, n <= N tokens asked for, V codes.
 import dataclasses
 import functools
 import hashlib
-import json
+import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
+from absl import logging
 
-from detailflow_jax.checkpoint import restore_params
-from detailflow_jax.config import near_names, read_config
+from detailflow_jax.convert import export, load
 from detailflow_jax.models import generator as generator_network
 from detailflow_jax.models import layers, sampler
 from detailflow_jax.models import tokenizer as tokenizer_network
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import logits as filters
-from detailflow_jax.tasks import generator as generator_task
-from detailflow_jax.tasks import tokenizer as tokenizer_task
 
 
 def load_tokenizer(
-    path: str, *, weights: str | None = None, step: int | None = None, **overrides: Any
+    path: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    step: int | None = None,
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+    **overrides: Any,
 ) -> "Tokenizer":
-    """A tokenizer from the workdir of a training run.
+    """A tokenizer from a run of this project or from a published checkpoint.
 
     Args:
-      path: the workdir.
-      weights: "model" or "ema"; default the average where the run keeps one.
-      step: which checkpoint; default the newest complete one.
-      **overrides: fields of the network's configuration, and `encoder_num_heads`,
-        `decoder_num_heads`.
+      path: the workdir of a run; or a published folder or file (.pt, .pth, .ckpt, .bin,
+        .safetensors, shards), local or gs://; or hf:OWNER/NAME[@REVISION][/FILE].
+      weights: "model" or "ema". Default: of a run the average where it keeps one; of a published
+        tokenizer "model", of a published generator "ema". Where a file holds only the other set,
+        that one is read, and a warning says so.
+      step: of a run, which checkpoint; default the newest complete one.
+      allow_missing: start a parameter anew for which a published file holds no tensor.
+      allow_unused: leave tensors of a published file aside that belong to no parameter.
+      **overrides: what shapes cannot tell, by name: `encoder_num_heads`, `decoder_num_heads`
+        (a generator's `num_heads`), `group_size`, `causal_num`, `image_size` (a generator's
+        `num_tokens`), or any other field of the network's configuration.
 
     Raises:
-      ConfigError, CheckpointError: there is nothing to load there; the text says what is missing.
-      ValueError: another kind of model, or an unknown override.
+      ConfigError, CheckpointError: nothing to load there, not of this kind, or sizes that
+        contradict each other; the text says what is wrong and what to do.
+      ValueError: an unknown override or value of `weights`.
     """
-    config = tokenizer_task.model_config(_run_config(path, "tokenizer").model)
-    params = restore_params(path, ema=weights != "model", step=step)
-    return Tokenizer(_override_tokenizer(config, overrides), params, str(path))
+    allow = {"allow_missing": allow_missing, "allow_unused": allow_unused}
+    return Tokenizer(*_load("tokenizer", path, weights, step, overrides, **allow))
 
 
 def load_generator(
-    path: str, *, weights: str | None = None, step: int | None = None, **overrides: Any
+    path: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    step: int | None = None,
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+    **overrides: Any,
 ) -> "Generator":
-    """A generator from the workdir of a training run; see `load_tokenizer`."""
-    config = generator_task.model_config(_run_config(path, "generator").model)
-    params = restore_params(path, ema=weights != "model", step=step)
-    return Generator(_override(config, overrides), params, str(path))
+    """A generator from a run or a published checkpoint; see `load_tokenizer`."""
+    allow = {"allow_missing": allow_missing, "allow_unused": allow_unused}
+    return Generator(*_load("generator", path, weights, step, overrides, **allow))
+
+
+def _load(kind: str, path, weights, step, overrides, **allow: bool) -> tuple[Any, Any, str]:
+    """(configuration, parameters, origin); what the user should know is logged."""
+    found = load.load(
+        kind, path, weights=weights, step=step, scan=_scan(), overrides=overrides, **allow
+    )
+    for notice in found.notices:
+        logging.warning("%s", notice)
+    return found.config, found.params, found.source
+
+
+def save_pytorch(
+    model: "Tokenizer | Generator", path: str | os.PathLike[str], *, overwrite: bool = False
+) -> pathlib.Path:
+    """Writes a model in the published layout, which the published code loads with strict=True.
+
+    Args:
+      model: a tokenizer or generator.
+      path: a folder to make (config.json, config.yaml, checkpoints/N.pt), or a file ending in
+        .pt, .pth, .ckpt, .bin or .safetensors, with the two configurations beside it.
+      overwrite: whether a checkpoint at `path` may be replaced.
+
+    Returns:
+      the path written.
+
+    Raises:
+      CheckpointError: something is at `path`, or PyTorch is missing for a PyTorch file.
+    """
+    done = export.export(model.kind, model.config, model.params, path, overwrite=overwrite)
+    for notice in done.notices:
+        logging.warning("%s: %s", done.path, notice)
+    return done.path
+
+
+def check_pair(tokenizer: "Tokenizer", generator: "Generator") -> None:
+    """Raises ValueError unless the generator writes codes that this tokenizer reads."""
+    for field in ("codebook_size", "num_tokens", "group_size", "causal"):
+        theirs, ours = getattr(generator.config, field), getattr(tokenizer.config, field)
+        if theirs != ours:
+            raise ValueError(
+                f"{generator.source} and {tokenizer.source} do not belong together: {field} is "
+                f"{theirs} in the generator and {ours} in the tokenizer; expected a generator "
+                "trained on the codes of this tokenizer"
+            )
+
+
+def _scan() -> bool:
+    # A scan slices stacked weights at every layer, which a CPU pays for and others do not.
+    return jax.default_backend() != "cpu"
 
 
 class _Model:
     """A network's configuration and parameters, laid out for this machine's backend."""
 
+    kind: str
+
     def __init__(self, network: Callable, config: Any, params: Mapping[str, Any], source: str):
         """Args: the Linen module class, its config, scanned or unrolled parameters, the origin."""
-        # A scan slices stacked weights at every layer, which a CPU pays for and others do not.
-        scan = jax.default_backend() != "cpu"
+        scan = _scan()
         self.config = dataclasses.replace(config, scan=scan)
-        self.params = (layers.stack_layers if scan else layers.unstack_layers)(params)
-        self.params = jax.tree.map(jnp.asarray, self.params)
+        params = (layers.stack_layers if scan else layers.unstack_layers)(params)
+        # Unlike `jnp.asarray`, this takes suitable host memory over without a copy.
+        self.params = jax.device_put(params)
         self.network = network(self.config)
         self.source = source
 
@@ -90,6 +157,8 @@ class _Model:
 
 class Tokenizer(_Model):
     """Images to codes and back."""
+
+    kind = "tokenizer"
 
     def __init__(self, config: tokenizer_network.TokenizerConfig, params, source: str = "memory"):
         super().__init__(tokenizer_network.Tokenizer, config, params, source)
@@ -136,6 +205,8 @@ class Tokenizer(_Model):
 
 class Generator(_Model):
     """Labels to codes."""
+
+    kind = "generator"
 
     def __init__(self, config: generator_network.GeneratorConfig, params, source: str = "memory"):
         super().__init__(generator_network.Generator, config, params, source)
@@ -283,41 +354,3 @@ def _check_settings(cfg_scale: float, temperature: float, top_k: int, top_p: flo
         raise ValueError(f"top_k={top_k}, expected >= 0 (0 keeps every code)")
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p={top_p}, expected in (0, 1]")
-
-
-def _run_config(path: str, task: str) -> Any:
-    """The configuration of the run in `path`, which must be of this task."""
-    config = read_config(path)
-    found = config.get("task")
-    if found != task:
-        raise ValueError(f"{path} holds a {found}, expected a {task}")
-    return config
-
-
-def _override(config: Any, overrides: Mapping[str, Any]) -> Any:
-    """The dataclass with fields replaced; an unknown name is refused with the near ones."""
-    known = [field.name for field in dataclasses.fields(config)]
-    for name in overrides:
-        if name not in known:
-            near = ", ".join(near_names(name, known)) or ", ".join(known)
-            raise ValueError(f"unknown override {name!r}; near names: {near}")
-    return dataclasses.replace(config, **overrides)
-
-
-def _override_tokenizer(config: Any, overrides: Mapping[str, Any]) -> Any:
-    """`_override`, plus the head counts of both trunks."""
-    overrides = dict(overrides)
-    for part in ("encoder", "decoder"):
-        heads = overrides.pop(f"{part}_num_heads", None)
-        if heads is not None:
-            trunk = dataclasses.replace(getattr(config, part), num_heads=heads)
-            config = dataclasses.replace(config, **{part: trunk})
-    return _override(config, overrides)
-
-
-def is_workdir(path: str) -> bool:
-    """Whether `path` is the workdir of a training run of this project."""
-    try:
-        return "task" in json.loads((epath.Path(path) / "config.json").read_text())
-    except (OSError, ValueError):
-        return False

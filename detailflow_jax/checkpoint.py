@@ -175,6 +175,27 @@ class Checkpoints:
             ) from error
 
 
+def save_params(workdir: str | os.PathLike, params: dict) -> None:
+    """Saves parameters alone, as a checkpoint of step 0 that `restore_params` reads.
+
+    Args:
+        workdir: gets a folder `checkpoints`; make it under a temporary name for atomicity.
+        params: nested dict of arrays; NaN or Inf are saved too.
+    """
+    state = {"params": params}
+    clock = {"checksums": {name: int(_checksum(tree, np)) for name, tree in state.items()}}
+    handler = ocp.CompositeCheckpointHandler(
+        # Weights hardly compress, and trying takes as much memory again as they do.
+        state=ocp.PyTreeCheckpointHandler(use_compression=False),
+        clock=ocp.JsonCheckpointHandler(),
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(
+            _directory(workdir) / "0",
+            ocp.args.Composite(state=ocp.args.PyTreeSave(state), clock=ocp.args.JsonSave(clock)),
+        )
+
+
 def restore_params(
     workdir: str | os.PathLike, *, ema: bool = True, step: int | None = None
 ) -> dict:
@@ -268,8 +289,8 @@ def _checksum(tree: PyTree, xp: Any) -> Any:
     Integer sums are exact in any order, so the placement of the arrays does not matter.
     """
     leaves = jax.tree.leaves(tree)
-    bits = [leaf.view(f"uint{8 * leaf.dtype.itemsize}").astype(np.uint32) for leaf in leaves]
-    sums = xp.stack([np.uint32(0), *(x.sum(dtype=np.uint32) for x in bits)])
+    bits = (leaf.view(f"uint{8 * leaf.dtype.itemsize}") for leaf in leaves)
+    sums = xp.stack([np.uint32(0), *(x.astype(np.uint32).sum(dtype=np.uint32) for x in bits)])
     weights = 2 * xp.arange(len(sums), dtype=np.uint32) + 1  # Odd: no bit of a sum is lost.
     return (sums * weights).sum(dtype=np.uint32)
 
