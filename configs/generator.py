@@ -63,6 +63,8 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "scan": True,
         "remat": "none",
     }
+    # Where a new run takes weights from, a workdir or a published checkpoint; None: from scratch.
+    config.init_from = {"model": placeholder(str)}
     config.loss = {"correction": 0.3}  # share of examples that train on a correction pair
     config.optim = {
         "lr": 1e-4,  # not scaled with the batch
@@ -91,14 +93,15 @@ def _watch(config: ConfigDict, log_every: int, checkpoint_every: int) -> None:
 def _digits(options: ConfigDict) -> ConfigDict:
     """A small generator for the codes of the digits tokenizer."""
     config = _published("detailflow_16", options)
-    batch_size = options.batch_size or 128
+    batch_size = options.batch_size or 64
     config.batch_size = batch_size
-    config.total_steps = int((options.epochs or 80) * 1437 // batch_size)
+    config.total_steps = int((options.epochs or 32) * 1437 // batch_size)
     config.data.update(source=f"codes:{options.codes or 'runs/codes'}", num_workers=0)
     config.model.update(
         size=None, num_tokens=16, group_size=4, codebook_size=256, num_classes=10, dtype="float32"
     )
-    config.model.update(width=128, depth=4, num_heads=4, multiple_of=64)
+    # So few layers compile and run faster one by one.
+    config.model.update(width=128, depth=3, num_heads=4, multiple_of=64, scan=False)
     config.optim.update(lr=1e-3, warmup_steps=50, final=0.05)
     config.ema.update(decay=0.99, warmup=True)
     _watch(config, log_every=50, checkpoint_every=500)

@@ -5,6 +5,9 @@ Variants:
                                                 and 512 tokens, that is 16, 32 and 64 groups
   digits                                        scikit-learn's handwritten digits, minutes on a CPU
 
+The published runs start their encoder from SigLIP2 and align with it, so they need its weights:
+`--config.init_from.encoder` and `--config.teacher.path` (docs/checkpoints.md).
+
 Options, after a second colon: `runlocal` shrinks the networks, batch and run so that a variant can
 be tried anywhere; `batch_size=N` and `epochs=N` scale the schedule along.
 """
@@ -74,7 +77,13 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "scan": True,
         "remat": "none",
     }
+    config.init_from = {  # where a new run takes weights from; None: from scratch
+        "model": placeholder(str),  # a whole tokenizer: a workdir or a published checkpoint
+        "encoder": placeholder(str),  # SigLIP2, for the encoder's first layers, as published
+    }
     config.teacher = {  # frozen; the whole of SigLIP2-so400m
+        "path": placeholder(str),  # such as hf:google/siglip2-so400m-patch16-naflex
+        "random": False,  # True: random weights, to try the code only
         "width": 1152,
         "depth": 27,
         "num_heads": 16,
@@ -123,21 +132,27 @@ def _watch(config: ConfigDict, log_every: int, figures_every: int, checkpoint_ev
 def _digits(options: ConfigDict) -> ConfigDict:
     """32x32 digits, 16 tokens in 4 groups: the same code path, small enough for two CPU cores."""
     config = _published("detailflow_16", options)
-    batch_size = options.batch_size or 64
+    batch_size = options.batch_size or 32
     config.batch_size = batch_size
-    config.total_steps = int((options.epochs or 110) * 1437 // batch_size)
+    config.total_steps = int((options.epochs or 20) * 1437 // batch_size)
     config.data.update(
         source="digits", image_size=32, min_scale=0.9, flip=False, num_workers=0, prefetch=2
     )
     config.model.update(
-        image_size=32, num_tokens=16, group_size=4, codebook_size=256, teacher_width=0
+        image_size=32,
+        num_tokens=16,
+        group_size=4,
+        codebook_size=256,
+        codebook_dim=4,
+        teacher_width=0,
+        dtype="float32",
+        scan=False,  # so few layers compile and run faster one by one
     )
-    size = {"width": 96, "depth": 3, "num_heads": 4, "mlp_dim": 384}
+    size = {"width": 128, "depth": 2, "num_heads": 4, "mlp_dim": 256}
     for part in ("encoder", "decoder"):
-        config.model[part].update(**size, patch_size=8, table_side=4)
-    config.model.dtype = "float32"
+        config.model[part].update(**size, patch_size=16, table_side=2)
     del config.teacher
-    config.loss.update(align=0.0, entropy=0.05)
+    config.loss.update(align=0.0, entropy=0.02, noise_top=8)
     config.optim.update(lr=1e-3, warmup_steps=100, final=0.05)
     config.ema.update(decay=0.99, warmup=True)
     _watch(config, log_every=50, figures_every=1000, checkpoint_every=500)
@@ -151,7 +166,7 @@ def _shrink(config: ConfigDict) -> None:
     for part in (config.model.encoder, config.model.decoder):
         part.update(depth=2, width=96, num_heads=4, mlp_dim=192)
     if "teacher" in config:
-        config.teacher.update(depth=2, width=96, num_heads=4, mlp_dim=192)
+        config.teacher.update(depth=2, width=96, num_heads=4, mlp_dim=192, random=True)
         config.model.teacher_width = 96
     config.optim.warmup_steps = 5
     config.data.update(num_workers=0)

@@ -47,6 +47,7 @@ from detailflow_jax.config import (
     load_config,
     write_config,
 )
+from detailflow_jax.convert.start import load_into
 from detailflow_jax.data import make_iterator
 from detailflow_jax.feed import DataError, Feed
 from detailflow_jax.metrics import Averages, Diverged, MetricWriter, Progress, run_log
@@ -135,6 +136,7 @@ def train(
         if step >= config.total_steps:
             logging.info("this run is finished: nothing is left to do in %s", workdir)
             return state
+        state = _with_weights(config, state, fresh=restored is None)
 
         # -------------------------------------------------------------------------------- steps
         writer = MetricWriter(workdir, tensorboard=config.tensorboard, step=step)
@@ -281,6 +283,13 @@ def _task_and_data(config: ConfigDict, task: Task | None, iterator: Any) -> tupl
     except (ValueError, FileNotFoundError) as error:  # What they refuse; log.txt tells where.
         raise ConfigError(str(error)) from error
     return task, iterator
+
+
+def _with_weights(config: ConfigDict, state: TrainState, *, fresh: bool) -> TrainState:
+    try:
+        return load_into(config, state, fresh=fresh)
+    except ValueError as error:  # What a file is not, or is not good for.
+        raise ConfigError(str(error)) from error
 
 
 def _to_save(state: TrainState) -> TrainState:

@@ -123,7 +123,15 @@ def _teacher(config, c: TokenizerConfig) -> siglip.VisionTransformer | None:
             "config.loss.align > 0 needs config.teacher and config.model.teacher_width"
         )
     fields = config.teacher.to_dict()
-    fields.pop("path", None)
+    path, random = fields.pop("path", None), fields.pop("random", False)
+    if not (path or random):
+        raise ValueError(
+            "config.teacher.path is not set: the alignment loss needs the weights of its teacher. "
+            "Name those of google/siglip2-so400m-patch16-naflex (a folder or model.safetensors, or "
+            "hf:google/siglip2-so400m-patch16-naflex to download them), or switch alignment off "
+            "with config.loss.align=0; config.teacher.random=True takes a random teacher, to try "
+            "the code only"
+        )
     teacher = siglip.ViTConfig(**fields)
     if teacher.width != c.teacher_width:
         raise ValueError(
