@@ -95,7 +95,7 @@ def _digits(options: ConfigDict) -> ConfigDict:
     config = _published("detailflow_16", options)
     batch_size = options.batch_size or 64
     config.batch_size = batch_size
-    config.total_steps = int((options.epochs or 32) * 1437 // batch_size)
+    config.total_steps = int((options.epochs or 27) * 1437 // batch_size)
     config.data.update(source=f"codes:{options.codes or 'runs/codes'}", num_workers=0)
     config.model.update(
         size=None, num_tokens=16, group_size=4, codebook_size=256, num_classes=10, dtype="float32"

@@ -48,17 +48,6 @@ def parse_counts(text: str | None) -> list[int]:
         ) from error
 
 
-def check_pair(tokenizer: "api.Tokenizer", generator: "api.Generator") -> None:
-    """Raises ValueError unless the generator writes codes that this tokenizer reads."""
-    for field in ("codebook_size", "num_tokens", "group_size", "causal"):
-        theirs, ours = getattr(generator.config, field), getattr(tokenizer.config, field)
-        if theirs != ours:
-            raise ValueError(
-                f"{generator.source} and {tokenizer.source} do not belong together: "
-                f"{field} is {theirs} in the generator and {ours} in the tokenizer"
-            )
-
-
 def sample_codes(
     generator: "api.Generator", labels: np.ndarray, *, batch_size: int, **options
 ) -> np.ndarray:
@@ -142,7 +131,7 @@ def generate(args: argparse.Namespace) -> np.ndarray:
     counts = sorted(set(parse_counts(args.num_tokens)))
     tokenizer = api.load_tokenizer(args.tokenizer)
     generator = api.load_generator(args.generator)
-    check_pair(tokenizer, generator)
+    api.check_pair(tokenizer, generator)
     counts = counts or [generator.config.num_tokens]
     for count in counts:
         tokenizer.config.resolutions.check(count)
