@@ -111,13 +111,14 @@ def _read_file(
     # numpy cannot map an empty file.
     raw = np.memmap(path, np.uint8, "r").view(np.ndarray) if size else np.empty(0, np.uint8)
     head = raw[:512].tobytes()
-    if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
-        return _read_torch(raw, path, name, weights, notices)
+    # First, because the length that comes before the header may begin with any byte.
     if head[8:9] == b"{":
         tensors = _read_safetensors(raw, path, name)
         if _preferred(weights, tensors) == "ema":
             notices.append(f"{name}: holds one set of weights; taken as the 'ema' asked for")
         return tensors, {}
+    if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
+        return _read_torch(raw, path, name, weights, notices)
     found, remedy = _foreign(head)
     raise CheckpointError(
         f"{name}: {found}", expected="a file of torch.save or of safetensors", remedy=remedy

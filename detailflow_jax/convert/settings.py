@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 from detailflow_jax.convert.errors import CheckpointError
 
+# A configuration may say anything; what is made from it (masks of N x N) must stay bounded.
+_MOST = 1 << 14
+
 
 class Settings:
     """Collects the fields of a network's configuration, refusing contradictions.
@@ -90,10 +93,10 @@ class Settings:
         return value
 
     def _number(self, name: str, value: Any, kind: type) -> int | float:
-        fits = isinstance(value, int | kind) and not isinstance(value, bool) and value > 0
-        if not fits:
+        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+        if not (is_number and 0 < value <= _MOST):
             raise CheckpointError(
-                f"{self.source}: {name}={value!r}", expected=f"a positive {kind.__name__}"
+                f"{self.source}: {name}={value!r}", expected=f"{kind.__name__} from 1 to {_MOST}"
             )
         return kind(value)
 

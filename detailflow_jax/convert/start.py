@@ -50,13 +50,13 @@ def load_into(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
             expected="one of them: a whole model has an encoder",
         )
     if fresh and model:
-        state = _with_params(state, _whole(config.task, model, state.params))
+        state = _with_params(state, read_whole(config.task, model, state.params))
     if fresh and encoder:
-        trunk = _siglip(encoder, state.params["encoder"]["trunk"])
+        trunk = read_siglip(encoder, state.params["encoder"]["trunk"])
         state = _with_params(state, {"encoder": {"trunk": trunk}})
     if "teacher" in state.frozen and config.teacher.get("path"):
         teacher = state.frozen["teacher"]
-        teacher = _placed(teacher, _siglip(config.teacher.path, teacher))
+        teacher = _placed(teacher, read_siglip(config.teacher.path, teacher))
         state = state.replace(frozen=state.frozen | {"teacher": teacher})
     return state
 
@@ -79,7 +79,7 @@ def _placed(current: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, 
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def _whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any]:
+def read_whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of a whole network, but for the projection for alignment where it has none."""
     names = KINDS[kind].names
     if is_workdir(path):
@@ -94,7 +94,7 @@ def _whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any]:
     return _read(names.TABLE, _fitted(names.TABLE, tensors, wanted), wanted, source, names.SKIPPED)
 
 
-def _siglip(path: str, params: Mapping[str, Any]) -> dict[str, Any]:
+def read_siglip(path: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of a vision transformer, as deep as `params`."""
     read = read_checkpoint(path)
     _tell(read.notices)
