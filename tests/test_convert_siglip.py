@@ -125,7 +125,7 @@ def test_other_sizes_are_refused(theirs, change, message):
 
 def test_another_network_is_refused(tmp_path):
     torch.save({"tok_embeddings.weight": torch.ones(4, 2)}, tmp_path / "gpt.pt")
-    with pytest.raises(CheckpointError, match="looks like a DetailFlow generator.*SigLIP2"):
+    with pytest.raises(CheckpointError, match=r"looks like a DetailFlow generator.*SigLIP2"):
         start.read_siglip(str(tmp_path / "gpt.pt"), params_like(SIZE))
     torch.save({"w": torch.ones(4, 2)}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="is of no network known here"):

@@ -201,23 +201,28 @@ def _check_tensor(tensor: _Tensor, array: Any, flat: Mapping[str, Any], source: 
 
 
 def _missing(report: Report, count: int, source: str) -> CheckpointError:
-    some = ", ".join(report.missing[:5]) + (", ..." if len(report.missing) > 5 else "")
+    total = len(report.missing) + len(report.loaded)
     return CheckpointError(
-        f"{source}: {len(report.missing)} tensors are missing among the {count} there: {some}",
-        expected=f"{len(report.missing) + len(report.loaded)} tensors of this network",
+        f"{source}: {len(report.missing)} of {total} tensors are missing: {_some(report.missing)} "
+        f"(the file holds {count})",
+        expected="every tensor of this network",
         remedy="Is this a checkpoint of another network or size? To start the missing ones anew, "
         "allow it (allow_missing).",
     )
 
 
 def _unused(report: Report, source: str) -> CheckpointError:
-    some = ", ".join(report.unused[:5]) + (", ..." if len(report.unused) > 5 else "")
     return CheckpointError(
-        f"{source}: {len(report.unused)} tensors belong to no parameter: {some}",
+        f"{source}: {len(report.unused)} of its tensors belong to no parameter: "
+        f"{_some(report.unused)}",
         expected="the tensors of this network alone",
         remedy="Is this a checkpoint of another network or size? To leave them aside, allow it "
         "(allow_unused).",
     )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
