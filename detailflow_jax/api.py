@@ -198,8 +198,8 @@ class Tokenizer(_Model):
         """
         codes = np.asarray(codes)
         _check_codes(codes, self.config.codebook_size)
-        size = size or self.config.resolutions.decoded_size(codes.shape[1])
-        self.config.resolutions.check(codes.shape[1])
+        full = self.config.resolutions.decoded_size(codes.shape[1])
+        size = full if size is None else size
         return _in_batches(lambda x: _decode(self.network, self.params, x, size), batch_size, codes)
 
 
@@ -248,7 +248,7 @@ class Generator(_Model):
           ValueError: a label or setting out of range.
         """
         c = self.config
-        num_tokens = num_tokens or c.num_tokens
+        num_tokens = c.num_tokens if num_tokens is None else num_tokens
         c.check_num_tokens(num_tokens)
         labels = np.asarray(labels)
         _check_labels(labels, c.num_classes)
@@ -289,7 +289,8 @@ class Generator(_Model):
         codes, labels = np.asarray(codes), np.asarray(labels)
         _check_codes(codes, c.codebook_size)
         _check_labels(labels, c.num_classes + 1)
-        if codes.shape[1] not in (c.num_tokens, c.num_tokens - c.group_size):
+        read = c.num_tokens - c.group_size  # the last group is predicted only, unless all is causal
+        if codes.shape[1] not in (c.num_tokens, max(read, c.causal)):
             raise ValueError(f"codes have {codes.shape[1]} tokens, expected {c.num_tokens}")
         rows = np.concatenate([labels[:, None], codes], axis=1).astype(np.int32)
         return _in_batches(
