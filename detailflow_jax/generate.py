@@ -84,6 +84,7 @@ def write_outputs(
         strip = pictures.grid(rows, columns=width, scale=scale, row_captions=captions)
         pictures.save_png(folder / "progressive.png", strip)
     if single:
+        (folder / "images").mkdir(exist_ok=True)
         for i, (label, image) in enumerate(zip(labels, images, strict=True)):
             pictures.save_png(folder / "images" / f"{i:06d}_class{label:04d}.png", image)
     stream = io.BytesIO()

@@ -32,6 +32,15 @@ GENERATOR = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """The processes share compiled programs: compiling is most of what they would do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        yield
+
+
 def start(module, *args):
     command = [sys.executable, "-m", f"detailflow_jax.{module}", *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -73,7 +82,7 @@ def killed_and_resumed(arguments, workdir):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, compile_once):
     """A tokenizer, its codes and a generator, each made without interruption."""
     root = tmp_path_factory.mktemp("runs")
     finish("train", *TOKENIZER, "--workdir", root / "tok")
@@ -163,7 +172,7 @@ def test_generate_refuses_what_the_models_do_not_allow(runs, tmp_path, capsys, c
 def test_swapped_models_are_refused(runs, tmp_path, capsys):
     models = ["--tokenizer", str(runs / "gen"), "--generator", str(runs / "tok")]
     assert generate.main([*models, "--out", str(tmp_path), "--labels", "1"]) == 2
-    assert "holds a generator, expected a tokenizer" in capsys.readouterr().err
+    assert "holds a generator; expected a tokenizer" in capsys.readouterr().err
 
 
 def test_a_workdir_of_another_config_is_refused(runs, capsys):
