@@ -50,6 +50,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "transformers>=5",  # the reference for SigLIP2
             "torch==2.13.0",  # the build without an accelerator; torch is imported by tests only
         ],
     },

@@ -12,7 +12,7 @@ GPT-XXXL, GPT-1B, GPT-3B, GPT-7B), `codes=DIR` (where `extract_codes` wrote), `r
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from detailflow_jax.config import choose, decode_variant
+from detailflow_jax.config import choose, decode_variant, watch
 from detailflow_jax.models.generator import SIZES
 
 IMAGENET_IMAGES = 1_281_167
@@ -77,17 +77,8 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "clip": 1.0,
     }
     config.ema = {"decay": 0.9999, "warmup": False}
-    _watch(config, log_every=100, checkpoint_every=5000)
+    watch(config, log_every=100, figures_every=5000, checkpoint_every=5000)
     return config
-
-
-def _watch(config: ConfigDict, log_every: int, checkpoint_every: int) -> None:
-    config.log_every = log_every
-    config.figures_every = checkpoint_every
-    config.checkpoint_every = checkpoint_every
-    config.keep_checkpoints = 3
-    config.tensorboard = True
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
 
 
 def _digits(options: ConfigDict) -> ConfigDict:
@@ -104,7 +95,7 @@ def _digits(options: ConfigDict) -> ConfigDict:
     config.model.update(width=128, depth=3, num_heads=4, multiple_of=64, scan=False)
     config.optim.update(lr=1e-3, warmup_steps=50, final=0.05)
     config.ema.update(decay=0.99, warmup=True)
-    _watch(config, log_every=50, checkpoint_every=500)
+    watch(config, log_every=50, figures_every=500, checkpoint_every=500)
     return config
 
 
@@ -116,4 +107,4 @@ def _shrink(config: ConfigDict) -> None:
     config.model.update(width=64, depth=2, num_heads=4)
     config.optim.warmup_steps = 5
     config.data.update(num_workers=0)
-    _watch(config, log_every=5, checkpoint_every=10)
+    watch(config, log_every=5, figures_every=10, checkpoint_every=10)

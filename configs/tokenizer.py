@@ -15,7 +15,7 @@ be tried anywhere; `batch_size=N` and `epochs=N` scale the schedule along.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from detailflow_jax.config import decode_variant
+from detailflow_jax.config import decode_variant, watch
 
 IMAGENET_IMAGES = 1_281_167
 TOKENS = {"detailflow_16": 128, "detailflow_32": 256, "detailflow_64": 512}
@@ -103,7 +103,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "clip": 1.0,
     }
     config.ema = {"decay": 0.0, "warmup": False}  # decay 0: no average, as published
-    _watch(config, log_every=100, figures_every=5000, checkpoint_every=5000)
+    watch(config, log_every=100, figures_every=5000, checkpoint_every=5000)
     return config
 
 
@@ -118,15 +118,6 @@ def _loss() -> dict:
         "noise_per_sample": True,  # False: one noise position for the whole batch, as published
         "noise_top": 50,  # a perturbed token becomes one of its so many nearest codes
     }
-
-
-def _watch(config: ConfigDict, log_every: int, figures_every: int, checkpoint_every: int) -> None:
-    config.log_every = log_every
-    config.figures_every = figures_every
-    config.checkpoint_every = checkpoint_every
-    config.keep_checkpoints = 3
-    config.tensorboard = True
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
 
 
 def _digits(options: ConfigDict) -> ConfigDict:
@@ -155,7 +146,7 @@ def _digits(options: ConfigDict) -> ConfigDict:
     config.loss.update(align=0.0, entropy=0.02, noise_top=8)
     config.optim.update(lr=1e-3, warmup_steps=100, final=0.05)
     config.ema.update(decay=0.99, warmup=True)
-    _watch(config, log_every=50, figures_every=1000, checkpoint_every=500)
+    watch(config, log_every=50, figures_every=1000, checkpoint_every=500)
     return config
 
 
@@ -170,4 +161,4 @@ def _shrink(config: ConfigDict) -> None:
         config.model.teacher_width = 96
     config.optim.warmup_steps = 5
     config.data.update(num_workers=0)
-    _watch(config, log_every=5, figures_every=20, checkpoint_every=10)
+    watch(config, log_every=5, figures_every=20, checkpoint_every=10)

@@ -194,6 +194,16 @@ def decode_variant(
     return variant, values
 
 
+def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_every: int) -> None:
+    """Adds what every training configuration needs beside its task: cadences and the mesh."""
+    config.log_every = log_every
+    config.figures_every = figures_every
+    config.checkpoint_every = checkpoint_every
+    config.keep_checkpoints = 3
+    config.tensorboard = True
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+
+
 def check_fields(config: ConfigDict, expected: Mapping[str, type | tuple[type, ...]]) -> None:
     """Raises ConfigError for the first field of `expected` that is missing or of another type."""
     fields = flatten(config)

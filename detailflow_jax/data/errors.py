@@ -1,7 +1,8 @@
 """Errors that every data source raises in the same way."""
 
-import difflib
 from collections.abc import Iterable
+
+from detailflow_jax.config import near_names
 
 
 class UnreadableImage(Exception):
@@ -19,9 +20,9 @@ class UnreadableImage(Exception):
         return f"{self.name}: {self.reason}"
 
 
-def near_names(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint at the names nearest to `name` to end an error with; empty if none is near."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = near_names(name, known, count=3)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
@@ -29,4 +30,4 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a name that is not one of `known`, with the nearest ones suggested."""
     known = list(known)
     expected = f"expected one of {', '.join(known)}"
-    return ValueError(f"unknown {what} {name!r}: {expected}{near_names(name, known)}")
+    return ValueError(f"unknown {what} {name!r}: {expected}{did_you_mean(name, known)}")

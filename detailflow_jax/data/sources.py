@@ -1,5 +1,6 @@
 """Labelled images with random access: scikit-learn digits, a folder, a TFDS dataset."""
 
+import abc
 import functools
 import hashlib
 import os
@@ -10,13 +11,13 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from detailflow_jax.data.errors import UnreadableImage, near_names, unknown_name
+from detailflow_jax.data.errors import UnreadableImage, did_you_mean, unknown_name
 from detailflow_jax.data.images import IMAGE_FILE, decode_image
 
 SOURCE_KINDS = ("digits", "folder", "tfds")
 
 
-class Source:
+class Source(abc.ABC):
     """Random access to labelled images: `len(source)` and `source[i]`, 0 <= i < len.
 
     `source[i]` is {"image": uint8 [H, W, 3] RGB, "label": int}; it raises UnreadableImage for a
@@ -32,11 +33,11 @@ class Source:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> dict: ...
 
 
 def make_source(spec: str, split: str | None = None, data_dir: str | None = None) -> Source:
@@ -247,7 +248,7 @@ def _prepared_builder(tfds, name: str, data_dir: str):
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(
             f"TFDS knows no dataset {name!r} and none is prepared under {data_dir}"
-            + near_names(name, tfds.list_builders(with_community_datasets=False))
+            + did_you_mean(name, tfds.list_builders(with_community_datasets=False))
         ) from error
     if not builder.is_prepared():
         raise FileNotFoundError(f"TFDS dataset {name!r} is not under {data_dir}: {advice}")
