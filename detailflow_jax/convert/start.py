@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import traverse_util
@@ -62,7 +63,6 @@ def load_into(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
 
 
 def _with_params(state: TrainState, loaded: Mapping[str, Any]) -> TrainState:
-    # The average gets arrays of its own: a step gives the memory of both away.
     average = state.ema if state.ema is None else _placed(state.ema, loaded)
     return state.replace(params=_placed(state.params, loaded), ema=average)
 
@@ -73,9 +73,11 @@ def _placed(current: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, 
     for path, array in mapping.flatten(loaded).items():
         old = leaves[path]
         array = np.asarray(array, old.dtype)
-        leaves[path] = jax.make_array_from_callback(
+        placed = jax.make_array_from_callback(
             old.shape, old.sharding, lambda index, array=array: array[index]
         )
+        # On a CPU that may be the host's array itself, which a step must not write into.
+        leaves[path] = jnp.copy(placed)
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
