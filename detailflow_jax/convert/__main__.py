@@ -15,11 +15,10 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-from absl import logging
 from tqdm import tqdm
 
 from detailflow_jax import checkpoint
@@ -110,13 +109,12 @@ def convert(args: argparse.Namespace) -> list[str]:
         progress=functools.partial(tqdm, desc="read", unit="tensor"),
         overrides=overrides,
     )
-    for notice in found.notices:
-        logging.warning("%s", notice)
+    _tell(found.notices)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(found.params))
     lines = _read_lines(found, size)
     if args.to == "jax":
         write_jax(found, args.dst, overwrite=args.overwrite)
-        lines.append(f"written          {args.dst}")
+        lines.append(_line("written", args.dst))
     else:
         lines += _written_lines(
             export.export(
@@ -129,8 +127,8 @@ def convert(args: argparse.Namespace) -> list[str]:
             )
         )
     seconds, peak = time.perf_counter() - started, _peak_bytes()
-    memory = f"{peak / 2**30:.2f} GiB at most, {peak / size:.1f}x the weights"
-    return [*lines, f"memory           {memory}", f"time             {seconds:.1f} s"]
+    lines.append(_line("memory", f"{peak / 2**30:.2f} GiB at most, {peak / size:.1f}x the weights"))
+    return [*lines, _line("time", f"{seconds:.1f} s")]
 
 
 def write_jax(found: Loaded, dst: str, *, overwrite: bool = False) -> None:
@@ -163,29 +161,35 @@ def _read_lines(found: Loaded, size: int) -> list[str]:
     report = found.report
     count = len(report.loaded) or len(jax.tree.leaves(found.params))
     lines = [
-        f"read             {found.source}",
-        f"network          {found.kind}, {size / 4e6:.1f}M parameters",
-        f"loaded           {count} tensors, {' and '.join(found.dtypes)} -> float32",
+        _line("read", found.source),
+        _line("network", f"{found.kind}, {size / 4e6:.1f}M parameters"),
+        _line("loaded", f"{count} tensors, {' and '.join(found.dtypes)} -> float32"),
     ]
     for title, names in (
         ("skipped (design)", report.skipped),
         ("missing (new)", report.missing),
         ("unused", report.unused),
     ):
-        lines.append(f"{title:17}{_summary(names)}")
+        lines.append(_line(title, _summary(names)))
     return lines
 
 
 def _written_lines(done: export.Exported) -> list[str]:
-    for notice in done.notices:
-        logging.warning("%s: %s", done.path, notice)
+    _tell(f"{done.path}: {notice}" for notice in done.notices)
     return [
-        f"written          {done.path}",
-        f"tensors          {len(done.written)}, buffers {_summary(done.buffers)}",
-        f"left out         {_summary(done.left_out)} (only training uses them)"
-        if done.left_out
-        else "left out         none",
+        _line("written", done.path),
+        _line("tensors", f"{len(done.written)}, buffers {_summary(done.buffers)}"),
+        _line("left out (design)", _summary(done.left_out)),
     ]
+
+
+def _tell(notices: Iterable[str]) -> None:
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
+
+
+def _line(title: str, text: Any) -> str:
+    return f"{title:18}{text}"
 
 
 def _summary(names: Sequence[str]) -> str:
