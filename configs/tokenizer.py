@@ -125,7 +125,7 @@ def _digits(options: ConfigDict) -> ConfigDict:
     config = _published("detailflow_16", options)
     batch_size = options.batch_size or 32
     config.batch_size = batch_size
-    config.total_steps = int((options.epochs or 18) * 1437 // batch_size)
+    config.total_steps = int((options.epochs or 15) * 1437 // batch_size)
     config.data.update(
         source="digits", image_size=32, min_scale=0.9, flip=False, num_workers=0, prefetch=2
     )
