@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import resource
 import sys
 import time
@@ -205,8 +206,12 @@ def _summary(names: Sequence[str]) -> str:
 
 def _peak_bytes() -> int:
     """The most memory that this process has had resident, mapped files included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
+    except (OSError, TypeError):  # Not Linux, where `getrusage` counts the parent's peak as well.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
