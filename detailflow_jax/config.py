@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import flags, logging
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 T = TypeVar("T")
@@ -284,7 +285,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     Raises:
         ConfigError: no such file, or not a configuration.
     """
-    path = pathlib.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"  # Runs are also read from buckets.
     try:
         fields = json.loads(path.read_text())
     except FileNotFoundError as error:

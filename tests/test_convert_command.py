@@ -14,6 +14,8 @@ import safetensors.torch
 import test_convert_siglip
 import torch
 from convert_models import TOKENIZER_HEADS, published, recorded
+from etils.epath import gpath
+from etils.epath import testing as epath_testing
 
 import detailflow_jax as df
 from detailflow_jax import checkpoint, train
@@ -271,6 +273,27 @@ def test_runs_refuse_what_does_not_fit(runs):
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint of step 7"):
         df.load_tokenizer(workdir, step=7)
     assert df.load_tokenizer(workdir, group_size=8).config.group_size == 8
+
+
+def test_a_run_in_a_bucket_is_known(tmp_path, runs, monkeypatch):
+    """The configuration is read from there; the arrays are Orbax's business."""
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    tmp_path.joinpath("bucket").symlink_to(runs["tokenizer"].parent)
+
+    def local(function, path, *args):
+        return function(str(path).replace("gs://", f"{tmp_path}/"), *args)
+
+    asked = {}
+
+    def restore(path, **options):
+        asked.update(path=path, **options)
+        return restore_params(runs["tokenizer"])
+
+    monkeypatch.setattr("detailflow_jax.convert.load.restore_params", restore)
+    with epath_testing.mock_epath(open=local, exists=local, isdir=local, listdir=local):
+        tokenizer = df.load_tokenizer("gs://bucket/tok")
+    assert asked["path"] == "gs://bucket/tok"
+    assert tokenizer.fingerprint == df.load_tokenizer(runs["tokenizer"]).fingerprint
 
 
 def test_run_to_pytorch_by_the_command(tmp_path, runs, capsys):

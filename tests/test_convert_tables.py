@@ -108,6 +108,35 @@ def test_configuration_survives_the_published_one(kind, config):
     assert read == config and notices == []
 
 
+def test_configuration_is_what_the_published_loaders_take():
+    """They pass config.json on as keyword arguments, less some names that must be there."""
+    both, extra, _ = KINDS["tokenizer"].names.describe(TokenizerConfig())
+    assert both.keys() == {
+        "image_size", "max_image_size", "codebook_size", "codebook_embed_dim", "encoder_ch_mult",
+        "decoder_ch_mult", "enc_type", "dec_type", "encoder_model", "decoder_model",
+        "num_latent_tokens", "enc_pretrained", "dec_pretrained", "enc_patch_size",
+        "dec_patch_size", "causal_encoder", "causal_decoder", "group_size", "causal_num",
+        "global_token_loss_weight", "correction_training",
+    }  # fmt: skip
+    assert (both["encoder_model"], both["enc_pretrained"]) == ("siglip2_base", True)
+    assert (both["decoder_model"], both["dec_pretrained"]) == ("siglip2_base", False)
+    assert both["global_token_loss_weight"] == 0  # else it would ask for the teacher's weights
+    asked = {"vq_model", "content_degradation", "enc_type", "max_image_size", "min_image_size",
+             "num_latent_tokens", "group_size", "degradation_power"}  # fmt: skip
+    assert asked <= (both | extra).keys()
+    wide, _, notices = KINDS["tokenizer"].names.describe(WIDE)
+    assert (wide["encoder_model"], wide["enc_pretrained"]) == ("siglip2", True)
+    assert (wide["decoder_model"], wide["dec_pretrained"]) == ("siglip2_base", True)
+    assert notices == []
+
+    both, extra, _ = KINDS["generator"].names.describe(GeneratorConfig())
+    assert both.keys() == {
+        "dim", "n_layer", "n_head", "n_kv_head", "multiple_of", "vocab_size", "block_size",
+        "num_classes", "group_size", "causal_num", "cls_token_num",
+    }  # fmt: skip
+    assert extra["gpt_model"] == "GPT-L"
+
+
 @pytest.mark.parametrize(("kind", "config"), SMALL)
 @pytest.mark.parametrize(
     ("file", "scan"), [("out", True), ("x.pt", False), ("x.safetensors", True)]
