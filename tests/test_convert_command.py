@@ -174,6 +174,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path, folders, to, capsys, mon
 @pytest.mark.parametrize("to", ["jax", "pytorch"])
 def test_what_is_there_is_kept_unless_it_may_go(tmp_path, folders, to, capsys):
     command = ["--to", to, "--src", folders["generator"], "--dst", tmp_path / "dst"]
+    (tmp_path / "dst").mkdir()
     assert run(*command) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "dst").rglob("*") if p.is_file()}
     assert run(*command) == 2

@@ -136,6 +136,15 @@ def test_nothing_half_written(tmp_path, file, monkeypatch):
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(before)
 
 
+def test_an_empty_folder_is_free(tmp_path):
+    (tmp_path / "out").mkdir()
+    write_pytorch(TENSORS, tmp_path / "out", {})
+    assert "checkpoints/model.pt" in names_in(tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_pytorch(TENSORS, tmp_path / "link", {})
+
+
 def test_second_rename_failing_restores_the_folder(tmp_path, monkeypatch):
     write_pytorch(TENSORS, tmp_path / "out", {"a": 1})
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

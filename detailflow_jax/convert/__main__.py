@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import re
 import resource
@@ -27,7 +26,7 @@ from detailflow_jax.convert import export
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.load import load
 from detailflow_jax.convert.published import Loaded
-from detailflow_jax.convert.writers import appearing, check_replaceable
+from detailflow_jax.convert.writers import appearing, check_replaceable, is_free
 
 # What the folder holds that `write_jax` makes, and nothing of a run.
 _FOLDER = {pathlib.Path("config.json"), pathlib.Path("checkpoints/0"), pathlib.Path("checkpoints")}
@@ -152,7 +151,7 @@ def _check_target(args: argparse.Namespace) -> None:
     """What would only fail after minutes of reading fails now."""
     if "://" in args.dst:
         raise CheckpointError(f"{args.dst}: not a local path", remedy="Write here, then copy it.")
-    if os.path.exists(args.dst) and not args.overwrite:
+    if not args.overwrite and not is_free(pathlib.Path(args.dst).expanduser()):
         raise CheckpointError(
             f"{args.dst}: exists already", remedy="Choose another path, or pass --overwrite."
         )

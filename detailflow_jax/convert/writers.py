@@ -38,7 +38,8 @@ def write_pytorch(
     """Writes weights and configuration.
 
     A `path` without a known suffix becomes a folder of the published layout, `config.json`,
-    `config.yaml` and `checkpoints/NAME.pt`, which appears whole or not at all. A `path` that ends
+    `config.yaml` and `checkpoints/NAME.pt`, which appears whole or not at all (an empty folder may
+    be there). A `path` that ends
     in `.pt`, `.pth`, `.ckpt`, `.bin` or `.safetensors` becomes that file, with the two
     configurations beside it; each of the three appears whole, the weights last.
 
@@ -203,6 +204,13 @@ def appearing(target: Path) -> Iterator[Path]:
     _sync(target.parent)
 
 
+def is_free(target: Path) -> bool:
+    """Whether nothing is at `target`, or an empty folder."""
+    if target.is_symlink() or not target.is_dir():
+        return not os.path.lexists(target)
+    return not any(target.iterdir())
+
+
 def check_replaceable(target: Path, ours: set[Path], overwrite: bool) -> None:
     """A folder is replaced whole, so only one that holds nothing but a checkpoint may be.
 
@@ -214,7 +222,7 @@ def check_replaceable(target: Path, ours: set[Path], overwrite: bool) -> None:
     Raises:
         CheckpointError: it may not, or holds more.
     """
-    if not target.exists() and not target.is_symlink():
+    if is_free(target):
         return
     if not overwrite:
         raise _exists(target)
