@@ -1,4 +1,4 @@
-"""Full-size published models with weights by rule (see `tests/golden/README`-style notes below).
+"""Full-size published models with weights by rule, so that only outputs need recording.
 
 For a name and shape: rng = Generator(PCG64([crc32(name), seed])), w = rng.standard_normal(shape) as
 float32, then rank >= 2: times 0.5 if shape[0] == 1 else 1/sqrt(prod(shape[1:])); `running_var`:
