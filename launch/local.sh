@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Runs a command on this machine and starts it again while it leaves preempted.
+# Runs a command on this machine, as one process or several, and starts it again while it leaves
+# preempted.
 set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-readonly PREEMPTED=143 # detailflow_jax.train.PREEMPTED: SIGTERM came, the state is saved.
+readonly KILL_AFTER=10 # Seconds that the others get when one process failed: they may hang for it.
 readonly USAGE="\
 usage: launch/local.sh [options] TRAINING-OPTIONS
        launch/local.sh [options] -- COMMAND [ARGUMENT ...]
@@ -10,83 +13,233 @@ usage: launch/local.sh [options] TRAINING-OPTIONS
 Trains (python -m detailflow_jax.train TRAINING-OPTIONS) or runs COMMAND on this machine, and
 starts it again while it leaves with $PREEMPTED: preempted, its state saved.
 
+  -n N                run N processes that form one computation, joined over loopback; their output
+                      comes behind their number
+  --log-dir DIR       append the output of process I to DIR/process_I.log instead (with -n)
+  --grace SECONDS     how long processes may go on after one left preempted (default: 300; with -n)
   --venv DIR          virtual environment to activate (default: .venv of this repository, if any)
-  --cpu-devices N     let JAX see N devices on the CPU, to try a mesh
+  --cpu-devices N     let JAX see N devices on the CPU, in each process, to try a mesh
   --max-restarts N    give up after N restarts (default: 1000)
+  --max-failures N    start again after another failure too, N times (default: 0)
   --dry-run           print what would run, and leave
   --help              this text
 
 example: launch/local.sh --config configs/tokenizer.py:digits --workdir runs/tok
-Ctrl-C or SIGTERM reaches the command, which saves and leaves; it is then not started again."
+         launch/local.sh -n 2 --cpu-devices 4 --config configs/tokenizer.py:digits --workdir runs/tok
+Ctrl-C or SIGTERM reaches the command, which saves and leaves; it is then not started again.
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-venv="$root/.venv"
+exit code: the command's. Of several processes, the first one's that failed, when the others are
+stopped; $PREEMPTED only if all left preempted. A wrong command line leaves with 2; so does a
+command that calls its own command line or configuration wrong, and that is not started again."
+
+processes=
+log_dir=
+grace=300
+venv="$ROOT/.venv"
 cpu_devices=
 max_restarts=1000
-dry_run=false
-command=()
+max_failures=0
 
-fail() {
-  printf 'launch/local.sh: %s (see --help)\n' "$1" >&2
-  exit 2
+parse() {
+  while (($#)); do
+    case $1 in
+      --help) printf '%s\n' "$USAGE"; exit 0 ;;
+      --dry-run) DRY_RUN=true; shift ;;
+      -n | --log-dir | --grace | --venv | --cpu-devices | --max-restarts | --max-failures)
+        (($# > 1)) || fail "$1 needs a value"
+        option "$1" "$2"
+        shift 2
+        ;;
+      --) shift; COMMAND=("$@"); break ;;
+      --config | --config=* | --workdir | --workdir=* | --config.*)
+        COMMAND=(python -m detailflow_jax.train "$@"); break ;;
+      *) fail "unknown option $1" ;;
+    esac
+  done
+  need_command
 }
 
-while (($#)); do
+option() {
   case $1 in
-    --help) printf '%s\n' "$USAGE"; exit 0 ;;
-    --dry-run) dry_run=true; shift ;;
-    --venv | --cpu-devices | --max-restarts)
-      (($# > 1)) || fail "$1 needs a value"
-      case $1 in
-        --venv) [[ -f $2/bin/activate ]] || fail "no virtual environment in $2"; venv=$2 ;;
-        --cpu-devices) [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 $2: not a number"; cpu_devices=$2 ;;
-        --max-restarts) [[ $2 =~ ^[0-9]+$ ]] || fail "$1 $2: not a number"; max_restarts=$2 ;;
-      esac
-      shift 2
-      ;;
-    --) shift; command=("$@"); break ;;
-    --config | --config=* | --workdir | --workdir=* | --config.*)
-      command=(python -m detailflow_jax.train "$@"); break ;;
-    *) fail "unknown option $1" ;;
+    --venv) [[ -f $2/bin/activate ]] || fail "no virtual environment in $2"; venv=$2 ;;
+    --log-dir) log_dir=$2 ;;
+    -n | --cpu-devices) [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 $2: not a number" ;;&
+    --grace | --max-*) [[ $2 =~ ^[0-9]+$ ]] || fail "$1 $2: not a number" ;;&
+    -n) processes=$2 ;;
+    --cpu-devices) cpu_devices=$2 ;;
+    --grace) grace=$2 ;;
+    --max-restarts) max_restarts=$2 ;;
+    --max-failures) max_failures=$2 ;;
   esac
-done
-((${#command[@]})) || fail "nothing to run"
+}
 
-setup=()
-[[ -f $venv/bin/activate ]] && setup+=("source $(printf %q "$venv")/bin/activate")
-if [[ -n $cpu_devices ]]; then
-  flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$cpu_devices"
-  setup+=("export JAX_PLATFORMS=cpu XLA_FLAGS=$(printf %q "$flags")")
-fi
+# The shell commands that come before the command.
+set_up() {
+  local flags
+  [[ ! -f $venv/bin/activate ]] || printf 'source %s\n' "$(quote "$venv/bin/activate")"
+  if [[ -n $cpu_devices ]]; then
+    flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$cpu_devices"
+    printf 'export JAX_PLATFORMS=cpu XLA_FLAGS=%s\n' "$(quote "$flags")"
+  fi
+}
 
-if $dry_run; then
-  ((${#setup[@]})) && printf '%s\n' "${setup[@]}"
-  printf '%q ' "${command[@]}"
-  printf '\n'
-  exit 0
-fi
-((${#setup[@]})) && for line in "${setup[@]}"; do eval "$line"; done
+# The words that make the command process $1 of all, meeting at port $2; detailflow_jax.distributed
+# reads them. Nobody from outside can join.
+place() {
+  printf '%s\n' env "JAX_COORDINATOR_ADDRESS=127.0.0.1:$2" \
+    "JAX_COORDINATOR_BIND_ADDRESS=127.0.0.1:$2" "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$1"
+}
 
-child=
+print_plan() {
+  local i words
+  set_up
+  for ((i = 0; i < ${processes:-1}; i++)); do
+    words=()
+    [[ -z $processes ]] || mapfile -t words < <(place "$i" PORT)
+    printf '%s\n' "$(quote "${words[@]}" "${COMMAND[@]}")${processes:+ &}"
+  done
+}
+
+# ------------------------------------------------------------------------------------- one process
+
 stopping=false
+pids=()
+groups=()
 stop() {
   stopping=true
-  [[ -n $child ]] && kill -TERM "$child" 2>/dev/null || true
+  ((${#pids[@]} == 0)) || kill -TERM "${pids[@]}" 2>/dev/null || true
 }
-trap stop INT TERM
 
-for ((restarts = 0; ; restarts++)); do
-  "${command[@]}" &
-  child=$!
+# Sets `code` to what the command left with.
+run_one() {
+  "${COMMAND[@]}" &
+  pids=($!)
   code=0
   # A trapped signal ends `wait` early: go on until the command itself is gone.
-  while wait "$child" && code=0 || code=$?; kill -0 "$child" 2>/dev/null; do :; done
-  if ((code != PREEMPTED)) || $stopping; then
-    exit "$code"
+  while wait "${pids[0]}" && code=0 || code=$?; kill -0 "${pids[0]}" 2>/dev/null; do :; done
+}
+
+# ------------------------------------------------------------------------------- several processes
+
+free_port() {
+  local python
+  python=$(command -v python || command -v python3) || fail 'no python to find a free port with'
+  "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+start_process() {
+  local words
+  mapfile -t words < <(place "$1" "$2")
+  set -m # A process group each, so that nothing it started outlives it.
+  if [[ -n $log_dir ]]; then
+    "${words[@]}" "${COMMAND[@]}" >>"$log_dir/process_$1.log" 2>&1 </dev/null &
+  else
+    "${words[@]}" "${COMMAND[@]}" >"$scratch/$1" 2>&1 </dev/null &
   fi
-  if ((restarts >= max_restarts)); then
-    printf 'launch/local.sh: preempted again after %d restarts\n' "$restarts" >&2
-    exit "$code"
+  pids[$1]=$!
+  groups+=($!)
+  set +m
+}
+
+# Passes the output of process $1 on, line by line; it ends with the process, not by a signal.
+start_writer() {
+  mkfifo "$scratch/$1"
+  (
+    trap '' INT TERM
+    exec sed -u "s/^/[$1] /" <"$scratch/$1"
+  ) &
+  writers+=($!)
+}
+
+# Process $1 left with $2: tells the others what follows for them.
+left_with() {
+  if (($2 == 0)) || [[ -n $failed ]]; then return; fi
+  if (($2 == PREEMPTED)); then
+    # The others agreed to leave as well, or were not told: then they would wait for ever.
+    deadline=${deadline:-$((SECONDS + grace))}
+    return
   fi
-  printf 'launch/local.sh: preempted, starting again\n' >&2
+  failed=$2
+  deadline=$((SECONDS + KILL_AFTER))
+  if ((${#pids[@]})); then
+    say "process $1 left with $2: stopping the others"
+    kill -TERM "${pids[@]}" 2>/dev/null || true
+  fi
+}
+
+# Whatever ends this shell, no process stays behind.
+clean_up() {
+  local pid
+  for pid in "${groups[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
+  rm -rf "$scratch"
+}
+
+# Sets `code` to that of the first process that failed; PREEMPTED where all left so.
+run_several() {
+  local i port failed='' deadline='' zeros=0 writers=()
+  port=$(free_port)
+  groups=()
+  for ((i = 0; i < processes; i++)); do
+    [[ -n $log_dir ]] || start_writer "$i"
+    start_process "$i" "$port"
+  done
+  while ((${#pids[@]})); do
+    sleep 0.1 || true # Ctrl-C ends it too.
+    for i in "${!pids[@]}"; do
+      if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+      code=0
+      wait "${pids[i]}" || code=$?
+      unset "pids[$i]"
+      ((code)) || zeros=$((zeros + 1))
+      left_with "$i" "$code"
+    done
+    if [[ -n $deadline ]] && ((SECONDS > deadline && ${#pids[@]})); then
+      say "process(es) ${!pids[*]} did not leave: killed"
+      kill -KILL "${pids[@]}" 2>/dev/null || true
+    fi
+  done
+  for i in "${groups[@]}"; do kill -KILL -- "-$i" 2>/dev/null || true; done
+  ((${#writers[@]} == 0)) || wait "${writers[@]}"
+  [[ -n $log_dir ]] || rm -f "$scratch"/*
+  code=${failed:-0}
+  [[ -z $failed ]] && ((zeros < processes)) || return 0
+  code=$PREEMPTED
+  ((zeros == 0)) || { say "$zeros of $processes finished, the others left preempted"; code=1; }
+}
+
+# ---------------------------------------------------------------------------------------- the loop
+
+parse "$@"
+if $DRY_RUN; then
+  print_plan
+  exit 0
+fi
+while read -r line; do eval "$line"; done < <(set_up)
+trap stop INT TERM
+if [[ -n $log_dir ]]; then mkdir -p "$log_dir"; fi
+if [[ -n $processes ]]; then
+  scratch=$(mktemp -d)
+  trap clean_up EXIT
+fi
+
+restarts=0 failures=0
+while true; do
+  if [[ -n $processes ]]; then run_several; else run_one; fi
+  if $stopping; then exit "$code"; fi
+  case $code in
+    0 | 2 | 130) exit "$code" ;; # Done, or the next time would be no better, or nobody wants it.
+    "$PREEMPTED")
+      if ((restarts++ >= max_restarts)); then
+        say "preempted again after $max_restarts restarts"
+        exit "$code"
+      fi
+      say 'preempted, starting again'
+      ;;
+    *)
+      if ((failures++ >= max_failures)); then exit "$code"; fi
+      say "left with $code, starting again"
+      sleep $((5 * (failures - 1))) || true
+      if $stopping; then exit "$code"; fi
+      ;;
+  esac
 done

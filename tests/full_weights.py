@@ -32,10 +32,15 @@ def shapes(name):
     return {key: tuple(shape) for key, shape in keys.items()}
 
 
-def state_dict(name, not_filled=()):
-    """A full-size state dict; buffers in `not_filled` are zero."""
+def state_dict(name, not_filled=(), adjust=lambda key, w: w):
+    """A full-size state dict; buffers in `not_filled` (names or ends of names) are zero.
+
+    `adjust` is what the json's "rule" adds to the one above: (published name, tensor) -> tensor.
+    """
     seed = json.loads((golden_files.FOLDER / f"{name}.json").read_text())["seed"]
     return {
-        key: np.zeros(shape, np.float32) if key in not_filled else tensor(key, shape, seed)
+        key: np.zeros(shape, np.float32)
+        if key.endswith(tuple(not_filled))
+        else adjust(key, tensor(key, shape, seed))
         for key, shape in shapes(name).items()
     }

@@ -6,7 +6,9 @@ import pathlib
 import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
-TOKENIZER = GENERATOR = 5 * 2e-6
+TOKENIZER = GENERATOR = FLOWAR = 5 * 2e-6
+VELOCITY = 5 * 1e-5
+VAE = SAMPLED = 5 * 5e-5
 """Five times the published tolerances: max difference over max magnitude."""
 
 

@@ -16,6 +16,7 @@ from detailflow_jax.models import layers
 from detailflow_jax.models.generator import SIZES, GeneratorConfig
 from detailflow_jax.models.siglip import ViTConfig
 from detailflow_jax.models.tokenizer import TokenizerConfig
+from detailflow_jax.models.vae import VAEConfig
 
 WIDE = TokenizerConfig(  # the other published layout: the whole of SigLIP2, a decoder as wide
     num_tokens=256, encoder=ViTConfig(), decoder=ViTConfig(depth=12)
@@ -43,9 +44,15 @@ SMALL_GENERATOR = GeneratorConfig(
 ONE_BY_ONE = dataclasses.replace(
     SMALL_GENERATOR, num_kv_heads=None, group_size=1, causal_num=1, multiple_of=256
 )
+SMALL_VAE = VAEConfig(
+    channels=12, multipliers=(1, 3, 2), res_blocks=1, latent_channels=5, norm_groups=6,
+    scale_factor=0.7, shift_factor=-0.1, quant_conv=False, encoder_attention=(),
+    decoder_attention=(0, 2),
+)  # fmt: skip
 SMALL = [
     ("tokenizer", SMALL_TOKENIZER), ("tokenizer", DEEP_ENCODER),
     ("generator", SMALL_GENERATOR), ("generator", ONE_BY_ONE),
+    ("vae", SMALL_VAE),
 ]  # fmt: skip
 
 
@@ -53,7 +60,9 @@ def state_shapes(kind, config):
     """Published name -> shape of what is written, buffers included."""
     names = KINDS[kind].names
     abstract = KINDS[kind].abstract(config, scan=True)
-    return mapping.published_shapes(names.TABLE, abstract) | names.BUFFERS
+    return mapping.published_shapes(names.TABLE, abstract) | {
+        k: x.shape for k, x in names.buffers(config).items()
+    }
 
 
 def abstract_tensors(kind, config):
@@ -73,6 +82,7 @@ def assert_same_bits(a, b):
     [
         ("tokenizer", TokenizerConfig(), "detailflow_128_tokenizer_full"),
         ("generator", GeneratorConfig(), "detailflow_128_gpt_l_full"),
+        ("vae", VAEConfig(), "vae_kl16_full"),
     ],
 )
 def test_names_and_shapes_are_the_published_ones(kind, config, recorded):
@@ -96,6 +106,7 @@ def test_names_of_the_wide_layout():
         ("tokenizer", TokenizerConfig(num_tokens=512, causal_num=16)),
         ("tokenizer", WIDE),
         ("tokenizer", dataclasses.replace(TokenizerConfig(), encoder=ViTConfig(depth=16))),
+        ("vae", VAEConfig()),
         *SMALL,
         *(("generator", GeneratorConfig(**size)) for size in SIZES.values()),
     ],

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from detailflow_jax.data import (
+    CodeLayout,
     CodeSource,
-    ShardLayout,
     make_iterator,
     open_extraction,
     pending_shards,
@@ -20,7 +20,7 @@ from detailflow_jax.data import (
     write_shard,
 )
 
-LAYOUT = ShardLayout(
+LAYOUT = CodeLayout(
     num_examples=47, shard_size=5, num_crops=3, num_tokens=8, codebook_size=512
 )  # Ten shards, the last of two.
 DEFINITION = {
@@ -150,7 +150,7 @@ def test_another_extraction_is_refused_by_field(finished):
     other = DEFINITION | {"tokenizer": "step 200 of run x", "seed": 1}
     with pytest.raises(ValueError, match=r"(?s)differs in\n  seed: 0 there, 1 asked\n  tokenizer"):
         open_extraction(finished, LAYOUT, other)
-    layout = ShardLayout(47, 6, 3, 8, 512)
+    layout = CodeLayout(47, 6, 3, 8, 512)
     with pytest.raises(ValueError, match="shard_size: 5 there, 6 asked"):
         open_extraction(finished, layout, DEFINITION)
     with pytest.raises(ValueError, match="lacks causal_num, seed"):
@@ -221,7 +221,7 @@ def test_a_manifest_that_does_not_describe_the_records_is_refused(change, messag
 
 
 def test_large_codebooks_take_four_bytes(tmp_path):
-    layout = ShardLayout(3, 2, 1, 2, 100_000)
+    layout = CodeLayout(3, 2, 1, 2, 100_000)
     open_extraction(tmp_path, layout, DEFINITION)
     codes = np.array([0, 65_535, 65_536, 99_999, 5, 6]).reshape(1, 2, 3)
     for shard in pending_shards(tmp_path, layout):
@@ -249,4 +249,4 @@ def test_training_draws_every_crop_and_keeps_the_label(finished):
 
 def test_layout_refuses_empty_dimensions():
     with pytest.raises(ValueError, match="num_tokens=0"):
-        ShardLayout(1, 1, 1, 0, 1)
+        CodeLayout(1, 1, 1, 0, 1)

@@ -1,5 +1,6 @@
 """Crops: shapes and ranges for every size, and equality with the plain way of computing them."""
 
+import io
 import math
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from detailflow_jax.data import ENCODING_CROPS, TRAINING_CROPS, encoding_crops, training_crop
-from detailflow_jax.data.transforms import center_crop, random_crop
+from detailflow_jax.data.images import decode_picture
+from detailflow_jax.data.transforms import center_crop, longest_short_side, random_crop
 
 
 def picture(height, width, seed=0):
@@ -127,6 +130,57 @@ def test_impossible_scales_are_refused(scales):
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="min_scale"):
         random_crop(picture(9, 9), 4, rng, min_scale=scales[0], max_scale=scales[1])
+
+
+def jpeg(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(512, 640), (427, 640), (515, 389), (261, 1031)])
+@pytest.mark.parametrize("size", [50, 100, 200])
+def test_reduced_decoding_moves_nothing(shape, size):
+    """The crop lies where it lies in the whole image, so that a smooth one hardly changes."""
+    data = jpeg(picture(*shape))
+    whole = decode_picture(data, "x")
+    reduced = decode_picture(data, "x", reduce_to=longest_short_side("random", size))
+    assert reduced.size == whole.size == shape[::-1]
+    assert reduced.reduction == max(
+        r for r in (1, 2, 4, 8) if r == 1 or min(shape) // r >= math.ceil(size / 0.8)
+    )
+    for seed in range(4):
+        views = [
+            training_crop(image, size, "random", np.random.default_rng(seed), flip=True)
+            for image in (whole, reduced)
+        ]
+        far = np.abs(np.subtract(*views, dtype=np.int16))
+        assert far.mean() < 1.7 and far.max() <= 7, (far.mean(), far.max())
+    far = np.abs(np.subtract(center_crop(whole, size), center_crop(reduced, size), dtype=np.int16))
+    assert far.mean() < 1.7
+
+
+def test_reduced_decoding_of_photographs_differs_as_documented():
+    for photo in load_sample_images().images:
+        data = jpeg(photo)
+        reduced = decode_picture(data, "x", reduce_to=128)
+        assert reduced.pixels.size == (320, 214) and reduced.reduction == 2
+        error = center_crop(decode_picture(data, "x"), 128) - center_crop(reduced, 128).astype(int)
+        assert 0 < np.sqrt(np.mean(error**2)) < 3.5
+
+
+def test_what_cannot_be_reduced_is_decoded_whole():
+    image = picture(200, 200)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    assert decode_picture(file.getvalue(), "x", reduce_to=50).reduction == 1
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", exif=exif)
+    assert decode_picture(file.getvalue(), "x", reduce_to=50).reduction == 1
+    assert decode_picture(file.getvalue(), "x", reduce_to=50, upright=False).reduction == 4
+    assert longest_short_side("none", 50) is None
 
 
 def test_unknown_crops_name_the_near_ones():

@@ -33,7 +33,9 @@ def get_config(arg: str = "") -> ConfigDict:
             "checkpoint_every": 6,
             "keep_checkpoints": 2,
             "tensorboard": False,
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1},
+            "accumulate": 1,
+            "stall_seconds": 0,
             "model": {"dropout": 0.1},
             "optim": {"lr": 1e-2},
             "nan_at": -1,  # The step whose loss is NaN.

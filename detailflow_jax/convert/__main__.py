@@ -31,13 +31,15 @@ from detailflow_jax.convert.writers import appearing, check_replaceable, is_free
 # What the folder holds that `write_jax` makes, and nothing of a run.
 _FOLDER = {pathlib.Path("config.json"), pathlib.Path("checkpoints/0"), pathlib.Path("checkpoints")}
 OVERRIDES = {
-    "encoder_num_heads": "attention heads of a tokenizer's encoder",
-    "decoder_num_heads": "attention heads of a tokenizer's decoder",
-    "num_heads": "attention heads of a generator",
-    "num_tokens": "N of a generator",
-    "group_size": "g, tokens of a group",
-    "causal_num": "c, tokens generated one by one",
-    "image_size": "side in pixels of a tokenizer's full resolution",
+    "encoder_num_heads": (int, "attention heads of a tokenizer's encoder"),
+    "decoder_num_heads": (int, "attention heads of a tokenizer's decoder"),
+    "num_heads": (int, "attention heads of a generator"),
+    "num_tokens": (int, "N of a generator"),
+    "group_size": (int, "g, tokens of a group"),
+    "causal_num": (int, "c, tokens generated one by one"),
+    "image_size": (int, "side in pixels of a tokenizer's full resolution"),
+    "scale_factor": (float, "of an autoencoder's latents, 1 / their standard deviation"),
+    "shift_factor": (float, "of an autoencoder's latents, subtracted before they are scaled"),
 }
 
 
@@ -45,15 +47,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m detailflow_jax.convert",
-        description="Convert a checkpoint: a published one into a folder that df.load_tokenizer "
-        "and df.load_generator read, or a model of this project into the published layout. Reading "
-        "never runs code from a file.",
+        description="Convert a checkpoint: a published one into a folder that df.load_* reads, or "
+        "a model of this project into the published layout. Reading never runs code from a file.",
         epilog="""\
 examples:
   --to jax     --src hf:ByteFlow-AI/DetailFlow-16        --dst models/tokenizer16
   --to jax     --src downloads/gpt_l.pt --num_tokens 128 --dst models/generator16
   --to pytorch --src runs/tok                            --dst exported/tok
   --to pytorch --src runs/gen                            --dst exported/gen.safetensors
+  --to jax     --src downloads/kl16.ckpt                 --dst models/kl16
 
 exit codes: 0 done; 2 not done, the last line says why and nothing partial is left.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -86,8 +88,8 @@ exit codes: 0 done; 2 not done, the last line says why and nothing partial is le
     group = parser.add_argument_group(
         "overrides", "what shapes cannot tell; default: the configuration beside the weights"
     )
-    for name, text in OVERRIDES.items():
-        group.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    for name, (kind, text) in OVERRIDES.items():
+        group.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
     return parser.parse_args(argv)
 
 

@@ -44,11 +44,11 @@ def export(
     """Writes a network as the published code loads it, with `strict=True`.
 
     The names are exactly those of the published network without its frozen teacher and its
-    projection for alignment, which are for training only. A generator's weights are under "ema" as
-    well as "model" (once in the file): the published evaluation reads the former.
+    projection for alignment, which are for training only. Where the published evaluation reads an
+    average, the weights are under its name as well as "model" (once in the file).
 
     Args:
-      kind: "tokenizer" or "generator".
+      kind: "tokenizer", "generator" or "vae".
       config: of the network.
       params: nested parameters, scanned or not; those in the host's memory are not copied.
       path: see `write_pytorch`.
@@ -64,7 +64,7 @@ def export(
     # In the published orientation and row-major, the only copy made of what is transposed.
     written = [name for name in tensors if name not in left_out]
     weights = {name: np.ascontiguousarray(tensors.pop(name)) for name in progress(written)}
-    buffers = {name: np.zeros(shape, np.float32) for name, shape in names.BUFFERS.items()}
+    buffers = names.buffers(config)
     both, extra, notices = names.describe(config)
     state = weights | buffers
     single = str(path).endswith(".safetensors")
@@ -72,9 +72,10 @@ def export(
         state,
         path,
         both,
-        ema=state if kind == "generator" and not single else None,
+        ema=state if KINDS[kind].weights == "ema" and not single else None,
+        ema_key=KINDS[kind].ema_key,
         extra_yaml=extra,
-        name=str(config.num_tokens),
+        name=KINDS[kind].file_name(config),
         overwrite=overwrite,
     )
     return Exported(path, written, list(buffers), left_out, notices)

@@ -15,12 +15,16 @@ from detailflow_jax.convert import mapping, published
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.readers import Weights
+from detailflow_jax.tasks import flowar as flowar_task
 from detailflow_jax.tasks import generator as generator_task
 from detailflow_jax.tasks import tokenizer as tokenizer_task
+from detailflow_jax.tasks import vae as vae_task
 
 _MODEL_CONFIG = {
     "tokenizer": tokenizer_task.model_config,
     "generator": generator_task.model_config,
+    "vae": vae_task.model_config,
+    "flowar": flowar_task.model_config,
 }
 
 
@@ -47,10 +51,10 @@ def load(
     """Reads a network.
 
     Args:
-      kind: "tokenizer" or "generator"; None is told by what is there.
+      kind: "tokenizer", "generator" or "vae"; None is told by what is there.
       path: a workdir, or what `read_checkpoint` takes.
       weights: "model" or "ema". Default: of a published checkpoint what its evaluation takes
-        (a tokenizer's model, a generator's average), of a run the average where it keeps one.
+        (a generator's average, the model of others), of a run the average where it keeps one.
       step: of a run, which checkpoint; default the newest complete one.
       scan: layout wanted of the parameters; those of a run come in the layout it has.
       allow_missing, allow_unused: see `published.load`.
@@ -100,7 +104,8 @@ def _load_run(
         notices.append(f"{path}: the run keeps no 'ema' weights; reading 'model'")
     config = _override(_MODEL_CONFIG[kind](run.model), overrides)
     params = restore_params(path, ema=weights != "model", step=step)
-    _check_shapes(params, published.KINDS[kind].abstract(config, scan=config.scan), str(path))
+    scan = getattr(config, "scan", False)
+    _check_shapes(params, published.KINDS[kind].abstract(config, scan=scan), str(path))
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
     return Loaded(kind, config, params, mapping.Report(), notices, str(path), tuple(dtypes))
 

@@ -27,6 +27,7 @@ class Entry:
       name: published name.
       paths: parameter paths, "/"-separated; several are concatenated along the published axis 0.
       transpose: a linear layer: published [out, in], here [in, out].
+      permute: any other order of the axes: ours is `published.transpose(permute)`.
       lead: how many leading axes of size 1 the published tensor has and ours lacks.
     """
 
@@ -34,6 +35,16 @@ class Entry:
     paths: tuple[str, ...]
     transpose: bool = False
     lead: int = 0
+    permute: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.permute is None:
+            return
+        if self.transpose or sorted(self.permute) != list(range(len(self.permute))):
+            raise ValueError(
+                f"{self.name}: permute={self.permute}, transpose={self.transpose}; "
+                "expected an order of all the axes, and one of the two"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +55,20 @@ class _Tensor:
     places: tuple[tuple[str, int | None], ...]
     transpose: bool
     lead: int
+    permute: tuple[int, ...] | None
+
+    def axes(self, rank: int) -> tuple[int, ...]:
+        """The order of our axes that gives the published one."""
+        if self.permute is not None:
+            return tuple(self.permute.index(axis) for axis in range(rank))
+        return tuple(reversed(range(rank))) if self.transpose else tuple(range(rank))
 
     def shape(self, flat: Mapping[str, Any]) -> tuple[int, ...]:
         """The published shape."""
         shapes = [
             tuple(flat[path].shape[0 if layer is None else 1 :]) for path, layer in self.places
         ]
-        if self.transpose:
-            shapes = [shape[::-1] for shape in shapes]
+        shapes = [tuple(shape[axis] for axis in self.axes(len(shape))) for shape in shapes]
         return (1,) * self.lead + (sum(s[0] for s in shapes), *shapes[0][1:])
 
 
@@ -73,6 +90,12 @@ def linear(name: str, path: str) -> tuple[Entry, Entry]:
     )
 
 
+def conv(name: str, path: str, *, use_bias: bool = True) -> tuple[Entry, ...]:
+    """A published 2-D convolution (OIHW `weight`, `bias`) as a Conv (HWIO `kernel`, `bias`)."""
+    kernel = Entry(f"{name}.weight", (f"{path}/kernel",), permute=(2, 3, 1, 0))
+    return (kernel, Entry(f"{name}.bias", (f"{path}/bias",))) if use_bias else (kernel,)
+
+
 def norm(name: str, path: str) -> tuple[Entry, Entry]:
     """A published LayerNorm (`weight`, `bias`) as (`scale`, `bias`)."""
     return Entry(f"{name}.weight", (f"{path}/scale",)), Entry(f"{name}.bias", (f"{path}/bias",))
@@ -91,7 +114,7 @@ def _expand(table: Iterable[Entry], flat: Mapping[str, Any]) -> Iterator[_Tensor
             places = _places(entry.paths, layer, flat)
             if places is None:
                 break
-            yield _Tensor(name, places, entry.transpose, entry.lead)
+            yield _Tensor(name, places, entry.transpose, entry.lead, entry.permute)
 
 
 def _places(
@@ -246,7 +269,7 @@ def _place(tensor: _Tensor, array: np.ndarray, flat, out, dtype) -> None:
     array = array.reshape(array.shape[tensor.lead :])
     start = 0
     for target in _targets(tensor, flat, out, dtype):
-        target = target.T if tensor.transpose else target
+        target = target.transpose(tensor.axes(target.ndim))
         target[...] = array[start : start + target.shape[0]]
         start += target.shape[0]
 
@@ -271,7 +294,7 @@ def to_published(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[str,
         parts = []
         for path, layer in tensor.places:
             part = np.asarray(flat[path]) if layer is None else np.asarray(flat[path][layer])
-            parts.append(part.T if tensor.transpose else part)
+            parts.append(part.transpose(tensor.axes(part.ndim)))
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         out[tensor.name] = whole.reshape((1,) * tensor.lead + whole.shape)
     return out

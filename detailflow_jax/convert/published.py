@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detailflow_jax.convert import generator, mapping, siglip, tokenizer
+from detailflow_jax.convert import flowar, generator, mapping, siglip, tokenizer, vae
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.readers import Weights, check_finite, read_checkpoint
+from detailflow_jax.models import flowar as flowar_network
 from detailflow_jax.models import layers
 from detailflow_jax.models.generator import Generator
 from detailflow_jax.models.tokenizer import Tokenizer
+from detailflow_jax.models.vae import VAE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +26,27 @@ class Kind:
 
     Attributes:
       name: as in `config.task`.
-      names: the module with TABLE, SKIPPED, SIGNS, BUFFERS, `infer_config` and `describe`.
+      title: what messages call it.
+      names: the module with TABLE, SKIPPED, SIGNS, `buffers`, `infer_config` and `describe`.
       network: the Linen module class.
       example: configuration -> arguments that the network is initialised with.
       weights: which set the published evaluation takes of a file that holds both.
+      file_name: configuration -> name of the weights in a published folder, without suffix.
+      ema_key: key of the average in a published file.
     """
 
     name: str
+    title: str
     names: Any
     network: Callable[[Any], nn.Module]
     example: Callable[[Any], tuple]
     weights: Weights
+    file_name: Callable[[Any], str]
+    ema_key: str = "ema"
 
     def initialize(self, config: Any, *, scan: bool) -> Callable[[jax.Array], dict]:
         """key -> initial parameters, unboxed, in the scanned or the unrolled layout."""
-        network = self.network(dataclasses.replace(config, scan=True))
+        network = self.network(with_scan(config, True))
 
         def init(key: jax.Array) -> dict:
             params = _unbox(network.init(key, *self.example(config))["params"])
@@ -49,6 +57,12 @@ class Kind:
     def abstract(self, config: Any, *, scan: bool) -> dict[str, Any]:
         """Parameters as shapes, in the scanned or the unrolled layout."""
         return jax.eval_shape(self.initialize(config, scan=scan), jax.random.key(0))
+
+
+def with_scan(config: Any, scan: bool) -> Any:
+    """The configuration with `scan` set; a network without scanned layers has one layout only."""
+    has_scan = any(field.name == "scan" for field in dataclasses.fields(config))
+    return dataclasses.replace(config, scan=scan) if has_scan else config
 
 
 def _unbox(params: Any) -> Any:
@@ -66,9 +80,43 @@ def _codes(config: Any) -> tuple:
     return jnp.zeros((1, config.num_tokens), jnp.int32), jnp.zeros((1,), jnp.int32)
 
 
+def _one_latent(config: Any) -> tuple:
+    return (jnp.zeros((1, config.stride, config.stride, config.image_channels)),)
+
+
+def _by_tokens(config: Any) -> str:
+    return str(config.num_tokens)
+
+
+def _by_stride(config: Any) -> str:
+    return f"kl{config.stride}"
+
+
+def _by_size(config: Any) -> str:
+    sizes = flowar_network.SIZES.items()
+    same = (name for name, size in sizes if size.items() <= dataclasses.asdict(config).items())
+    return next(same, "FlowAR")
+
+
 KINDS = {
-    "tokenizer": Kind("tokenizer", tokenizer, Tokenizer, _image, "model"),
-    "generator": Kind("generator", generator, Generator, _codes, "ema"),
+    kind.name: kind
+    for kind in (
+        Kind(
+            "tokenizer", "DetailFlow tokenizer", tokenizer, Tokenizer, _image, "model", _by_tokens
+        ),
+        Kind("generator", "DetailFlow generator", generator, Generator, _codes, "ema", _by_tokens),
+        Kind("vae", "KL autoencoder", vae, VAE, _one_latent, "model", _by_stride),
+        Kind(
+            "flowar",
+            "FlowAR model",
+            flowar,
+            flowar_network.FlowAR,
+            flowar_network.example,
+            "ema",
+            _by_size,
+            "model_ema",
+        ),
+    )
 }
 
 
@@ -77,7 +125,7 @@ class Loaded:
     """A network read from a published file.
 
     Attributes:
-      kind: "tokenizer" or "generator".
+      kind: "tokenizer", "generator" or "vae".
       config: of the network.
       params: nested NumPy parameters, float32.
       report: what became of every tensor.
@@ -109,7 +157,7 @@ def load(
     """Reads a published checkpoint.
 
     Args:
-      kind: "tokenizer" or "generator"; None is told by the tensors.
+      kind: "tokenizer", "generator" or "vae"; None is told by the tensors.
       path: what `read_checkpoint` takes.
       weights: "model" or "ema"; default what the published evaluation takes.
       scan: layout of the parameters.
@@ -155,7 +203,7 @@ def _dtypes(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
 
 
 def kind_of(tensors: Collection[str]) -> str | None:
-    """ "tokenizer", "generator" or "SigLIP2 vision model", by the names of the tensors."""
+    """A name of `KINDS` or "SigLIP2 vision model", by the names of the tensors."""
     for name, kind in KINDS.items():
         if any(sign in tensors for sign in kind.names.SIGNS):
             return name
@@ -165,7 +213,7 @@ def kind_of(tensors: Collection[str]) -> str | None:
 def check_kind(kind: str | None, tensors: Mapping[str, Any], source: str) -> None:
     """Refuses tensors of another network than `kind`, naming what they look like.
 
-    None stands for either of `KINDS`, and is for tensors of neither.
+    None stands for any of `KINDS`, and is for tensors of none.
     """
     found = kind_of(tensors)
     if found == kind and found:
@@ -180,11 +228,11 @@ def check_kind(kind: str | None, tensors: Mapping[str, Any], source: str) -> Non
             "It needs no conversion: config.init_from.encoder and config.teacher.path of a "
             "tokenizer take it."
         )
-    expected = _called(kind) if kind else "DetailFlow tokenizer or generator"
+    expected = _called(kind) if kind else " or ".join(kind.title for kind in KINDS.values())
     raise CheckpointError(
         f"{source}: {looks} (it holds {some}, ...)", expected=f"a {expected}", remedy=remedy
     )
 
 
 def _called(kind: str) -> str:
-    return f"DetailFlow {kind}" if kind in KINDS else kind
+    return KINDS[kind].title if kind in KINDS else kind

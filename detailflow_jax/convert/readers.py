@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import typing
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +24,12 @@ from detailflow_jax.convert.locate import Located, locate, read_mapping
 from detailflow_jax.convert.torch_pickle import TensorSpec
 from detailflow_jax.convert.torch_zip import PICKLE_MAGIC, ZIP_MAGIC, open_torch, strided_view
 
-Weights = Literal["model", "ema"]
+Weights = Literal["model", "ema", "discriminator"]
 Preference = Weights | Callable[[Collection[str]], Weights] | None
 
 # Keys under which checkpoints keep the trained weights, the first one present being read.
 _MODEL_KEYS = ("model", "module", "state_dict")
+_EMA_KEYS = ("ema", "model_ema")  # of DetailFlow and of FlowAR
 _PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Tied weights may be in a file once and be read twice; a file that unfolds to more than this is
 # made to fill the memory.
@@ -68,15 +70,16 @@ def read_checkpoint(path: str | os.PathLike[str], weights: Preference = None) ->
             `s3://`; or `hf:OWNER/NAME[@REVISION][/FILE]`, through the hub's cache.
         weights: the set preferred where a file holds several: "model" (also what None means) or
             "ema", or a function of the tensors' names that tells. The other one is read with a
-            notice if the preferred one is absent.
+            notice if the preferred one is absent. "discriminator" is what a training checkpoint
+            keeps under this name; of any other file it is the same as "model".
 
     Raises:
         CheckpointError: nothing readable there, a file that would run code (it is not run), a
             damaged or foreign file, a folder with several candidates, a hub out of reach.
         ValueError: `weights` is neither.
     """
-    if weights not in ("model", "ema", None) and not callable(weights):
-        raise ValueError(f"weights={weights!r}; expected 'model', 'ema' or None")
+    if weights not in (*typing.get_args(Weights), None) and not callable(weights):
+        raise ValueError(f"weights={weights!r}; expected 'model', 'ema', 'discriminator' or None")
     with locate(path) as found:
         notices = list(found.notices)
         config = _read_config(found, notices)
@@ -164,8 +167,12 @@ def _read_torch(
 def _choose_state(tree: Any, weights: Preference, name: str, notices: list[str]) -> dict:
     """The state dict wanted among those of the file: label -> TensorSpec or something else."""
     top = tree if isinstance(tree, dict) else {}
+    if weights == "discriminator":
+        if (found := _state_in(top.get("discriminator"))) is not None:
+            return found
+        weights = "model"
     live = next(filter(None, (_state_in(top.get(key)) for key in _MODEL_KEYS)), None)
-    ema = _state_in(top.get("ema"))
+    ema = next(filter(None, (_state_in(top.get(key)) for key in _EMA_KEYS)), None)
     if live is None and ema is None:
         live = _state_in(tree)
     sets = {"model": live, "ema": ema}
@@ -179,7 +186,8 @@ def _choose_state(tree: Any, weights: Preference, name: str, notices: list[str])
     keys = ", ".join(str(key) for key in list(top)[:10]) or f"a {type(tree).__name__}"
     raise CheckpointError(
         f"{name}: no weights in it (it holds: {keys})",
-        expected="a dict of tensors, or one under 'model', 'module', 'state_dict' or 'ema'",
+        expected="a dict of tensors, or one under 'model', 'module', 'state_dict', 'ema' or "
+        "'model_ema'",
         remedy="Save the state dict under one of these keys.",
     )
 

@@ -65,6 +65,7 @@ class Settings:
         *,
         default: Any = None,
         why: str = "",
+        signed: bool = False,
     ) -> Any:
         """A field that no tensor tells: the override, the configuration's, or the default.
 
@@ -74,6 +75,7 @@ class Settings:
           names: of the published configuration, the first one present counts; default `name`.
           default: None, or a value of this kind.
           why: where a default comes from; if given, a notice tells that it was taken.
+          signed: whether zero and negative numbers are allowed.
 
         Raises:
           CheckpointError: a value of another kind.
@@ -88,15 +90,17 @@ class Settings:
             if why:
                 self.notices.append(f"{self.source}: nothing tells {name}; {value} taken, {why}")
         if not (value is None and default is None):
-            value = self._number(name, value, kind)
+            value = self._number(name, value, kind, -_MOST if signed else 0)
         self.fields[name] = value
         return value
 
-    def _number(self, name: str, value: Any, kind: type) -> int | float:
+    def _number(self, name: str, value: Any, kind: type, above: int) -> int | float:
         is_number = isinstance(value, int | kind) and not isinstance(value, bool)
-        if not (is_number and 0 < value <= _MOST):
+        if not (is_number and above < value <= _MOST):
+            least = f"from {above + 1}" if kind is int else f"above {above}"
             raise CheckpointError(
-                f"{self.source}: {name}={value!r}", expected=f"{kind.__name__} from 1 to {_MOST}"
+                f"{self.source}: {name}={value!r}",
+                expected=f"{kind.__name__} {least} to {_MOST}",
             )
         return kind(value)
 

@@ -3,6 +3,7 @@
     config.init_from.model     a whole network: a run of this project or a published checkpoint
     config.init_from.encoder   SigLIP2 for the tokenizer's encoder: its first layers
     config.teacher.path        SigLIP2 for the frozen teacher of the alignment loss
+    config.vae.path            the frozen autoencoder of FlowAR: a run or a published checkpoint
 
 SigLIP2 is a folder, file or hub name in Hugging Face's format, or a published training checkpoint
 of a tokenizer, which has its teacher inside. Position tables of another grid are resized as the
@@ -59,7 +60,39 @@ def load_into(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
         teacher = state.frozen["teacher"]
         teacher = _placed(teacher, read_siglip(config.teacher.path, teacher))
         state = state.replace(frozen=state.frozen | {"teacher": teacher})
+    if "vae" in state.frozen and config.vae.get("path"):
+        vae = _placed(state.frozen["vae"], read_vae(config.vae, state.frozen["vae"]))
+        state = state.replace(frozen=state.frozen | {"vae": vae})
     return state
+
+
+def read_vae(fields: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the autoencoder at `fields.path`, a run or a published checkpoint.
+
+    Raises:
+      CheckpointError: it is not there, or not the one that the other fields of `config.vae`
+        describe.
+    """
+    overrides = {} if is_workdir(fields.path) else {"scale_factor": fields.scale_factor}
+    found = load("vae", fields.path, overrides=overrides)
+    _tell(found.notices)
+    for name, value in fields.items():
+        there = getattr(found.config, name, value)
+        there = list(there) if isinstance(there, tuple) else there
+        if there != (list(value) if isinstance(value, tuple) else value):
+            raise CheckpointError(
+                f"{fields.path}: {name} is {there}, config.vae.{name} is {value}",
+                expected="an autoencoder as config.vae describes it",
+                remedy=f"Set config.vae.{name}, or name another file in config.vae.path.",
+            )
+    have, want = mapping.flatten(found.params), mapping.flatten(params)
+    if have.keys() != want.keys():
+        differing = sorted(have.keys() ^ want.keys())
+        raise CheckpointError(
+            f"{fields.path}: parameters {', '.join(differing[:3])}, ... differ from config.vae",
+            expected="an autoencoder as config.vae describes it",
+        )
+    return found.params
 
 
 def _with_params(state: TrainState, loaded: Mapping[str, Any]) -> TrainState:

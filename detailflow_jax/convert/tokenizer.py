@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from detailflow_jax.convert import siglip
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear
@@ -42,12 +44,15 @@ TEACHER = siglip.trunk("repa_model.visual_model", "")
 SIGNS = ("encoder.latent_tokens", "quantize.embedding.weight", "decoder.mask_token")
 """Names by which such a checkpoint is known."""
 
-BUFFERS = {_USAGE: (_USAGE_LENGTH,)}
-"""Zero-filled buffers, float32, that strict loading asks for."""
-
 _LAYERS = {"siglip2_base": 12, "siglip2_large": 16, "siglip2": 27}
 _PRETRAINED = ViTConfig()
 _FROM_SCRATCH = ViTConfig(width=768, depth=12, num_heads=12, mlp_dim=3072)
+
+
+def buffers(config: TokenizerConfig) -> dict[str, np.ndarray]:
+    """The buffers that strict loading asks for besides: zeros."""
+    del config
+    return {_USAGE: np.zeros(_USAGE_LENGTH, np.float32)}
 
 
 def infer_config(

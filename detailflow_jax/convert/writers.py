@@ -30,6 +30,7 @@ def write_pytorch(
     *,
     wrap: str | None = "model",
     ema: Tensors | None = None,
+    ema_key: str = "ema",
     extra_yaml: Mapping[str, Any] | None = None,
     dtype: Any = None,
     name: str = "model",
@@ -50,8 +51,9 @@ def write_pytorch(
         config: the content of `config.json`; numbers, strings, lists and dicts.
         wrap: key of the weights in a PyTorch file, None for a bare state dict. A `.safetensors`
             file has no such key.
-        ema: a second set for the key "ema" of a PyTorch file; may be `tensors` itself, which is
-            then written once.
+        ema: a second set of weights in a PyTorch file; may be `tensors` itself, which is then
+            written once.
+        ema_key: key of that set.
         extra_yaml: what `config.yaml` holds besides `config`.
         dtype: floating-point type to write, None for that of each tensor; integers stay.
         name: stem of the file in `checkpoints/`.
@@ -70,15 +72,17 @@ def write_pytorch(
             f"{os.fspath(path)}: not a local path", remedy="Write here and copy it there."
         )
     texts = _config_texts(config, extra_yaml or {}, target)
+    averages = {} if ema is None else {ema_key: ema}
     if target.suffix == ".safetensors" and ema is not None:
         raise CheckpointError(
             f"{target}: ema was given, but safetensors holds one set of weights",
             remedy="Write the two sets into two files, or a .pt file.",
         )
     if target.suffix in _FILE_SUFFIXES:
-        _write_beside(target, texts, _saver(target.suffix, tensors, ema, wrap, dtype), overwrite)
+        saver = _saver(target.suffix, tensors, averages, wrap, dtype)
+        _write_beside(target, texts, saver, overwrite)
     else:
-        save = _saver(".pt", tensors, ema, wrap, dtype)
+        save = _saver(".pt", tensors, averages, wrap, dtype)
         _write_folder(target, texts, save, f"{name}.pt", overwrite)
     return target
 
@@ -113,7 +117,7 @@ def _plain(value: Any) -> Any:
 
 
 def _saver(
-    suffix: str, tensors: Tensors, ema: Tensors | None, wrap: str | None, dtype: Any
+    suffix: str, tensors: Tensors, averages: dict[str, Tensors], wrap: str | None, dtype: Any
 ) -> Callable[[Path], None]:
     """The function that writes the weights to a path; a missing library is told before writing."""
     if suffix == ".safetensors":
@@ -130,11 +134,10 @@ def _saver(
     def save(path: Path) -> None:
         state = {k: _torch_tensor(_prepared(x, dtype)) for k, x in tensors.items()}
         content = {wrap: state} if wrap else state
-        if ema is tensors:
-            content = {**content, "ema": state}
-        elif ema is not None:
-            average = {k: _torch_tensor(_prepared(x, dtype)) for k, x in ema.items()}
-            content = {**content, "ema": average}
+        for key, ema in averages.items():
+            own = {} if ema is tensors else ema
+            average = {k: _torch_tensor(_prepared(x, dtype)) for k, x in own.items()}
+            content = {**content, key: average or state}
         torch.save(content, path)
 
     return save

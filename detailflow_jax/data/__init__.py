@@ -1,23 +1,27 @@
-"""Images and codes for training: sources, crops, deterministic batches, code shards.
+"""Images, codes and latents for training: sources, crops, deterministic batches, shards.
 
 sources.py      where labelled images come from (digits, a folder, TFDS)
-images.py       image files to RGB arrays
+prepare.py      preparing a TFDS dataset, a command; imagenet.py checks ImageNet's tars
+images.py       image files to RGB pictures
 transforms.py   crops for training and for encoding
 pipeline.py     batches as a pure function of (seed, step), with Grain
-codes.py        writing the codes of a data set, restartably
-code_source.py  reading them
+shards.py       writing what is derived from a data set, restartably
+shard_source.py reading it
+codes.py        records of codes, for the generator
+latents.py      records of latents, for FlowAR
 """
 
-from detailflow_jax.data.code_source import CodeSource
-from detailflow_jax.data.codes import (
+from detailflow_jax.data.codes import CodeLayout, CodeSource
+from detailflow_jax.data.errors import UnreadableImage
+from detailflow_jax.data.latents import LatentLayout, LatentSource
+from detailflow_jax.data.pipeline import iterate_crops, make_iterator
+from detailflow_jax.data.shards import (
     ShardLayout,
     open_extraction,
     pending_shards,
     write_manifest,
     write_shard,
 )
-from detailflow_jax.data.errors import UnreadableImage
-from detailflow_jax.data.pipeline import iterate_crops, make_iterator
 from detailflow_jax.data.sources import Source, make_source
 from detailflow_jax.data.transforms import (
     ENCODING_CROPS,
@@ -29,7 +33,10 @@ from detailflow_jax.data.transforms import (
 __all__ = [
     "ENCODING_CROPS",
     "TRAINING_CROPS",
+    "CodeLayout",
     "CodeSource",
+    "LatentLayout",
+    "LatentSource",
     "ShardLayout",
     "Source",
     "UnreadableImage",

@@ -1,240 +1,54 @@
-"""Codes of a whole data set on disk: sharded ArrayRecord files, written restartably.
+"""Codes of a whole data set: one record an image.
 
 Shapes: K crops of one image; N tokens; the last axis of codes is (clean, input, label), the
 triplet of self-correction (facts 4).
-
-A folder of codes holds
-    layout.json                         first: everything that defines the extraction
-    codes-00003-of-00012.json           the unreadable images of shard 3, before the shard
-    codes-00003-of-00012.array_record   shard 3: source positions [3 S, 4 S), a record an image
-    manifest.json                       last: the layout and what was written
-Each file appears under its final name only when it is complete, so a run that is killed at any
-moment continues with the shards that are missing and ends with the same bytes.
 """
 
 import dataclasses
-import glob
-import json
-import os
-import uuid
-from collections.abc import Iterable, Mapping
 
 import numpy as np
-from array_record.python import array_record_module
 
-FORMAT_VERSION = 1
-_DEFINITION = {"source", "tokenizer", "class_names", "num_classes", "image_size"}
-_DEFINITION |= {"group_size", "causal_num", "crops", "seed"}
+from detailflow_jax.data.shard_source import ShardSource
+from detailflow_jax.data.shards import ShardLayout
+
+_NEEDED = {"source", "tokenizer", "class_names", "num_classes", "image_size"}
+_NEEDED |= {"group_size", "causal_num", "crops", "seed"}
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardLayout:
-    """Which source position lies in which shard, and the bytes of one record."""
+class CodeLayout(ShardLayout):
+    """Records of integer codes [K, N, 3]."""
 
-    num_examples: int  # of the source, readable or not
-    shard_size: int  # S, positions a shard
     num_crops: int  # K
     num_tokens: int  # N
     codebook_size: int
 
-    def __post_init__(self):
-        for field, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise ValueError(f"ShardLayout.{field}={value}: must be at least 1")
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_examples // self.shard_size)
+    what = "codes"
+    needed = frozenset(_NEEDED)
 
     @property
     def record_dtype(self) -> np.dtype:
-        """(index, label, codes [K, N, 3]), little-endian; codes in 2 bytes where they fit."""
+        """(index, label, codes [K, N, 3]); codes in 2 bytes where they fit."""
         code = "<u2" if self.codebook_size <= 65536 else "<i4"
         shape = (self.num_crops, self.num_tokens, 3)
         return np.dtype([("index", "<i8"), ("label", "<i4"), ("codes", code, shape)])
 
-    def positions(self, shard: int) -> range:
-        """The source positions of one shard."""
-        start = shard * self.shard_size
-        return range(start, min(start + self.shard_size, self.num_examples))
-
-    def file_name(self, shard: int) -> str:
-        return f"codes-{shard:05d}-of-{self.num_shards:05d}.array_record"
-
-
-def open_extraction(directory: str, layout: ShardLayout, definition: Mapping) -> None:
-    """Starts an extraction, or makes sure that the one begun in `directory` is the same.
-
-    Args:
-        directory: created if missing.
-        definition: everything beside the layout that the codes depend on or that a reader
-            needs; JSON values. Needed: source, tokenizer (their fingerprints), class_names,
-            num_classes, image_size, group_size, causal_num, crops, seed; others are welcome.
-
-    Raises:
-        ValueError: a needed field is missing, or the folder holds an extraction that differs;
-            the differing fields are named.
-    """
-    if missing := sorted(_DEFINITION - set(definition)):
-        raise ValueError(f"the definition of an extraction lacks {', '.join(missing)}")
-    fields = {**definition, **dataclasses.asdict(layout), "format_version": FORMAT_VERSION}
-    fields = json.loads(json.dumps(fields))  # As they will be read: tuples become lists.
-    path = os.path.join(directory, "layout.json")
-    os.makedirs(directory, exist_ok=True)
-    if not os.path.exists(path):
-        if glob.glob("codes-*.array_record", root_dir=directory):
+    def encode(self, index: int, label: int, value: np.ndarray) -> bytes:
+        shape = (self.num_crops, self.num_tokens, 3)
+        if value.shape != shape or not np.issubdtype(value.dtype, np.integer):
+            raise ValueError(f"codes of {index}: {value.dtype} {value.shape}, not integers {shape}")
+        if value.min() < 0 or value.max() >= self.codebook_size:
             raise ValueError(
-                f"{directory} holds code shards but no layout.json: use another folder"
+                f"codes of {index} range over [{value.min()}, {value.max()}], "
+                f"outside of [0, {self.codebook_size})"
             )
-        _write_json(path, fields)
-        return
-    begun = read_json(path)
-    differing = [k for k in sorted({*fields, *begun}) if fields.get(k) != begun.get(k)]
-    if differing:
-        lines = [f"  {k}: {begun.get(k)!r} there, {fields.get(k)!r} asked" for k in differing]
-        raise ValueError(
-            f"{directory} holds the codes of another extraction, which differs in\n"
-            + "\n".join(lines)
-            + "\nuse another folder, or remove this one to start again"
-        )
+        return np.array((index, label, value), self.record_dtype).tobytes()
+
+    def decode(self, record: np.void) -> dict[str, np.ndarray]:
+        return {"codes": record["codes"].astype(np.int32)}
 
 
-def pending_shards(
-    directory: str, layout: ShardLayout, process_index: int = 0, process_count: int = 1
-) -> list[int]:
-    """The shards that this process has yet to write: every process_count-th of those missing.
+class CodeSource(ShardSource):
+    """Random access to a finished folder of codes; `source[i]` has "codes", int32 [K, N, 3]."""
 
-    Removes what an interrupted run left half-written of this process's shards.
-    """
-    pending = []
-    for shard in range(process_index, layout.num_shards, process_count):
-        path = os.path.join(directory, layout.file_name(shard))
-        _remove_partial(directory, os.path.basename(path))
-        _remove_partial(directory, os.path.basename(_sidecar(path)))
-        if not os.path.exists(path):
-            pending.append(shard)
-    return pending
-
-
-def write_shard(
-    directory: str,
-    layout: ShardLayout,
-    shard: int,
-    records: Iterable[tuple[int, int, np.ndarray]],
-    unreadable: Mapping[int, str],
-) -> None:
-    """Writes one shard and its list of unreadable images; visible only when complete.
-
-    Args:
-        records: (source position, label, integer codes [K, N, 3]) in ascending position.
-        unreadable: source position -> name, for the positions without codes. May be filled
-            while `records` is consumed.
-
-    Raises:
-        ValueError: codes of another shape or out of range; positions that are not, together
-            with the unreadable ones, exactly those of the shard.
-    """
-    path = os.path.join(directory, layout.file_name(shard))
-    partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
-    written = []
-    # One record a group: random access then decompresses nothing that is not asked for.
-    writer = array_record_module.ArrayRecordWriter(partial, "group_size:1")
-    try:
-        for index, label, codes in records:
-            writer.write(_encode(layout, index, label, codes))
-            written.append(index)
-    finally:
-        writer.close()
-    if written != [i for i in layout.positions(shard) if i not in unreadable]:
-        raise ValueError(
-            f"shard {shard} needs, in order, the positions {layout.positions(shard)} without the "
-            f"{len(unreadable)} unreadable ones; got {len(written)} records"
-        )
-    if num_records(partial) != len(written):  # A full disk shows here, before the renaming.
-        raise OSError(f"{partial}: {len(written)} records were written but do not read back")
-    sidecar = {"unreadable": [[int(i), unreadable[i]] for i in sorted(unreadable)]}
-    _write_json(_sidecar(path), sidecar)
-    _publish(partial, path)
-
-
-def write_manifest(directory: str, layout: ShardLayout) -> dict:
-    """Closes the extraction: checks that every shard is there and writes manifest.json.
-
-    Returns the manifest: layout.json and num_records, unreadable, shards (file, num_records,
-    num_bytes). Writing it again gives the same bytes. Raises ValueError if shards are missing.
-    """
-    paths = [os.path.join(directory, layout.file_name(k)) for k in range(layout.num_shards)]
-    if missing := [path for path in paths if not os.path.exists(path)]:
-        raise ValueError(f"{len(missing)} of {len(paths)} shards are not written: {missing[0]} ...")
-    _remove_partial(directory, "*")
-    shards, unreadable = [], []
-    for shard, path in enumerate(paths):
-        broken = read_json(_sidecar(path))["unreadable"]
-        unreadable += broken
-        shards.append(
-            {
-                "file": os.path.basename(path),
-                "num_records": len(layout.positions(shard)) - len(broken),
-                "num_bytes": os.path.getsize(path),
-            }
-        )
-    manifest = read_json(os.path.join(directory, "layout.json"))
-    manifest |= {
-        "num_records": sum(s["num_records"] for s in shards),
-        "unreadable": unreadable,
-        "shards": shards,
-    }
-    _write_json(os.path.join(directory, "manifest.json"), manifest)
-    return manifest
-
-
-def _encode(layout: ShardLayout, index: int, label: int, codes: np.ndarray) -> bytes:
-    shape = (layout.num_crops, layout.num_tokens, 3)
-    if codes.shape != shape or not np.issubdtype(codes.dtype, np.integer):
-        raise ValueError(f"codes of {index}: {codes.dtype} {codes.shape}, not integers {shape}")
-    if codes.min() < 0 or codes.max() >= layout.codebook_size:
-        raise ValueError(
-            f"codes of {index} range over [{codes.min()}, {codes.max()}], "
-            f"outside of [0, {layout.codebook_size})"
-        )
-    return np.array((index, label, codes), layout.record_dtype).tobytes()
-
-
-def _sidecar(path: str) -> str:
-    return path.removesuffix(".array_record") + ".json"
-
-
-def _remove_partial(directory: str, pattern: str) -> None:
-    for partial in glob.glob(f"{pattern}.partial-*", root_dir=directory):
-        os.remove(os.path.join(directory, partial))
-
-
-def num_records(path: str) -> int:
-    reader = array_record_module.ArrayRecordReader(path)
-    count = reader.num_records()
-    reader.close()
-    return count
-
-
-def read_json(path: str) -> dict:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def _write_json(path: str, value: Mapping) -> None:
-    partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-    _publish(partial, path)
-
-
-def _publish(partial: str, path: str) -> None:
-    """Gives a complete file its final name, on disk and not only in the page cache."""
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    layout_class = CodeLayout

@@ -13,24 +13,33 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from detailflow_jax.data.code_source import CodeSource
+from detailflow_jax.data.codes import CodeSource
 from detailflow_jax.data.errors import UnreadableImage, unknown_name
+from detailflow_jax.data.latents import LatentSource
 from detailflow_jax.data.sources import SOURCE_KINDS, Source, make_source
-from detailflow_jax.data.transforms import TRAINING_CROPS, encoding_crops, training_crop
+from detailflow_jax.data.transforms import (
+    TRAINING_CROPS,
+    check_scales,
+    encoding_crops,
+    longest_short_side,
+    training_crop,
+)
 
 _MAX_SKIPS = 64  # Broken records in a row after which the data, not the record, are at fault.
 _reported: set[str] = set()  # Broken records already named in this process's log.
 
 
 class ReadableSource:
-    """A source in which every position holds an example, still a pure function of position.
+    """A source in which every position holds a picture, still a pure function of position.
 
     A broken record is replaced by the next readable one (cyclic). Adds "skipped", the int32
     number of broken records passed over at this position. Raises RuntimeError after 64.
+    `reduce_to` goes to `Source.read`.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, reduce_to: int | None = None):
         self._source = source
+        self._reduce_to = reduce_to
 
     def __len__(self) -> int:
         return len(self._source)
@@ -38,7 +47,7 @@ class ReadableSource:
     def __getitem__(self, index: int) -> dict:
         for skipped in range(min(_MAX_SKIPS, len(self))):
             try:
-                example = self._source[(index + skipped) % len(self)]
+                example = self._source.read((index + skipped) % len(self), self._reduce_to)
             except UnreadableImage as error:
                 last = error
                 if error.name not in _reported:
@@ -71,6 +80,45 @@ class _ProcessBlock(grain.MapDataset):
         return self._parent[batch * self._batch_size + self._start + row]
 
 
+class _WorkerIterator(grain.DatasetIterator):
+    """Batches made by worker processes, with the index of the next one as the whole state.
+
+    Grain's own state is that of so many workers. A batch is a function of its index, so here any
+    number of workers, or none, goes on from it; new workers are started for that.
+    """
+
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        read_options: grain.ReadOptions,
+        options: grain.MultiprocessingOptions,
+    ):
+        super().__init__()
+        self._batches, self._read_options, self._options = batches, read_options, options
+        self._next_index = 0
+        self._running: grain.DatasetIterator | None = None
+
+    def __next__(self) -> dict:
+        if self._running is None:
+            rest = self._batches[self._next_index :].to_iter_dataset(self._read_options)
+            self._running = iter(rest.mp_prefetch(self._options))
+        batch = next(self._running)
+        self._next_index += 1
+        return batch
+
+    def get_state(self) -> dict:
+        return {"next_index": self._next_index}
+
+    def set_state(self, state: dict) -> None:
+        self.close()
+        self._next_index = state["next_index"]
+
+    def close(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+
 def _training_view(example: dict, rng: np.random.Generator, **crop) -> dict:
     image = training_crop(example["image"], rng=rng, **crop)
     return {"image": image, "label": np.int32(example["label"]), "skipped": example["skipped"]}
@@ -81,25 +129,51 @@ def _training_codes(example: dict, rng: np.random.Generator) -> dict:
     return {"codes": codes, "label": np.int32(example["label"])}
 
 
+def _training_latents(
+    example: dict, rng: np.random.Generator, flip: bool, scale: float, shift: float
+) -> dict:
+    mirrored = rng.random() < 0.5  # Drawn always: switching `flip` moves no other draw.
+    mean, logvar = np.split(example["moments"][int(flip and mirrored)], 2, axis=-1)
+    # The moments of scaled latents: who trains on them needs no autoencoder beside them.
+    scaled = [
+        (mean - np.float32(shift)) * np.float32(scale),
+        logvar + np.float32(2 * np.log(scale)),
+    ]
+    return {"moments": np.concatenate(scaled, axis=-1), "label": np.int32(example["label"])}
+
+
 def _open(data: Mapping):
     """(source, random map) of a data configuration."""
     kind, _, rest = data["source"].partition(":")
     if kind == "codes":
         return CodeSource(rest), _training_codes
+    if kind == "latents":
+        source = LatentSource(rest)
+        scaling = {
+            "scale": source.manifest["scale_factor"],
+            "shift": source.manifest["shift_factor"],
+        }
+        view = functools.partial(_training_latents, flip=data.get("flip", True), **scaling)
+        return source, view
     if kind not in SOURCE_KINDS:
-        raise unknown_name("data source", kind, (*SOURCE_KINDS, "codes"))
+        raise unknown_name("data source", kind, (*SOURCE_KINDS, "codes", "latents"))
     if data["crop"] not in TRAINING_CROPS:
         raise unknown_name("crop", data["crop"], TRAINING_CROPS)
-    source = make_source(data["source"], data.get("split"), data.get("data_dir"))
+    size, crop = data["image_size"], data["crop"]
+    min_scale, max_scale = data.get("min_scale", 0.8), data.get("max_scale", 1.0)
+    check_scales(min_scale, max_scale)
     view = functools.partial(
         _training_view,
-        size=data["image_size"],
-        kind=data["crop"],
-        min_scale=data.get("min_scale", 0.8),
-        max_scale=data.get("max_scale", 1.0),
+        size=size,
+        kind=crop,
+        min_scale=min_scale,
+        max_scale=max_scale,
         flip=data.get("flip", False),
     )
-    return ReadableSource(source), view
+    source = make_source(data["source"], data.get("split"), data.get("data_dir"))
+    scaled = data.get("scaled_decode", False)
+    reduce_to = longest_short_side(crop, size, min_scale) if scaled else None
+    return ReadableSource(source, reduce_to), view
 
 
 def make_iterator(
@@ -114,21 +188,25 @@ def make_iterator(
 
     Args:
         data: `config.data`: source, split, image_size, crop, min_scale, max_scale, flip,
-            data_dir for images; source "codes:DIR" for codes; for both num_workers (worker
-            processes, 0 for none) and prefetch (batches prepared ahead, a thread each).
+            data_dir for images; source "codes:DIR" for codes; source "latents:DIR" and flip (take
+            the image or its mirror; default True) for latents. Optional for images: scaled_decode
+            (decode large JPEGs at a fraction of their size, docs/imagenet.md). For all:
+            num_workers (processes, 0 for none); worker_buffer (finished batches that each keeps,
+            default 1); prefetch (batches in the making, in each worker); num_threads (that make
+            them, 0: one a batch).
         batch_size: the global batch B, over all processes.
         seed: non-negative; with the step it determines every batch.
 
     Returns:
         Iterator of this process's b = B / process_count rows:
         {"image": uint8 [b, R, R, 3], "label": int32 [b], "skipped": int32 [b]} or
-        {"codes": int32 [b, N, 3], "label": int32 [b]}. `get_state` and `set_state` are exact,
-        and `grain.checkpoint.CheckpointSave` takes it. A state saved with worker processes
-        needs the same number of them.
+        {"codes": int32 [b, N, 3], "label": int32 [b]} or {"moments": float32 [b, h, w, 2C], mean
+        and log-variance of scaled latents, "label": int32 [b]}. `get_state` and `set_state` are
+        exact, with any number of worker processes, and `grain.checkpoint.CheckpointSave` takes it.
 
     Raises:
         ValueError: a batch that the processes do not divide, an unknown source or crop, and
-            what `make_source` and `CodeSource` raise.
+            what `make_source`, `CodeSource` and `LatentSource` raise.
     """
     if batch_size <= 0 or batch_size % process_count:
         raise ValueError(
@@ -145,16 +223,20 @@ def make_iterator(
     # Before the cut into processes, so that the random numbers follow the global position.
     dataset = dataset.random_map(random_map, seed=map_seed)
     dataset = _ProcessBlock(dataset, batch_size, process_index, process_count)
-    dataset = dataset.batch(batch_size // process_count)
-    prefetch = data.get("prefetch", 2)
-    dataset = dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
+    return _start(dataset.batch(batch_size // process_count), data)
+
+
+def _start(batches: grain.MapDataset, data: Mapping) -> grain.DatasetIterator:
+    prefetch, workers = data.get("prefetch", 2), data.get("num_workers", 0)
+    read_options = grain.ReadOptions(
+        num_threads=data.get("num_threads", 0) or prefetch, prefetch_buffer_size=prefetch
     )
-    if workers := data.get("num_workers", 0):
-        if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags; a library has none.
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(dataset)
+    if not workers:
+        return iter(batches.to_iter_dataset(read_options))
+    if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags; a library has none.
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(workers, data.get("worker_buffer", 1))
+    return _WorkerIterator(batches, read_options, options)
 
 
 def iterate_crops(
@@ -168,7 +250,7 @@ def iterate_crops(
 
     def load(position):
         try:
-            example = source[position]
+            example = source.read(position)
         except UnreadableImage as error:
             return position, error
         crops = encoding_crops(example["image"], size, kind)

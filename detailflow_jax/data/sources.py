@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from absl import logging
 from PIL import Image
 
 from detailflow_jax.data.errors import UnreadableImage, did_you_mean, unknown_name
-from detailflow_jax.data.images import IMAGE_FILE, decode_image
+from detailflow_jax.data.images import IMAGE_FILE, Picture, decode_picture
 
 SOURCE_KINDS = ("digits", "folder", "tfds")
 
@@ -23,6 +24,9 @@ class Source(abc.ABC):
     `source[i]` is {"image": uint8 [H, W, 3] RGB, "label": int}; it raises UnreadableImage for a
     record that cannot be decoded. `name` is for people; `fingerprint` changes whenever the data
     do, so that what was derived from other data is recognised.
+
+    `source.read(i, reduce_to)` is the same with a Picture, which spares a crop two copies of the
+    image; see `decode_picture` for `reduce_to`.
     """
 
     name: str
@@ -37,7 +41,11 @@ class Source(abc.ABC):
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def __getitem__(self, index: int) -> dict: ...
+    def read(self, index: int, reduce_to: int | None = None) -> dict: ...
+
+    def __getitem__(self, index: int) -> dict:
+        example = self.read(index)
+        return {**example, "image": np.asarray(example["image"].pixels)}
 
 
 def make_source(spec: str, split: str | None = None, data_dir: str | None = None) -> Source:
@@ -103,9 +111,9 @@ class DigitsSource(Source):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, index: int) -> dict:
+    def read(self, index: int, reduce_to: int | None = None) -> dict:
         image = np.repeat(self._images[index][..., None], 3, axis=-1)
-        return {"image": image, "label": int(self._labels[index])}
+        return {"image": Picture.of(image), "label": int(self._labels[index])}
 
 
 class FolderSource(Source):
@@ -174,14 +182,15 @@ class FolderSource(Source):
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> dict:
+    def read(self, index: int, reduce_to: int | None = None) -> dict:
         path = os.path.join(self.path, self._files[index])
         try:
             with open(path, "rb") as file:
                 data = file.read()
         except (FileNotFoundError, PermissionError) as error:  # Such as a broken link.
             raise UnreadableImage(path, str(error)) from error
-        return {"image": decode_image(data, path), "label": self._labels[index]}
+        picture = decode_picture(data, path, reduce_to=reduce_to)
+        return {"image": picture, "label": self._labels[index]}
 
 
 def _list_folder(path: str) -> tuple[list[str], list[str], list[str]]:
@@ -201,9 +210,11 @@ def _list_folder(path: str) -> tuple[list[str], list[str], list[str]]:
 
 
 class TfdsSource(Source):
-    """A prepared TFDS dataset with the features `image` and `label`, by random access.
+    """A prepared TFDS dataset of one image and one class label a record, by random access.
 
-    The stored JPEG or PNG bytes are decoded here, as for a folder. Reading needs no TensorFlow.
+    The stored JPEG or PNG bytes are decoded here, as for a folder, but not turned: like TFDS
+    itself, and like the published ImageNet training, this takes the pixels as they are stored.
+    Reading local data needs no TensorFlow.
     """
 
     def __init__(self, name: str, split: str, data_dir: str | None = None):
@@ -211,18 +222,12 @@ class TfdsSource(Source):
 
         data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or str(tfds.core.constants.DATA_DIR)
         builder = _prepared_builder(tfds, name, data_dir)
-        features = dict(builder.info.features.items())
-        for field, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
-            if not isinstance(features.get(field), kind):
-                raise ValueError(
-                    f"TFDS dataset {name!r} has no {kind.__name__} feature {field!r}; "
-                    f"its features are {sorted(features)}"
-                )
+        self._image, self._label = image_and_label(builder)
         self._records = builder.as_data_source(
-            split=split, decoders={"image": tfds.decode.SkipDecoding()}
+            split=split, decoders={self._image: tfds.decode.SkipDecoding()}
         )
         self.name = f"tfds:{name}:{split}"
-        self.class_names = tuple(features["label"].names)
+        self.class_names = tuple(builder.info.features[self._label].names)
         sizes = {s: (i.num_examples, i.num_bytes) for s, i in builder.info.splits.items()}
         digest = hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:16]
         self.fingerprint = f"tfds:{builder.info.full_name}:{split}:{len(self)}:{digest}"
@@ -230,26 +235,50 @@ class TfdsSource(Source):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict:
+    def read(self, index: int, reduce_to: int | None = None) -> dict:
         record = self._records[index]
-        image = decode_image(record["image"], f"{self.name}[{index}]")
-        return {"image": image, "label": int(record["label"])}
+        name = f"{self.name}[{index}]"
+        if file_name := record.get("file_name"):  # ImageNet's; position 17 says less to a person.
+            name += f" {file_name.decode(errors='replace')}"
+        picture = decode_picture(record[self._image], name, reduce_to=reduce_to, upright=False)
+        return {"image": picture, "label": int(record[self._label])}
+
+
+def image_and_label(builder) -> tuple[str, str]:
+    """The names of the features that hold the image and its class.
+
+    They are the supervised pair of the dataset where it has one, else its only image of 8 or 16
+    bits and its only class label. Raises ValueError, listing the features, if neither is there.
+    """
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features.items())
+
+    def is_image(feature) -> bool:  # Floating-point images are stored as disguised PNGs.
+        kinds = (np.uint8, np.uint16)
+        return isinstance(feature, tfds.features.Image) and feature.np_dtype in kinds
+
+    images = [name for name, feature in features.items() if is_image(feature)]
+    labels = [n for n, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    pair = builder.info.supervised_keys
+    if pair and len(pair) == 2 and pair[0] in images and pair[1] in labels:
+        return pair
+    if len(images) != 1 or len(labels) != 1:
+        raise ValueError(
+            f"TFDS dataset {builder.name!r} is not one for image classification: expected one "
+            f"image and one ClassLabel, its features are {features}"
+        )
+    return images[0], labels[0]
 
 
 def _prepared_builder(tfds, name: str, data_dir: str):
     """The builder of a dataset that lies prepared under `data_dir` with random access."""
-    prepare = f"tfds.builder({name!r}, data_dir={data_dir!r}, file_format='array_record')"
-    advice = (
-        "prepare it once with: python -c "
-        f'"import tensorflow_datasets as tfds; {prepare}.download_and_prepare()"'
-    )
+    where = f"--dataset {shlex.quote(name)} --data_dir {shlex.quote(data_dir)}"
+    advice = f"prepare it once with: python -m detailflow_jax.data.prepare {where}"
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(
-            f"TFDS knows no dataset {name!r} and none is prepared under {data_dir}"
-            + did_you_mean(name, tfds.list_builders(with_community_datasets=False))
-        ) from error
+        raise unknown_dataset(name, data_dir) from error
     if not builder.is_prepared():
         raise FileNotFoundError(f"TFDS dataset {name!r} is not under {data_dir}: {advice}")
     formats = {f.value for f in builder.info.available_file_formats()}
@@ -259,3 +288,13 @@ def _prepared_builder(tfds, name: str, data_dir: str):
             f"which has no random access: remove it or choose another data_dir, then {advice}"
         )
     return builder
+
+
+def unknown_dataset(name: str, data_dir: str) -> ValueError:
+    """The error for a name that TFDS does not know, with the nearest ones suggested."""
+    import tensorflow_datasets as tfds
+
+    return ValueError(
+        f"TFDS knows no dataset {name!r} and none is prepared under {data_dir}"
+        + did_you_mean(name, tfds.list_builders(with_community_datasets=False))
+    )

@@ -1,17 +1,23 @@
-"""How well a tokenizer reconstructs, by the number of tokens."""
+"""How well a tokenizer or VAE reconstructs: by the number of tokens, and with noise injected."""
 
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
+from detailflow_jax.evaluate import image_quality
+from detailflow_jax.evaluate.chunks import ChunkFolder
+from detailflow_jax.evaluate.distances import frechet_distance
+from detailflow_jax.evaluate.errors import EvaluationError
+from detailflow_jax.evaluate.features import FeatureExtractor
+from detailflow_jax.evaluate.models import Reconstructor, decode_enlarged
+from detailflow_jax.evaluate.moments import Moments
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.ops import interpolation
 
-
-def decode_enlarged(tokenizer, codes: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` codes decoded, then enlarged to full size: float32 [B, R, R, 3]."""
-    images = tokenizer.decode(codes[:, :count])
-    return np.asarray(interpolation.enlarge(images, tokenizer.config.image_size))
+Perceptual = Callable[[jax.Array, jax.Array], jax.Array]
+"""LPIPS: images and originals, float32 [B, R, R, 3] in [-1, 1] -> distance [B]."""
 
 
 def psnr_by_tokens(tokenizer, images: np.ndarray, counts: Sequence[int]) -> dict[int, float]:
@@ -26,3 +32,131 @@ def psnr_by_tokens(tokenizer, images: np.ndarray, counts: Sequence[int]) -> dict
         n: float(np.mean(pixels.psnr(decode_enlarged(tokenizer, codes, n), reference)))
         for n in counts
     }
+
+
+def evaluate(
+    reconstructor: Reconstructor,
+    images: Any,
+    out: pathlib.Path,
+    *,
+    counts: Sequence[int] = (),
+    groups: Sequence[int] = (),
+    num_images: int | None = None,
+    extractor: FeatureExtractor | None = None,
+    perceptual: Perceptual | None = None,
+) -> list[dict[str, Any]]:
+    """Scores reconstructions against their originals; resumable.
+
+    Args:
+      reconstructor: the model.
+      images: a set of images (`samples.py`) of the model's size.
+      out: folder for the partial results.
+      counts: token counts; default all tokens. A VAE has none.
+      groups: which groups to perturb, for the self-correction test.
+      num_images: only the first so many.
+      extractor: for rFID; None leaves it out.
+      perceptual: LPIPS; None leaves it out.
+
+    Returns:
+      a row a kind of reconstruction, those of `Reconstructor`: `name`, `images`, means of `psnr`
+      (dB, peak 1 on [0, 1]), `ssim` (data range 1), `ssim_range_2` (the constants of published
+      tokenizer tables), and `rfid` and `lpips` where asked for.
+
+    Raises:
+      EvaluationError: images of another size, too few, or NaN from the model.
+      ValueError: token counts or groups that the model does not have.
+    """
+    total = _check_images(images, num_images, reconstructor.image_size)
+    counts, groups = _check_parts(reconstructor, counts, groups)
+    definition = {
+        "model": reconstructor.model.fingerprint,
+        "images": images.fingerprint,
+        "noise": [reconstructor.seed, reconstructor.noise_top],
+        "network": extractor and extractor.fingerprint,
+        "lpips": perceptual is not None,
+    }
+    folder = ChunkFolder(out / "reconstruction", total, definition)
+
+    def make(start: int, stop: int) -> dict[str, dict[str, np.ndarray]]:
+        originals = images.read(start, stop)
+        made = reconstructor(originals, counts, groups, first_index=start)
+        size = reconstructor.batch_size
+        arrays = {kind: _compare(x, originals, size, perceptual) for kind, x in made.items()}
+        if extractor:
+            for kind, x in made.items():
+                arrays[kind]["pool"] = extractor(x)["pool"]
+            arrays["originals"] = {"pool": extractor(originals)["pool"]}
+        return arrays
+
+    names = reconstructor.names(counts, groups)
+    kinds = [*names, *(["originals"] if extractor else [])]
+    folder.fill(make, kinds, "reconstruct", reconstructor.batch_size)
+    return _rows(folder, names, extractor is not None, perceptual is not None)
+
+
+def _compare(images, originals, size: int, perceptual: Perceptual | None) -> dict[str, np.ndarray]:
+    """Each image against its original, in batches of one size: {metric: float32 [n]}."""
+    found: dict[str, list] = {}
+    for start in range(0, len(images), size):
+        pair = [x[start : start + size] for x in (images, originals)]
+        count = len(pair[0])
+        x, y = (np.pad(z, [(0, size - count), *[(0, 0)] * 3], "edge") for z in pair)
+        values = {
+            "psnr": image_quality.psnr(x, y),
+            "ssim": image_quality.ssim(x, y),
+            "ssim_range_2": image_quality.ssim(x, y, 2.0),
+        }
+        if perceptual:
+            values["lpips"] = perceptual(pixels.to_float(x), pixels.to_float(y))
+        for name, value in values.items():
+            found.setdefault(name, []).append(np.asarray(value)[:count])
+    return {name: np.concatenate(values) for name, values in found.items()}
+
+
+def _rows(folder: ChunkFolder, kinds, with_rfid: bool, with_lpips: bool) -> list[dict[str, Any]]:
+    metrics = ["psnr", "ssim", "ssim_range_2", *(["lpips"] if with_lpips else [])]
+    originals = Moments.of(folder.parts("originals", "pool")) if with_rfid else None
+    rows = []
+    for kind in kinds:
+        row: dict[str, Any] = {"name": kind, "images": folder.total}
+        if originals:
+            made = Moments.of(folder.parts(kind, "pool"))
+            row["rfid"] = frechet_distance(
+                originals.mean, originals.covariance, made.mean, made.covariance
+            )
+        for metric in metrics:
+            row[metric] = float(np.mean(folder.read(kind, metric), dtype=np.float64))
+        rows.append(row)
+    return rows
+
+
+def _check_images(images: Any, num_images: int | None, size: int) -> int:
+    """How many images to take; they must be of the model's size."""
+    if images.shape[:2] != (size, size):
+        raise EvaluationError(
+            f"{images.name} holds images of {images.shape[1]}x{images.shape[0]} px, the model "
+            f"takes {size}x{size}"
+        )
+    total = len(images) if num_images is None else num_images
+    if not 2 <= total <= len(images):
+        raise EvaluationError(
+            f"{images.name} holds {len(images)} images, {total} are asked for: expected 2 to "
+            f"{len(images)}"
+        )
+    return total
+
+
+def _check_parts(reconstructor: Reconstructor, counts, groups) -> tuple[list[int], list[int]]:
+    """Valid token counts and groups of the model; all tokens by default."""
+    config = reconstructor.model.config
+    if reconstructor.model.kind == "vae":
+        if counts or groups:
+            raise EvaluationError("a VAE has no tokens: leave token counts and noise groups out")
+        return [], []
+    for count in counts:
+        config.resolutions.check(count)
+    number = config.num_tokens // config.group_size
+    wrong = [group for group in groups if not 0 <= group < number]
+    if wrong:
+        raise EvaluationError(f"noise groups {wrong}: expected 0 to {number - 1}")
+    return sorted(set(counts)) or [config.num_tokens], sorted(set(groups))

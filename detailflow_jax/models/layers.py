@@ -67,6 +67,17 @@ def rms_norm(name: str | None = None, epsilon: float = 1e-5) -> nn.RMSNorm:
     )
 
 
+def normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """RMSNorm without a weight, float32."""
+    x = jnp.asarray(x, jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """Adaptive norm: weightless RMSNorm of x, times (1 + scale), plus shift; float32."""
+    return normalize(x) * (1.0 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -74,6 +85,7 @@ def attend(
     *,
     prefix: tuple[jax.Array, jax.Array] | None = None,
     mask: jax.Array | None = None,
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
 ) -> jax.Array:
     """Softmax attention over [prefix, own] keys without copying the two together.
 
@@ -83,6 +95,7 @@ def attend(
       value: own values [B, T', K, h].
       prefix: keys and values [B, P, K, h] that come before them: a cache, or another stream.
       mask: bool, broadcastable to [B, 1, T, P + T'], True where attention is allowed.
+      drop: applied to the attention weights, such as dropout.
 
     Returns:
       [B, T, H, h] in the dtype of `value`; scores and softmax are float32.
@@ -98,7 +111,7 @@ def attend(
     if mask is not None:
         mask = jnp.expand_dims(mask, 2) if mask.ndim == 4 else mask
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = drop(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
     edge = weights.shape[-1] - key.shape[1]
     split = [weights] if prefix is None else [weights[..., :edge], weights[..., edge:]]
     out = sum(jnp.einsum("bkrts,bskh->btkrh", w, v) for w, (_, v) in zip(split, parts, strict=True))
@@ -108,8 +121,18 @@ def attend(
 class Attention(nn.Module):
     """Multi-head attention over its own tokens and, before them, an optional prefix.
 
-    One mechanism serves three uses: the encoder's queries look at the patches of their image, a
-    cached decoding step looks at the past, and plain self-attention has no prefix.
+    One mechanism serves four uses: the encoder's queries look at the patches of their image, a
+    cached decoding step looks at the past, plain self-attention has no prefix, and cross-attention
+    takes its keys and values from a context.
+
+    Attributes:
+      num_heads: H.
+      num_kv_heads: K.
+      use_bias: of the projections to queries, keys and values.
+      dtype: of the computation.
+      kernel_init: of all projections.
+      output_bias: of the output projection; None: as `use_bias`.
+      dropout: rate on the attention weights, active where the caller supplies randomness.
     """
 
     num_heads: int
@@ -117,14 +140,20 @@ class Attention(nn.Module):
     use_bias: bool
     dtype: Any
     kernel_init: Callable = XAVIER
+    output_bias: bool | None = None
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x, *, prefix=None, mask=None, rope=None):
-        """[B, T, D] -> ([B, T, D], own (keys, values) [B, T, K, h], turned by `rope`)."""
+    def __call__(self, x, *, prefix=None, mask=None, rope=None, context=None):
+        """[B, T, D] -> ([B, T, D], own (keys, values) [B, T, K, h], turned by `rope`).
+
+        `context` [B, T, C] gives the keys and values in place of x, at the same positions.
+        """
         width = x.shape[-1]
         head_dim = width // self.num_heads
+        read = x if context is None else context
 
-        def project(name: str, heads: int) -> jax.Array:
+        def project(name: str, x: jax.Array, heads: int) -> jax.Array:
             layer = dense(
                 heads * head_dim,
                 ("embed", "heads"),
@@ -136,28 +165,44 @@ class Attention(nn.Module):
             y = layer(x).reshape(*x.shape[:-1], heads, head_dim)
             return nn.with_logical_constraint(y, ("batch", "length", "heads", None))
 
-        query = project("q_proj", self.num_heads)
-        key = project("k_proj", self.num_kv_heads)
-        value = project("v_proj", self.num_kv_heads)
+        query = project("q_proj", x, self.num_heads)
+        key = project("k_proj", read, self.num_kv_heads)
+        value = project("v_proj", read, self.num_kv_heads)
         if rope is not None:
             query, key = rotary.rotate(query, rope), rotary.rotate(key, rope)
-        out = attend(query, key, value, prefix=prefix, mask=mask)
+        drop = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
+        out = attend(query, key, value, prefix=prefix, mask=mask, drop=drop)
         out_proj = dense(
             width,
             ("heads", "embed"),
             dtype=self.dtype,
-            use_bias=self.use_bias,
+            use_bias=self.use_bias if self.output_bias is None else self.output_bias,
             kernel_init=self.kernel_init,
             name="out_proj",
         )
         return out_proj(out.reshape(x.shape)), (key, value)
 
 
+class GatedMLP(nn.Module):
+    """fc2(gelu(fc1_g x) * fc1_x x) with the exact GELU and biases everywhere."""
+
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        gate = dense(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1_g")(x)
+        y = dense(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1_x")(x)
+        y = nn.gelu(gate, approximate=False) * y
+        y = nn.with_logical_constraint(y, ("batch", "length", "mlp"))
+        return dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="fc2")(y)
+
+
 class Stack(nn.Module):
     """`depth` equal blocks, scanned over stacked parameters or unrolled.
 
-    A block maps (x, prefix, mask, rope) to (x, its own keys and values). Scanned, the parameters
-    lie under `layers` with a leading layer axis; unrolled, under `layers_0`, `layers_1`, ...
+    A block maps (x, prefix, mask, rope, *context) to (x, its own keys and values). Scanned, the
+    parameters lie under `layers` with a leading layer axis; unrolled, under `layers_0`, ...
     """
 
     block: type[nn.Module]
@@ -167,7 +212,7 @@ class Stack(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, x, *, prefix=None, mask=None, rope=None):
+    def __call__(self, x, *, prefix=None, mask=None, rope=None, context=()):
         """Run all blocks.
 
         Args:
@@ -175,6 +220,7 @@ class Stack(nn.Module):
           prefix: per layer keys and values: stacked [L, B, P, K, h] when scanned, else a sequence.
           mask: see `attend`; the same for every layer.
           rope: rotary table for the T positions, or None.
+          context: further arguments of every block, the same for each, such as a condition.
 
         Returns:
           x after the last block, and every layer's own keys and values in the form of `prefix`.
@@ -188,15 +234,16 @@ class Stack(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
+                in_axes=(0, *[nn.broadcast] * (2 + len(context))),
                 length=self.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(**self.options, name="layers")
-            return layers(x, prefix, mask, rope)
+            return layers(x, prefix, mask, rope, *context)
         own = []
         for i in range(self.depth):
             layer_prefix = None if prefix is None else prefix[i]
-            x, keys_values = block(**self.options, name=f"layers_{i}")(x, layer_prefix, mask, rope)
+            layer = block(**self.options, name=f"layers_{i}")
+            x, keys_values = layer(x, layer_prefix, mask, rope, *context)
             own.append(keys_values)
         return x, own
 

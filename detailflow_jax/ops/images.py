@@ -24,9 +24,9 @@ def to_uint8(images: jax.Array) -> jax.Array:
     return jnp.clip(127.5 * images + 128.0, 0.0, 255.0).astype(jnp.uint8)
 
 
-def tile(images: np.ndarray) -> np.ndarray:
-    """[rows, columns, H, W, C] -> one picture [rows*H, columns*W, C]."""
-    return einops.rearrange(np.asarray(images), "r c h w ch -> (r h) (c w) ch")
+def tile(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """[rows, columns, H, W, C] -> one picture [rows*H, columns*W, C], where the images are."""
+    return einops.rearrange(images, "r c h w ch -> (r h) (c w) ch")
 
 
 def psnr(images: jax.Array, reference: jax.Array) -> jax.Array:

@@ -35,3 +35,24 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
     cos, sin = table[:, None, :, 0], table[:, None, :, 1]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def grid_rotary_table(
+    side: int, stretch: float, head_dim: int, theta: float = 10_000.0
+) -> np.ndarray:
+    """2-D rotary over a square grid whose coordinates are (0 .. side - 1) * stretch.
+
+    Rows turn the first half of the frequency pairs and columns the second, both with
+    theta^(-4j/head_dim), j < head_dim/4. Stretching makes grids of several sizes cover one area.
+
+    Returns:
+      float32 [side^2, head_dim/2, 2] holding (cos, sin), row-major positions.
+    """
+    if head_dim % 4:
+        raise ValueError(f"head_dim={head_dim} must be a multiple of 4 for 2-D rotary positions")
+    exponent = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
+    frequencies = np.float32(1.0) / np.float32(theta) ** exponent
+    turn = np.outer(np.arange(side, dtype=np.float32) * np.float32(stretch), frequencies)
+    rows, columns = np.repeat(turn, side, axis=0), np.tile(turn, (side, 1))
+    angles = np.concatenate([rows, columns], axis=1)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)

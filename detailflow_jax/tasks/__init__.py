@@ -41,16 +41,19 @@ class Task:
       plan: step -> (static variant, small NumPy arrays): what the host decides for a step, a pure
         function of the step. There is one compiled program a variant.
       train_step: (state, batch, plan arrays, *, variant) -> (state, {name: scalar}).
-      figures: (state, batch) -> {name: uint8 [H, W, 3]}, pictures to look at.
+      figures: (state, batch) -> {name: uint8 [H, W, 3]}, pictures to look at; on the devices, as
+        the processes of a run draw them together.
+      check: raises ValueError where a batch is not of the shapes that the task was made for.
     """
 
     init: Callable[[jax.Array], TrainState]
     plan: Callable[[int], tuple[Hashable, dict[str, np.ndarray]]]
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    figures: Callable[[TrainState, Any], dict[str, np.ndarray]]
+    figures: Callable[[TrainState, Any], dict[str, jax.Array]]
+    check: Callable[[Any], None] = lambda batch: None
 
 
-TASKS = ("tokenizer", "generator")
+TASKS = ("tokenizer", "generator", "vae", "flowar")
 
 
 def make_task(config) -> Task:

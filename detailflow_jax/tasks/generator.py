@@ -3,7 +3,6 @@
 Shapes: B batch, N tokens, V codes.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -83,9 +82,14 @@ def make(config) -> Task:
         mix_key, label_key, dropout_key = jax.random.split(key, 3)
         inputs, targets = mix_corrections(mix_key, batch["codes"], config.loss.correction)
         labels = drop_labels(label_key, batch["label"], c)
-        (loss, accuracy), grads = jax.value_and_grad(
-            functools.partial(cross_entropy, model), has_aux=True
-        )(state.params, inputs, targets, labels, dropout_key)
+
+        def mean_loss(params, rows, key):
+            loss, accuracy = cross_entropy(model, params, *rows, dropout_key=key)
+            return loss, {"accuracy": accuracy}
+
+        (loss, means), grads = optim.gradients(
+            mean_loss, state.params, (inputs, targets, labels), dropout_key, config.accumulate
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = state.replace(
@@ -96,9 +100,8 @@ def make(config) -> Task:
         )
         metrics = {
             "loss": loss,
-            "accuracy": accuracy,
             "gradient_norm": optax.global_norm(grads),
         }
-        return new, metrics
+        return new, metrics | means
 
     return Task(init, plan, train_step, lambda state, batch: {})

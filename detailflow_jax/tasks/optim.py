@@ -1,5 +1,7 @@
 """Optimizer, schedule and averaging, from the `optim` part of a config."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,6 +42,58 @@ def optimizer(optim, total_steps: int) -> optax.GradientTransformation:
             mask=decays,
         ),
     )
+
+
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+"""(params, rows, key) -> (mean loss over the rows, {name: mean, or one value a row})."""
+
+
+def gradients(loss: Loss, params: Any, rows: Any, key: jax.Array, parts: int = 1):
+    """Gradient of a mean loss, over `parts` equal parts of the rows one after another.
+
+    Several parts keep the activations of one part only. Means over rows come out as without parts;
+    a loss that is no mean (the entropy of the batch's code usage) is one of each part.
+
+    Args:
+      loss: called with a part of the rows and a key of its own.
+      params: nested parameters.
+      rows: arrays [B, ...].
+      key: for dropout and the like.
+      parts: divides B.
+
+    Returns:
+      ((loss, auxiliary values), gradients), the auxiliary values per row put together again.
+
+    Raises:
+      ValueError: rows that the parts do not divide.
+    """
+    with_grad = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        return with_grad(params, rows, key)
+    batch = len(jax.tree.leaves(rows)[0])
+    if batch % parts:
+        raise ValueError(f"a batch of {batch} is no multiple of config.accumulate={parts}")
+
+    # Part i takes every parts-th row: a device's rows, which follow each other, stay with it.
+    split = jax.tree.map(
+        lambda x: x.reshape(batch // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows
+    )
+
+    def add(total, part):
+        index, some = part
+        (value, aux), grads = with_grad(params, some, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, (value, grads)), aux
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total = (jnp.zeros(()), zeros)
+    total, aux = jax.lax.scan(add, total, (jnp.arange(parts), split))
+    value, grads = jax.tree.map(lambda x: x / parts, total)
+    return (value, jax.tree.map(functools.partial(_together, batch), aux)), grads
+
+
+def _together(batch: int, x: jax.Array) -> jax.Array:
+    """[parts] means -> their mean; [parts, B / parts, ...] rows -> [B, ...] in their old order."""
+    return jnp.mean(x) if x.ndim == 1 else x.swapaxes(0, 1).reshape(batch, *x.shape[2:])
 
 
 def start_average(params: Any, ema) -> Any:

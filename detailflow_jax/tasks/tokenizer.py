@@ -172,27 +172,32 @@ def make(config) -> Task:
         images = pixels.to_float(batch["image"])
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         span, choice = draw_noise(key, c, config.loss, len(images), plan["token_count"])
-        teacher_mean = None
-        if teacher is not None:
-            features = siglip.teacher_features(teacher, state.frozen["teacher"], images)
-            teacher_mean = jnp.mean(features, axis=1)
-        losses = functools.partial(
-            all_losses,
-            images=images,
-            target=interpolation.apply_matrices(images, plan["degrade"], plan["degrade"]),
-            span=span,
-            choice=choice,
-            loss=config.loss,
-            size=variant,
-            token_count=plan["token_count"],
-            teacher_mean=teacher_mean,
-        )
 
-        def total(params):
+        def total(params, rows, key):
+            del key  # nothing else is random
+            images, span, choice = rows
+            teacher_mean = None
+            if teacher is not None:
+                features = siglip.teacher_features(teacher, state.frozen["teacher"], images)
+                teacher_mean = jnp.mean(features, axis=1)
+            losses = functools.partial(
+                all_losses,
+                images=images,
+                target=interpolation.apply_matrices(images, plan["degrade"], plan["degrade"]),
+                span=span,
+                choice=choice,
+                loss=config.loss,
+                size=variant,
+                token_count=plan["token_count"],
+                teacher_mean=teacher_mean,
+            )
             terms, (triplet, _) = model.apply({"params": params}, method=losses)
-            return sum(terms.values()), (terms, triplet)
+            return sum(terms.values()), terms | {"triplet": triplet}
 
-        grads, (terms, triplet) = jax.grad(total, has_aux=True)(state.params)
+        (_, terms), grads = optim.gradients(
+            total, state.params, (images, span, choice), key, config.accumulate
+        )
+        triplet = terms.pop("triplet")
         return _update(state, grads, terms, triplet)
 
     def _update(state: TrainState, grads: Any, terms: dict, triplet: jax.Array):

@@ -1,52 +1,58 @@
-"""Reading a finished folder of codes (written by codes.py)."""
+"""Reading a finished folder of codes or latents (written by shards.py)."""
 
 import dataclasses
 import hashlib
 import json
 import os
+from typing import ClassVar
 
 import grain
 import numpy as np
 
-from detailflow_jax.data.codes import FORMAT_VERSION, ShardLayout, num_records, read_json
+from detailflow_jax.data.shards import FORMAT_VERSION, ShardLayout, num_records, read_json
 
 
-class CodeSource:
-    """Random access to a finished folder of codes.
+class ShardSource:
+    """Random access to a finished folder of shards.
 
-    `source[i]` is {"codes": int32 [K, N, 3], "label": int, "index": int}, index the position in
-    the source of the images. `manifest` is manifest.json as a dict.
+    `source[i]` is what the layout decodes, with "label", an int, and "index", the position in the
+    source of the images. `manifest` is manifest.json as a dict.
 
     Raises:
         FileNotFoundError: no such folder, extraction not finished, or a shard missing.
-        ValueError: a shard or its records are not those of the manifest.
+        ValueError: a shard or its records are not those of the manifest, or of another kind.
     """
 
+    layout_class: ClassVar[type[ShardLayout]]
+
     def __init__(self, directory: str):
+        what = self.layout_class.what
         self.directory = os.path.abspath(os.path.expanduser(directory))
         path = os.path.join(self.directory, "manifest.json")
         if not os.path.exists(path):
             raise FileNotFoundError(
-                f"{self.directory} has no manifest.json: the extraction of codes has not finished, "
-                "run the same command again"
+                f"{self.directory} has no manifest.json: the extraction of {what} has not "
+                "finished, run the same command again"
                 if os.path.isdir(self.directory) and directory
-                else f"no folder of codes {directory!r}: expected codes:DIR"
+                else f"no folder of {what} {directory!r}: expected {what}:DIR"
             )
         self.manifest = read_json(path)
         version = self.manifest.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"{path}: format_version {version}, this code reads {FORMAT_VERSION}")
-        fields = [field.name for field in dataclasses.fields(ShardLayout)]
-        self.layout = ShardLayout(**{name: self.manifest[name] for name in fields})
-        self.name = f"codes:{directory}"
+        fields = [field.name for field in dataclasses.fields(self.layout_class)]
+        if absent := [name for name in fields if name not in self.manifest]:
+            raise ValueError(f"{self.directory} holds no {what}: {path} lacks {', '.join(absent)}")
+        self.layout = self.layout_class(**{name: self.manifest[name] for name in fields})
+        self.name = f"{what}:{directory}"
         self.num_classes = self.manifest["num_classes"]
         self.class_names = tuple(self.manifest["class_names"])
         digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
-        self.fingerprint = f"codes:{digest.hexdigest()[:16]}"
+        self.fingerprint = f"{what}:{digest.hexdigest()[:16]}"
         self._check_shards()
         filled = [s["file"] for s in self.manifest["shards"] if s["num_records"]]
         if not filled:
-            raise ValueError(f"{self.directory}: every image was unreadable, there are no codes")
+            raise ValueError(f"{self.directory}: every image was unreadable, there are no {what}")
         paths = [os.path.join(self.directory, file) for file in filled]
         self._records = grain.sources.ArrayRecordDataSource(paths)
         self[0]  # Refuses another record format here, not in the middle of a run.
@@ -79,8 +85,5 @@ class CodeSource:
                 f"{dtype.itemsize}: the shards are those of another layout"
             )
         record = np.frombuffer(data, dtype)[0]
-        return {
-            "codes": record["codes"].astype(np.int32),
-            "label": int(record["label"]),
-            "index": int(record["index"]),
-        }
+        example = self.layout.decode(record)
+        return {**example, "label": int(record["label"]), "index": int(record["index"])}

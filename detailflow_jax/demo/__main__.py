@@ -7,55 +7,23 @@ pairs), samples, and writes report.html and figures.json. Every stage resumes: t
 again goes on where it was stopped.
 """
 
-import argparse
-import contextlib
 import json
 import pathlib
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from detailflow_jax import api, data, extract_codes, generate, pictures
-from detailflow_jax.config import ConfigError, load_config, write_atomically
+from detailflow_jax.config import load_config, write_atomically
+from detailflow_jax.demo import stages
 from detailflow_jax.evaluate import digits, reconstruction, report
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.tasks.tokenizer import group_counts
-from detailflow_jax.train import Preempted, train
+from detailflow_jax.train import train
 
 SAMPLES_A_CLASS = 50
 CFG_SCALE = 1.5
-
-
-class Stages:
-    """Runs each stage once and remembers in seconds.json what it took, over all attempts."""
-
-    def __init__(self, out: pathlib.Path):
-        out.mkdir(parents=True, exist_ok=True)
-        self._path = out / "seconds.json"
-        stored = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self.seconds: dict[str, float] = stored.get("seconds", {})
-        self._finished: list[str] = stored.get("finished", [])
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times what is done within; a stage finished before is not counted again."""
-        print(f"\n== {name} ==", flush=True)
-        start = time.perf_counter()
-        try:
-            yield
-            finished = [name]
-        except BaseException:
-            finished = []
-            raise
-        finally:
-            if name not in self._finished:
-                spent = time.perf_counter() - start
-                self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 1)
-                self._finished += finished
-                stored = {"seconds": self.seconds, "finished": self._finished}
-                write_atomically(self._path, json.dumps(stored, indent=2).encode())
 
 
 def train_generator(out: pathlib.Path, name: str, *, correction: bool) -> "api.Generator":
@@ -71,27 +39,27 @@ def train_generator(out: pathlib.Path, name: str, *, correction: bool) -> "api.G
 def sample_digits(tokenizer: "api.Tokenizer", generator: "api.Generator"):
     """Equally many of each digit: (codes int32 [B, N], images uint8 [B, R, R, 3], labels)."""
     labels = np.repeat(np.arange(10), SAMPLES_A_CLASS)
-    codes = generate.sample_codes(generator, labels, batch_size=100, cfg_scale=CFG_SCALE)
+    codes = generate.sample(generator, labels, batch_size=100, cfg_scale=CFG_SCALE)
     return codes, np.asarray(pixels.to_uint8(tokenizer.decode(codes))), labels
 
 
 def run(out: pathlib.Path) -> dict:
     """All stages; returns the figures that figures.json holds."""
-    stages = Stages(out)
-    with stages.stage("train tokenizer"):
+    clock = stages.Stages(out)
+    with clock.stage("train tokenizer"):
         train(load_config("configs/tokenizer.py:digits"), str(out / "tokenizer"))
-    with stages.stage("extract codes"):
+    with clock.stage("extract codes"):
         tokenizer = api.load_tokenizer(str(out / "tokenizer"))
         source = data.make_source("digits:train")
         extract_codes.extract(tokenizer, source, str(out / "codes"), crops="five", shard_size=512)
-    with stages.stage("train generator"):
+    with clock.stage("train generator"):
         generator = train_generator(out, "generator", correction=True)
-    with stages.stage("train generator without correction"):
+    with clock.stage("train generator without correction"):
         plain = train_generator(out, "generator_without_correction", correction=False)
-    with stages.stage("sample"):
+    with clock.stage("sample"):
         codes, images, labels = sample_digits(tokenizer, generator)
         _, plain_images, _ = sample_digits(tokenizer, plain)
-    with stages.stage("evaluate"):
+    with clock.stage("evaluate"):
         held_out = np.stack([x["image"] for x in data.make_source("digits:test")])
         counts = group_counts(tokenizer.config)
         judge = digits.classifier()
@@ -103,7 +71,7 @@ def run(out: pathlib.Path) -> dict:
             "accuracy_without_correction": digits.accuracy(plain_images, labels, judge),
         }
         shown = draw(tokenizer, held_out, codes, images, counts)
-    figures["seconds"] = stages.seconds
+    figures["seconds"] = clock.seconds
     write_report(out, figures, shown)
     return figures
 
@@ -158,8 +126,7 @@ def table(figures: dict) -> list[tuple[str, str]]:
         ("generated digits of the asked class", f"{figures['accuracy']:.1%}"),
         ("the same without correction pairs", f"{figures['accuracy_without_correction']:.1%}"),
     ]
-    rows += [(f"seconds: {name}", f"{value:.1f}") for name, value in figures["seconds"].items()]
-    return [*rows, ("seconds: all", f"{sum(figures['seconds'].values()):.1f}")]
+    return rows + stages.seconds_table(figures["seconds"])
 
 
 def write_report(out: pathlib.Path, figures: dict, shown: dict[str, np.ndarray]) -> None:
@@ -190,22 +157,7 @@ def write_report(out: pathlib.Path, figures: dict, shown: dict[str, np.ndarray])
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo and prints the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m detailflow_jax.demo",
-        description="Train, sample and report on handwritten digits, in minutes on a CPU.",
-    )
-    parser.add_argument("--out", default="runs/demo", help="folder (default: %(default)s)")
-    out = pathlib.Path(parser.parse_args(argv).out)
-    try:
-        figures = run(out)
-    except (ConfigError, Preempted) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 2
-    rows = table(figures)
-    width = max(len(name) for name, _ in rows)
-    print("\n" + "\n".join(f"{name:<{width}}  {value:>9}" for name, value in rows))
-    print(f"\nreport: {out / 'report.html'}")
-    return 0
+    return stages.main(argv, "detailflow_jax.demo", "runs/demo", run, table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,182 @@
+"""Compiles every published configuration for TPU slices and writes docs/tpu_pods.md.
+
+    python benchmarks/tpu_pods.py                      # all that is not in docs/tpu_pods.json yet
+    python benchmarks/tpu_pods.py --only GPT-3B --again
+
+Each program is compiled by `python -m detailflow_jax.compile_pod` in a process of its own, with its
+published batch. Where it does not fit, the settings of `TRIES` are tried one after the other, and
+the first that fits is in the table. Results are kept in docs/tpu_pods.json after every compile,
+so the command can be stopped and run again.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from detailflow_jax.config import write_atomically
+from detailflow_jax.pod import report
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TABLE, RESULTS = ROOT / "docs" / "tpu_pods.md", ROOT / "docs" / "tpu_pods.json"
+SLICES = ("v5e-16", "v5e-256", "v6e-256", "v5p-128")
+# Cheapest first: ever less to keep from the forward to the backward pass.
+TRIES = (
+    ("--mesh=auto",),
+    ("--mesh=auto", "--config.model.remat=dots"),
+    ("--mesh=auto", "--config.model.remat=full"),
+)
+SIZES = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-1B", "GPT-3B", "GPT-7B")
+
+
+def programs() -> dict[str, tuple[str, ...]]:
+    """Arguments of `compile_pod` by the name that the table shows."""
+    found = {}
+    for name in ("detailflow_16", "detailflow_32", "detailflow_64"):
+        found[f"tokenizer {name}"] = (f"--config=configs/tokenizer.py:{name}",)
+    for size in SIZES:
+        found[f"generator {size}, 128 tokens"] = _generator("detailflow_16", size)
+    found["generator GPT-L, 256 tokens"] = _generator("detailflow_32", "GPT-L")
+    found["generator GPT-L, 512 tokens"] = _generator("detailflow_64", "GPT-L")
+    found["GPT-L sampler, 128 tokens"] = (*_generator("detailflow_16", "GPT-L"), "--what=sampler")
+    if (ROOT / "configs" / "flowar.py").exists():
+        for name in ("flowar_s", "flowar_l", "flowar_h"):
+            found[name] = (f"--config=configs/flowar.py:{name}",)
+        found["flowar_l sampler"] = ("--config=configs/flowar.py:flowar_l", "--what=sampler")
+    return found
+
+
+def _generator(variant: str, size: str) -> tuple[str, ...]:
+    return (f"--config=configs/generator.py:{variant}:size={size}",)
+
+
+# ------------------------------------------------------------------------------------ compiling
+
+
+def compile_first_that_fits(arguments: tuple[str, ...], topology: str) -> dict[str, Any]:
+    """The result of `compile_pod --json` for the first of `TRIES` that fits, else of the last."""
+    for settings in TRIES:
+        found = _compile(*arguments, f"--topology={topology}", *settings)
+        found["settings"] = settings
+        if found.get("fits") or "error" in found:
+            break
+        if "--what=sampler" in arguments:  # nothing to keep for a backward pass
+            break
+    return found
+
+
+def _compile(*arguments: str) -> dict[str, Any]:
+    child = subprocess.run(
+        [sys.executable, "-m", "detailflow_jax.compile_pod", "--json", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    if child.stdout.strip():
+        return json.loads(child.stdout.splitlines()[-1])
+    return {"fits": False, "error": child.stderr.strip().splitlines()[-1]}
+
+
+# ------------------------------------------------------------------------------------ the table
+
+HEADER = """# What TPU pods would make of the published configurations
+
+Made by `python benchmarks/tpu_pods.py` with the TPU's own compiler on a CPU; no TPU was at hand, so
+**times are lower bounds, not measurements**: arithmetic at peak, memory traffic and collectives at
+the vendor's bandwidths, perfectly overlapped, no latency, no input. `python -m
+detailflow_jax.compile_pod` gives the same, and more, for any configuration, mesh and slice.
+
+Mesh: data x fsdp x tensor, fsdp as large as leaves the least state on each chip. HBM: the most that
+a chip holds at once, and its share of the chip. FLOPs, memory traffic and bytes sent are of one
+chip and one step. The bound is what takes longest; the share of peak is what arithmetic could
+reach under it. Recipe: all steps of the configuration (for samplers: 50,000 images). Compile:
+seconds (of CPU) and host memory, on a two-core machine that was busy with other work.
+"""
+COLUMNS = (
+    *("slice", "mesh", "remat", "HBM", "TFLOP", "traffic GB", "sent GB", "least step", "bound"),
+    *("of peak", "images/s", "recipe", "chip-hours", "compile"),
+)
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The document."""
+    parts = [HEADER]
+    for name in programs():
+        rows = [
+            _row(topology, results[f"{name} | {topology}"])
+            for topology in SLICES
+            if f"{name} | {topology}" in results
+        ]
+        if rows:
+            images = {r["images_a_step"] for k, r in results.items() if k.startswith(f"{name} |")}
+            batch = ", ".join(map(str, sorted(images)))
+            parts += [f"## {name}, batch {batch}\n", _line(COLUMNS), _line("-" * len(COLUMNS))]
+            parts += [*rows, ""]
+    return "\n".join(parts)
+
+
+def _line(cells: Any) -> str:
+    return "|" + "|".join(cells) + "|"
+
+
+def _row(topology: str, found: dict[str, Any]) -> str:
+    if not found["fits"]:
+        needed = (found.get("needed_bytes") or 0) / 2**30
+        reason = found.get("error") or f"does not fit: {needed:.1f} GiB needed"
+        return _line([topology, reason, *[""] * (len(COLUMNS) - 2)])
+    remat = [s.partition("=")[2] for s in found["settings"] if "remat" in s]
+    sent = sum(entry["bytes"] for entry in found["collectives"].values())
+    cells = (
+        topology,
+        "x".join(str(size) for size in found["mesh"].values()),
+        remat[0] if remat else "none",
+        f"{found['memory']['peak'] / 2**30:.1f} GiB, {found['memory_share']:.0%}",
+        f"{found['flops'] / 1e12:.3g}",
+        f"{found['bytes'] / 1e9:.3g}",
+        f"{sent / 1e9:.2g}",
+        f"{1e3 * found['step_seconds']:.3g} ms",
+        found["bound"],
+        f"{found['flops_utilisation']:.0%}",
+        f"{found['images_per_second_pod']:,.0f}",
+        report.duration(86_400 * found["days"]),
+        f"{found['chip_hours']:,.3g}"
+        if found["chip_hours"] < 100
+        else f"{found['chip_hours']:,.0f}",
+        f"{found['compile_seconds']:.0f} ({found['compile_cpu_seconds']:.0f}) s, "
+        f"{found['compile_host_bytes'] / 2**30:.1f} GiB",
+    )
+    return _line(cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="programs whose name has this in it")
+    parser.add_argument("--slices", default=",".join(SLICES), help="slices to compile for")
+    parser.add_argument("--again", action="store_true", help="also what has a result")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    wanted = [
+        (name, topology)
+        for name in programs()
+        for topology in args.slices.split(",")
+        if args.only in name and (args.again or f"{name} | {topology}" not in results)
+    ]
+    for name, topology in (progress := tqdm(wanted, unit="program")):
+        progress.set_description(f"{name} on {topology}")
+        results[f"{name} | {topology}"] = compile_first_that_fits(programs()[name], topology)
+        write_atomically(RESULTS, (json.dumps(results, indent=1, sort_keys=True) + "\n").encode())
+        write_atomically(TABLE, table(results).encode())
+    write_atomically(TABLE, table(results).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Training of FlowAR.
+
+Variants:
+  flowar_s, flowar_b, flowar_l, flowar_h   the published recipe on ImageNet at 256 px
+  digits                                   latents of the digits autoencoder, minutes on a CPU
+
+They train on moments that `extract_latents` cached, or on images with a frozen autoencoder:
+`--config.data.source=tfds:imagenet2012 --config.vae.path=kl16.ckpt`.
+The huge model is that of the published weights, with 12 blocks in its head; the paper's has 18:
+`--config.model.head_depth=18`.
+
+Options, after a second colon: `latents=DIR` (where `extract_latents` wrote), `vae=PATH` (a run or
+a published file; needed for images, and with latents for drawing samples), `runlocal`,
+`batch_size=N`, `epochs=N`.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from detailflow_jax.config import decode_variant, watch
+
+IMAGENET_IMAGES = 1_281_167
+SIZES = {
+    "flowar_s": "FlowAR-S",
+    "flowar_b": "FlowAR-B",
+    "flowar_l": "FlowAR-L",
+    "flowar_h": "FlowAR-H",
+}
+
+
+def get_config(arg: str = "digits") -> ConfigDict:
+    """The configuration of a variant; see the module's docstring for `arg`."""
+    variant, options = decode_variant(
+        arg,
+        [*SIZES, "digits"],
+        latents="",
+        vae="",
+        runlocal=False,
+        batch_size=0,
+        epochs=0.0,
+    )
+    config = _digits(options) if variant == "digits" else _published(variant, options)
+    if options.vae:
+        config.vae.path = options.vae
+    if options.runlocal:
+        _shrink(config)
+    return config
+
+
+def _published(variant: str, options: ConfigDict) -> ConfigDict:
+    batch_size = options.batch_size or 2048
+    steps_per_epoch = IMAGENET_IMAGES // batch_size
+    config = ConfigDict({"task": "flowar", "seed": 0, "batch_size": batch_size})
+    config.total_steps = int((options.epochs or 400) * steps_per_epoch)
+    config.data = {
+        "source": f"latents:{options.latents or f'runs/{variant}/latents'}",
+        # The rest is for images: short side to 288, then a random crop of 256.
+        "split": "train",
+        "data_dir": "",  # where TFDS keeps its data; empty: $TFDS_DATA_DIR, then TFDS's default
+        "image_size": 256,
+        "crop": "random",
+        "min_scale": 256 / 288,  # the crop's share of the resized short side
+        "max_scale": 256 / 288,
+        "flip": True,
+        "num_workers": 8,
+        "prefetch": 4,
+        "num_threads": 0,  # that make the batches ahead, in each worker; 0: one a batch
+        "worker_buffer": 1,  # finished batches that each worker keeps
+        "scaled_decode": False,  # decode large JPEGs at a fraction of their size
+    }
+    config.model = {
+        "size": SIZES[variant],
+        # None: those of the size
+        "width": placeholder(int),
+        "first_depth": placeholder(int),
+        "second_depth": placeholder(int),
+        "num_heads": placeholder(int),
+        "head_width": placeholder(int),
+        "head_depth": placeholder(int),
+        "injection": placeholder(str),
+        "head_dim": 64,
+        "scales": (1, 2, 4, 8, 16),  # any increasing sides, the last one that of the latent
+        "channels": 16,
+        "num_classes": 1000,
+        "buffer_size": 0,
+        "class_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "projection_dropout": 0.1,
+        "dtype": "float32",  # "bfloat16" computes in it; the loss stays float32
+        "scan": True,
+        "remat": "none",
+    }
+    config.vae = {  # KL-16, frozen
+        "path": placeholder(str),
+        "random": False,  # True: random weights, to try the code only
+        "channels": 128,
+        "multipliers": (1, 1, 2, 2, 4),
+        "res_blocks": 2,
+        "latent_channels": 16,
+        "scale_factor": 0.2325,
+        "shift_factor": 0.0,
+        "norm_groups": 32,
+    }
+    # Where a new run takes weights from, a workdir or a published checkpoint; None: from scratch.
+    config.init_from = {"model": placeholder(str)}
+    config.loss = {"scale_weights": placeholder(tuple)}  # one a scale; None: side^2 / last^2
+    lr = 5e-5 * batch_size / 256
+    config.optim = {
+        "lr": lr,
+        "warmup_steps": 100 * steps_per_epoch,
+        "warmup_start": 0.0,
+        "final": 1e-5 / lr,
+        "b1": 0.9,
+        "b2": 0.95,
+        "weight_decay": 0.02,
+        "clip": 3.0,
+    }
+    config.ema = {"decay": 0.9999, "warmup": False}
+    watch(config, log_every=100, figures_every=5000, checkpoint_every=5000)
+    return config
+
+
+def _digits(options: ConfigDict) -> ConfigDict:
+    """A small FlowAR for the 8 x 8 x 4 latents of the digits autoencoder."""
+    config = _published("flowar_s", options)
+    batch_size = options.batch_size or 64
+    config.batch_size = batch_size
+    config.total_steps = int((options.epochs or 60) * 1437 // batch_size)
+    source = f"latents:{options.latents or 'runs/latents'}"
+    config.data.update(source=source, image_size=32, num_workers=0, prefetch=2, flip=False)
+    config.model.update(size=None, width=128, first_depth=2, second_depth=2, num_heads=4)
+    config.model.update(head_width=128, head_depth=3, injection="spatial", scan=False)
+    config.model.update(scales=(1, 2, 4, 8), channels=4, num_classes=10, head_dim=32)
+    config.vae.update(channels=16, multipliers=(1, 2, 4), res_blocks=1, latent_channels=4)
+    config.vae.update(scale_factor=0.95, norm_groups=8)
+    config.optim.update(lr=1e-3, warmup_steps=50, final=0.05)
+    config.ema.update(decay=0.99, warmup=True)
+    watch(config, log_every=50, figures_every=500, checkpoint_every=500)
+    return config
+
+
+def _shrink(config: ConfigDict) -> None:
+    """Narrow and shallow, a small batch and a short run; every other field keeps its meaning."""
+    config.batch_size = min(config.batch_size, 8)
+    config.total_steps = 20
+    config.model.update(width=64, first_depth=1, second_depth=1, num_heads=4)
+    config.model.update(head_width=64, head_depth=1, head_dim=32)
+    config.optim.warmup_steps = 5
+    config.data.update(num_workers=0)
+    watch(config, log_every=5, figures_every=20, checkpoint_every=10)

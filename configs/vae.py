@@ -1,0 +1,125 @@
+"""Training of the KL autoencoder, whose latents FlowAR generates.
+
+Variants:
+  kl16     ImageNet at 256 px: 16 x 16 latents of 16 channels
+  digits   scikit-learn's handwritten digits, minutes on a CPU: 8 x 8 latents of 4 channels
+
+The published KL-16 loads as it is (`df.load_vae`, docs/checkpoints.md). Of `kl16` below, the
+network (`config.model`) is the published one, its scale factor included, and the weight of the KL
+is the LDM family's; optimizer, length and average are choices of this project. Published
+autoencoders are trained with perceptual and adversarial terms as well; `config.loss` has their
+places, and with mean squared error alone reconstructions come out softer.
+
+Options, after a second colon: `runlocal` shrinks the network, batch and run so that a variant can
+be tried anywhere; `batch_size=N` and `epochs=N` scale the schedule along.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from detailflow_jax.config import decode_variant, watch
+
+IMAGENET_IMAGES = 1_281_167
+
+
+def get_config(arg: str = "digits") -> ConfigDict:
+    """The configuration of a variant; see the module's docstring for `arg`."""
+    variant, options = decode_variant(
+        arg, ["kl16", "digits"], runlocal=False, batch_size=0, epochs=0.0
+    )
+    config = _digits(options) if variant == "digits" else _kl16(options)
+    if options.runlocal:
+        _shrink(config)
+    return config
+
+
+def _kl16(options: ConfigDict) -> ConfigDict:
+    batch_size = options.batch_size or 256
+    steps_per_epoch = IMAGENET_IMAGES // batch_size
+    config = ConfigDict({"task": "vae", "seed": 0, "batch_size": batch_size})
+    config.total_steps = int((options.epochs or 50) * steps_per_epoch)
+    config.data = {
+        "source": "tfds:imagenet2012",
+        "split": "train",
+        "data_dir": "",  # where TFDS keeps its data; empty: $TFDS_DATA_DIR, then TFDS's default
+        "image_size": 256,
+        "crop": "random",
+        "min_scale": 0.8,  # the crop's share of the resized short side: U[0.8, 1]
+        "flip": True,
+        "num_workers": 8,
+        "prefetch": 4,
+        "num_threads": 0,  # that make the batches ahead, in each worker; 0: one a batch
+        "worker_buffer": 1,  # finished batches that each worker keeps
+        "scaled_decode": False,  # decode large JPEGs at a fraction of their size
+    }
+    config.model = {  # as published
+        "channels": 128,
+        "multipliers": (1, 1, 2, 2, 4),  # each level but the last halves the sides
+        "res_blocks": 2,
+        "latent_channels": 16,
+        "scale_factor": 0.2325,  # of the published weights; see `latent_std` in the metrics
+        "shift_factor": 0.0,
+        "quant_conv": True,
+        "encoder_attention": placeholder(tuple),  # levels with attention; None: the last
+        "decoder_attention": placeholder(tuple),  # None: no level
+        "norm_groups": 32,
+        "image_channels": 3,
+        "dtype": "bfloat16",
+    }
+    # Where a new run takes weights from, a workdir or a published checkpoint; None: from scratch.
+    config.init_from = {"model": placeholder(str)}
+    config.loss = {
+        "mse": 1.0,
+        "kl": 1e-6,  # of sums over an image, as is the reconstruction
+        "perceptual": 0.0,
+        "adversarial": 0.0,
+    }
+    config.optim = {
+        "lr": 1e-4 * batch_size / 256,
+        "warmup_steps": steps_per_epoch,
+        "warmup_start": 0.0,
+        "final": 0.1,
+        "b1": 0.9,
+        "b2": 0.95,
+        "weight_decay": 0.0,
+        "clip": 1.0,
+    }
+    config.ema = {"decay": 0.9999, "warmup": False}
+    watch(config, log_every=100, figures_every=5000, checkpoint_every=5000)
+    return config
+
+
+def _digits(options: ConfigDict) -> ConfigDict:
+    """32x32 digits, stride 4: the same code path, small enough for two CPU cores."""
+    config = _kl16(options)
+    batch_size = options.batch_size or 32
+    config.batch_size = batch_size
+    config.total_steps = int((options.epochs or 9) * 1437 // batch_size)
+    config.data.update(
+        source="digits", image_size=32, min_scale=0.9, flip=False, num_workers=0, prefetch=2
+    )
+    config.model.update(
+        channels=16,
+        multipliers=(1, 2, 4),
+        res_blocks=1,
+        latent_channels=4,
+        scale_factor=0.95,  # 1 / the standard deviation that these settings end with
+        norm_groups=8,
+        dtype="float32",
+    )
+    # Strong enough for a smooth latent space: what a generator gets slightly wrong stays a digit.
+    config.loss.kl = 5e-3
+    config.optim.update(lr=2e-3, warmup_steps=50, final=0.05)
+    config.ema.update(decay=0.99, warmup=True)
+    watch(config, log_every=50, figures_every=500, checkpoint_every=500)
+    return config
+
+
+def _shrink(config: ConfigDict) -> None:
+    """Narrow levels, a small batch and a short run; every other field keeps its meaning."""
+    config.batch_size = min(config.batch_size, 8)
+    config.total_steps = 20
+    config.model.update(channels=8, res_blocks=1, norm_groups=8)
+    config.optim.warmup_steps = 5
+    config.data.update(num_workers=0)
+    watch(config, log_every=5, figures_every=20, checkpoint_every=10)

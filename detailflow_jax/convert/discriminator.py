@@ -1,0 +1,206 @@
+"""Discriminators in their published names: frozen DINO, its heads, PatchGAN.
+
+The tables of trained parts are over all variables of a network: `params/...`, `batch_stats/...`,
+`spectral/...`; the one of DINO is over its parameters.
+"""
+
+import functools
+import os
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from detailflow_jax.convert import mapping
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.mapping import Entry, conv, linear, norm
+from detailflow_jax.convert.readers import check_finite, read_checkpoint
+from detailflow_jax.convert.settings import count_layers, dimension
+from detailflow_jax.models.discriminator import Dino, DinoConfig, PatchGANConfig, make
+
+HEAD_DIM = 64
+"""Of an attention head in every published DINO."""
+
+_BLOCK, _OURS = "blocks.{}", "blocks/layers"
+
+
+def _fused(part: str, leaf: str, **options: bool) -> Entry:
+    paths = tuple(f"{_OURS}/attention/{one}_proj/{leaf}" for one in "qkv")
+    return Entry(f"{_BLOCK}.attn.qkv.{part}", paths, **options)
+
+
+DINO = (
+    Entry("cls_token", ("class_token",), lead=1),
+    Entry("pos_embed", ("position_table",), lead=1),
+    *conv("patch_embed.proj", "patch_embed"),
+    *norm(f"{_BLOCK}.norm1", f"{_OURS}/norm1"),
+    _fused("weight", "kernel", transpose=True),
+    _fused("bias", "bias"),
+    *linear(f"{_BLOCK}.attn.proj", f"{_OURS}/attention/out_proj"),
+    *norm(f"{_BLOCK}.norm2", f"{_OURS}/norm2"),
+    *linear(f"{_BLOCK}.mlp.fc1", f"{_OURS}/fc1"),
+    *linear(f"{_BLOCK}.mlp.fc2", f"{_OURS}/fc2"),
+)
+"""`dino_deitsmall16_pretrain.pth`, and the same network in timm."""
+
+DINO_SKIPPED = ("x_scale", "x_shift", "norm.", "head.")
+"""Constants, and what comes after the last read point."""
+
+DINO_SIGNS = ("blocks.0.attn.qkv.weight",)
+"""Names by which such a checkpoint is known."""
+
+
+def dino_config(
+    tensors: Mapping[str, Any], source: str, num_heads: int | None = None, **fields: Any
+) -> DinoConfig:
+    """The DINO that these tensors are of.
+
+    Args:
+      tensors: published name -> anything with `.shape`.
+      source: what messages call the file.
+      num_heads: None: heads of 64, as in every published one.
+      fields: of `DinoConfig`, that no shape tells.
+
+    Raises:
+      CheckpointError: a tensor is missing or of another rank, or the sizes are no DINO's.
+    """
+    width = dimension(tensors, "pos_embed", 2, 3, source)
+    length = dimension(tensors, "pos_embed", 1, 3, source)
+    patch = dimension(tensors, "patch_embed.proj.weight", 3, 4, source)
+    side = round((length - 1) ** 0.5)
+    num_heads = num_heads or width // HEAD_DIM
+    if side**2 != length - 1 or not num_heads or width % num_heads:
+        raise CheckpointError(
+            f"{source}: {length} positions, width {width} and {num_heads} heads",
+            expected="a class token and a square grid, heads that divide the width",
+        )
+    return DinoConfig(
+        width=width,
+        depth=count_layers(tensors, "blocks."),
+        num_heads=num_heads,
+        patch_size=patch,
+        image_size=side * patch,
+        **fields,
+    )
+
+
+def _spectral_conv(name: str, path: str) -> Iterator[Entry]:
+    yield Entry(f"{name}.bias", (f"params/{path}/bias",))
+    yield Entry(f"{name}.weight_orig", (f"params/{path}/kernel",), permute=(2, 1, 0))
+    for vector in "uv":
+        yield Entry(f"{name}.weight_{vector}", (f"spectral/{path}/{vector}",))
+
+
+def _batch_norm(name: str, path: str) -> Iterator[Entry]:
+    yield from norm(name, f"params/{path}")
+    for part in ("mean", "var"):
+        yield Entry(f"{name}.running_{part}", (f"batch_stats/{path}/{part}",))
+
+
+def heads(config: DinoConfig, prefix: str = "heads.") -> tuple[Entry, ...]:
+    """The trained heads, under `prefix` as in a whole discriminator or "" as on their own."""
+    table: list[Entry] = []
+    for i in range(config.read_points):
+        name, path = f"{prefix}{i}", f"head_{i}"
+        table += _spectral_conv(f"{name}.0.0", f"{path}/first_conv")
+        table += _batch_norm(f"{name}.0.1", f"{path}/first_norm")
+        table += _spectral_conv(f"{name}.1.fn.0", f"{path}/residual_conv")
+        table += _batch_norm(f"{name}.1.fn.1", f"{path}/residual_norm")
+        table += _spectral_conv(f"{name}.2", f"{path}/output")
+    return tuple(table)
+
+
+def heads_prefix(tensors: Collection[str]) -> str | None:
+    """The prefix under which a file keeps such heads, or None."""
+    return next((p for p in ("heads.", "") if f"{p}0.0.0.weight_orig" in tensors), None)
+
+
+def counters(table: tuple[Entry, ...]) -> tuple[str, ...]:
+    """Names of the batch counters beside the running means: nothing needs them, strict loading
+    asks for them (int64 scalars)."""
+    end = ".running_mean"
+    return tuple(
+        f"{entry.name.removesuffix(end)}.num_batches_tracked"
+        for entry in table
+        if entry.name.endswith(end)
+    )
+
+
+def patchgan(config: PatchGANConfig, prefix: str = "main.") -> tuple[Entry, ...]:
+    """PatchGAN as pix2pix and taming-transformers name it."""
+    table = list(conv(f"{prefix}0", "params/conv_0"))
+    for i in range(1, config.num_layers + 1):
+        at = 3 * i - 1  # convolution, norm and activation after a first convolution and activation
+        table += conv(f"{prefix}{at}", f"params/conv_{i}", use_bias=False)
+        table += _batch_norm(f"{prefix}{at + 1}", f"norm_{i}")
+    return (*table, *conv(f"{prefix}{3 * config.num_layers + 2}", "params/output"))
+
+
+def load_dino(
+    path: str | os.PathLike[str], num_heads: int | None = None, **fields: Any
+) -> tuple[DinoConfig, dict[str, Any], list[str]]:
+    """A frozen DINO: its configuration, parameters (nested, float32) and notices.
+
+    Args:
+      path: what `read_checkpoint` takes, such as `dino_deitsmall16_pretrain.pth`.
+      num_heads: None: heads of 64.
+      fields: of `DinoConfig`, that no shape tells.
+
+    Raises:
+      CheckpointError: a file that cannot be read, or is of another network.
+    """
+    read = read_checkpoint(path)
+    config = dino_config(read.tensors, read.source, num_heads, **fields)
+    return config, *_read(DINO, read, dino_abstract(config), DINO_SKIPPED)
+
+
+def dino_abstract(config: DinoConfig) -> dict[str, Any]:
+    """A DINO's parameters as shapes."""
+    example = jnp.zeros((1, config.image_size, config.image_size, 3))
+    boxed = jax.eval_shape(Dino(config).init, jax.random.key(0), example)["params"]
+    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
+
+
+def load_trained(
+    path: str | os.PathLike[str], config: DinoConfig | PatchGANConfig
+) -> tuple[dict[str, Any], list[str]]:
+    """The trained part of a discriminator: all its variables, and notices.
+
+    Args:
+      path: what `read_checkpoint` takes: a training checkpoint of a tokenizer, or a state dict of
+        its own.
+      config: of the discriminator.
+
+    Raises:
+      CheckpointError: a file that cannot be read, or is of another network or size.
+    """
+    read = read_checkpoint(path, "discriminator")
+    if isinstance(config, DinoConfig):
+        prefix = heads_prefix(read.tensors)
+        table = heads(config) if prefix is None else heads(config, prefix)
+    else:
+        table = patchgan(config)
+    return _read(table, read, trained_abstract(config), (*counters(table), "dino_proxy."))
+
+
+def trained_abstract(config: DinoConfig | PatchGANConfig) -> dict[str, Any]:
+    """The variables of a discriminator's trained part as shapes."""
+    example = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    if isinstance(config, DinoConfig):
+        one = jax.ShapeDtypeStruct((1, 1, config.width), jnp.float32)
+        example = (one,) * config.read_points
+    network = make(config).network
+    init = functools.partial(network.init, train=True)
+    return dict(jax.eval_shape(init, jax.random.key(0), example))
+
+
+def _read(table, read, abstract, skip) -> tuple[dict[str, Any], list[str]]:
+    tensors, source = read.tensors, read.source
+    loaded, report = mapping.from_published(
+        table, tensors, abstract, source=source, skip=skip, allow_unused=False
+    )
+    bad = check_finite({name: tensors[name] for name in report.loaded})
+    return loaded, [*read.notices, *(f"{source}: {notice}" for notice in bad)]

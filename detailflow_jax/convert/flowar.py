@@ -1,0 +1,219 @@
+"""FlowAR in its published names and its published configuration."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.mapping import Entry, linear
+from detailflow_jax.convert.settings import Settings, count_layers, dimension
+from detailflow_jax.models.flowar import SIZES, FlowARConfig
+from detailflow_jax.ops import scales as grids
+
+
+def _gated_mlp(name: str, path: str) -> Iterator[Entry]:
+    for layer in ("fc1_g", "fc1_x", "fc2"):
+        yield from linear(f"{name}.{layer}", f"{path}/{layer}")
+
+
+def _attention(name: str, path: str, *, bias: bool) -> Iterator[Entry]:
+    parts = tuple(f"{path}/{part}_proj" for part in "qkv")
+    kernels = tuple(f"{part}/kernel" for part in parts)
+    yield Entry(f"{name}.qkv.weight", kernels, transpose=True)
+    if bias:
+        yield Entry(f"{name}.qkv.bias", tuple(f"{part}/bias" for part in parts))
+    yield from linear(f"{name}.proj", f"{path}/out_proj")
+
+
+def _half(name: str, path: str) -> Iterator[Entry]:
+    theirs, ours = f"{name}.{{}}", f"{path}/layers"
+    yield from _attention(f"{theirs}.attn", f"{ours}/attention", bias=True)
+    yield from _gated_mlp(f"{theirs}.mlp", f"{ours}/mlp")
+    yield from linear(f"{theirs}.ada_lin.1", f"{ours}/modulation")
+
+
+def _head_blocks() -> Iterator[Entry]:
+    """Both published blocks; a network has the parameters of one of them."""
+    theirs, ours = "flownet.res_blocks.{}", "head/blocks/layers"
+    yield from _attention(f"{theirs}.attn", f"{ours}/attention", bias=False)
+    yield from _gated_mlp(f"{theirs}.mlp", f"{ours}/mlp")
+    yield from linear(f"{theirs}.ada_lin", f"{ours}/modulation")
+    yield from linear(f"{theirs}.ada_lin_attn", f"{ours}/attention_modulation")
+    yield from linear(f"{theirs}.ada_lin_mlp", f"{ours}/mlp_modulation")
+    cross = f"{ours}/cross_attention"
+    yield Entry(f"{theirs}.crossattn.q.weight", (f"{cross}/q_proj/kernel",), transpose=True)
+    pair = (f"{cross}/k_proj/kernel", f"{cross}/v_proj/kernel")
+    yield Entry(f"{theirs}.crossattn.kv.weight", pair, transpose=True)
+    yield from linear(f"{theirs}.crossattn.proj", f"{cross}/out_proj")
+    yield Entry(f"{theirs}.norm2_1.weight", (f"{ours}/query_norm/scale",))
+    yield Entry(f"{theirs}.norm2_2.weight", (f"{ours}/context_norm/scale",))
+
+
+TABLE = (
+    Entry("encoder_pos_embed_learned", ("first_positions",), lead=1),
+    Entry("decoder_pos_embed_learned", ("second_positions",), lead=1),
+    Entry("diffusion_pos_embed_learned", ("last_positions",), lead=1),
+    Entry("class_emb.weight", ("class_embedding/embedding",)),
+    *linear("z_proj", "latent_in"),
+    Entry("z_proj_ln.weight", ("first_norm/scale",)),
+    *_half("encoder_blocks", "first_half"),
+    Entry("encoder_norm.weight", ("middle_norm/scale",)),
+    *linear("decoder_embed", "middle_in"),
+    *_half("decoder_blocks", "second_half"),
+    Entry("decoder_norm.weight", ("last_norm/scale",)),
+    *linear("flownet.time_embed.mlp.0", "head/time_in"),
+    *linear("flownet.time_embed.mlp.2", "head/time_out"),
+    *linear("flownet.cond_embed", "head/condition_in"),
+    *linear("flownet.input_proj", "head/input"),
+    *_head_blocks(),
+    *linear("flownet.final_layer.linear", "head/output"),
+    *linear("flownet.final_layer.adaLN_modulation.1", "head/final_modulation"),
+)
+
+MOST_BLOCKS = 64
+"""Names of derived buffers are listed for this many blocks."""
+
+_ROTARY = ("encoder_blocks.{}.attn", "decoder_blocks.{}.attn")
+_HEAD_ROTARY = ("flownet.res_blocks.{}.attn", "flownet.res_blocks.{}.crossattn")
+
+SKIPPED = (
+    "mask",
+    *(
+        f"{stack.format(i)}.rope."
+        for stack in (*_ROTARY, *_HEAD_ROTARY)
+        for i in range(MOST_BLOCKS)
+    ),
+)
+"""Derived buffers."""
+
+SIGNS = ("diffusion_pos_embed_learned", "flownet.input_proj.weight")
+"""Names by which such a checkpoint is known."""
+
+
+def buffers(config: FlowARConfig) -> dict[str, np.ndarray]:
+    """The derived buffers that strict loading asks for, by published name."""
+    found = {"mask": np.where(config.mask(), 0.0, -np.inf).astype(np.float32)[None, None]}
+    own, head = (_frequencies(dim) for dim in (config.width // config.num_heads, config.head_dim))
+    stacks = [(name, config.first_depth, own) for name in _ROTARY[:1]]
+    stacks += [(name, config.second_depth, own) for name in _ROTARY[1:]]
+    names = _HEAD_ROTARY if config.head.crosses else _HEAD_ROTARY[:1]
+    stacks += [(name, config.head_depth, head) for name in names]
+    for name, depth, frequencies in stacks:
+        found |= {f"{name.format(i)}.rope.freqs": frequencies for i in range(depth)}
+    return found
+
+
+def _frequencies(head_dim: int) -> np.ndarray:
+    exponent = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
+    return np.float32(1.0) / np.float32(10_000.0) ** exponent
+
+
+def infer_config(
+    tensors: Mapping[str, Any],
+    published: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    source: str,
+) -> tuple[FlowARConfig, list[str]]:
+    """The network that these tensors are of, and notices about what had to be assumed.
+
+    Args:
+      tensors: published name -> anything with `.shape`.
+      published: the configuration beside them, may be empty.
+      overrides: values by name, fields of `FlowARConfig`.
+      source: what messages call the file.
+
+    Raises:
+      CheckpointError: a contradiction, a value that nothing tells, an unknown override.
+    """
+    s = Settings(source, published, overrides)
+
+    def size(name: str, axis: int, rank: int = 2) -> int:
+        return dimension(tensors, name, axis, rank, source)
+
+    s.by_shape("width", size("class_emb.weight", 1), ["encoder_embed_dim", "decoder_embed_dim"])
+    s.by_shape("num_classes", size("class_emb.weight", 0) - 1, ["class_num"])
+    s.by_shape("channels", size("z_proj.weight", 1), ["vae_embed_dim"])
+    s.by_shape("first_depth", count_layers(tensors, "encoder_blocks."), ["encoder_depth"])
+    s.by_shape("second_depth", count_layers(tensors, "decoder_blocks."), ["decoder_depth"])
+    s.by_shape("head_width", size("flownet.input_proj.weight", 0), ["diffloss_w"])
+    s.by_shape("head_depth", count_layers(tensors, "flownet.res_blocks."), ["diffloss_d"])
+    crosses = "flownet.res_blocks.0.crossattn.q.weight" in tensors
+    s.check(crosses, ["cross"])
+    s.by_shape("injection", "spatial_cross" if crosses else "spatial")
+    _heads(s, tensors)
+    _scales(s, size("encoder_pos_embed_learned", 1, rank=3))
+    rates = ["class_dropout", "attention_dropout", "projection_dropout"]
+    try:
+        return FlowARConfig(**s.rest([*rates, "dtype", "scan", "remat"])), s.notices
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _heads(s: Settings, tensors: Mapping[str, Any]) -> None:
+    """Heads by the rotary buffers, where they are kept; else by configuration or size."""
+    own = tensors.get("encoder_blocks.0.attn.rope.freqs")
+    if own is not None and own.shape and s.fields["width"] % (4 * own.shape[0]) == 0:
+        s.by_shape("num_heads", s.fields["width"] // (4 * own.shape[0]), ["encoder_num_heads"])
+    else:
+        block = (s.fields["first_depth"], s.fields["width"])
+        usual = {(x["first_depth"], x["width"]): x["num_heads"] for x in SIZES.values()}
+        if s.told("num_heads", int, ["encoder_num_heads"], default=usual.get(block)) is None:
+            raise CheckpointError(
+                f"{s.source}: nothing tells its number of heads",
+                expected="num_heads=..., a divisor of the width",
+                remedy="Pass num_heads.",
+            )
+    head = tensors.get("flownet.res_blocks.0.attn.rope.freqs")
+    if head is not None and head.shape:
+        s.by_shape("head_dim", 4 * int(head.shape[0]))
+    else:
+        s.told("head_dim", int, default=64)
+
+
+def _scales(s: Settings, positions: int) -> None:
+    """The schedule by override or configuration; else the doubling one of so many positions."""
+    buffer = s.overrides.pop("buffer_size", s.published.get("buffer_size", 0))
+    given = s.overrides.pop("scales", s.published.get("scale"))
+    doubling = [tuple(2**i for i in range(k)) for k in range(1, 10)]
+    fitting = [x for x in doubling if buffer + grids.offsets(x)[-1] == positions]
+    scales = tuple(given) if given is not None else next(iter(fitting), None)
+    if scales is None or buffer + grids.offsets(scales)[-1] != positions:
+        told = "nothing tells its scales" if scales is None else f"scales={scales}"
+        raise CheckpointError(
+            f"{s.source}: its position tables have {positions} rows, and {told}, "
+            f"with buffer_size={buffer}",
+            expected="scales=(...) whose squares, with the buffer, add up to the rows",
+            remedy="Pass scales, and buffer_size where there is a buffer.",
+        )
+    s.fields |= {"scales": scales, "buffer_size": buffer}
+
+
+def describe(config: FlowARConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The published configuration of a network.
+
+    Returns:
+      `config.json`, what `config.yaml` holds beside it, and notices.
+    """
+    both = {
+        "encoder_embed_dim": config.width,
+        "encoder_depth": config.first_depth,
+        "encoder_num_heads": config.num_heads,
+        "decoder_embed_dim": config.width,
+        "decoder_depth": config.second_depth,
+        "decoder_num_heads": config.num_heads,
+        "vae_embed_dim": config.channels,
+        "class_num": config.num_classes,
+        "diffloss_d": config.head_depth,
+        "diffloss_w": config.head_width,
+        "scale": list(config.scales),
+        "buffer_size": config.buffer_size,
+        "cross": config.head.crosses,
+    }
+    notices = []
+    if config.injection not in ("spatial", "spatial_cross"):
+        notices.append(
+            f"injection={config.injection!r} has no published counterpart: its tensors are written "
+            "under the published names, but the published code cannot build it"
+        )
+    return both, {}, notices

@@ -1,0 +1,160 @@
+"""The KL autoencoder in the names of the LDM family and in its published configuration."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.mapping import Entry, conv, norm
+from detailflow_jax.convert.settings import Settings, count_layers, dimension
+from detailflow_jax.models.vae import VAEConfig
+
+MOST_LEVELS, MOST_BLOCKS = 8, 8
+"""The table names this many; those that a network lacks have no tensors."""
+
+
+def _res_block(name: str, path: str) -> Iterator[Entry]:
+    for i in (1, 2):
+        yield from norm(f"{name}.norm{i}", f"{path}/norm{i}")
+        yield from conv(f"{name}.conv{i}", f"{path}/conv{i}")
+    yield from conv(f"{name}.nin_shortcut", f"{path}/shortcut")
+
+
+def _attention(name: str, path: str) -> Iterator[Entry]:
+    yield from norm(f"{name}.norm", f"{path}/norm")
+    parts = {"q": "query", "k": "key", "v": "value", "proj_out": "output"}
+    for theirs, ours in parts.items():
+        yield from conv(f"{name}.{theirs}", f"{path}/{ours}")
+
+
+def _half(part: str, level: str, resample: str) -> Iterator[Entry]:
+    """The encoder (levels `down`, `downsample`) or the decoder (`up`, `upsample`)."""
+    yield from conv(f"{part}.conv_in", f"{part}/conv_in")
+    for i in range(MOST_LEVELS):
+        theirs, ours = f"{part}.{level}.{i}", f"{part}/level_{i}"
+        for j in range(MOST_BLOCKS):
+            yield from _res_block(f"{theirs}.block.{j}", f"{ours}/block_{j}")
+            yield from _attention(f"{theirs}.attn.{j}", f"{ours}/attention_{j}")
+        yield from conv(f"{theirs}.{resample}.conv", f"{ours}/{resample}")
+    yield from _res_block(f"{part}.mid.block_1", f"{part}/middle/block_0")
+    yield from _attention(f"{part}.mid.attn_1", f"{part}/middle/attention")
+    yield from _res_block(f"{part}.mid.block_2", f"{part}/middle/block_1")
+    yield from norm(f"{part}.norm_out", f"{part}/norm_out")
+    yield from conv(f"{part}.conv_out", f"{part}/conv_out")
+
+
+TABLE = (
+    *_half("encoder", "down", "downsample"),
+    *_half("decoder", "up", "upsample"),
+    *conv("quant_conv", "quant_conv"),
+    *conv("post_quant_conv", "post_quant_conv"),
+)
+
+SKIPPED = ("loss.",)
+"""Of a training checkpoint: its discriminator and perceptual network."""
+
+SIGNS = ("encoder.down.0.block.0.norm1.weight", "decoder.up.0.block.0.norm1.weight")
+"""Names by which such a checkpoint is known."""
+
+_SCALES = {16: 0.2325, 4: 0.18215}
+"""By latent channels: KL-16, and the autoencoder of Stable Diffusion."""
+
+
+def buffers(config: VAEConfig) -> dict[str, np.ndarray]:
+    """The buffers that strict loading asks for besides: none."""
+    del config
+    return {}
+
+
+def infer_config(
+    tensors: Mapping[str, Any],
+    published: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    source: str,
+) -> tuple[VAEConfig, list[str]]:
+    """The network that these tensors are of, and notices about what had to be assumed.
+
+    Args:
+      tensors: published name -> anything with `.shape`.
+      published: the configuration beside them, may be empty.
+      overrides: values by name, fields of `VAEConfig`.
+      source: what messages call the file.
+
+    Raises:
+      CheckpointError: a contradiction, a value that nothing tells, an unknown override.
+    """
+    s = Settings(source, published, overrides)
+
+    def size(name: str, axis: int) -> int:
+        return dimension(tensors, name, axis, 4, source)
+
+    s.by_shape("channels", size("encoder.conv_in.weight", 0), ["ch"])
+    s.by_shape("image_channels", size("encoder.conv_in.weight", 1), ["in_channels"])
+    s.by_shape("latent_channels", size("decoder.conv_in.weight", 1), ["z_channels"])
+    s.by_shape("quant_conv", "quant_conv.weight" in tensors)
+    levels = _count(tensors, "encoder.down.", MOST_LEVELS, source)
+    widths = [size(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)]
+    multipliers = tuple(width // s.fields["channels"] for width in widths)
+    s.check(list(multipliers), ["ch_mult"])
+    s.by_shape("multipliers", multipliers)
+    blocks = _count(tensors, "encoder.down.0.block.", MOST_BLOCKS - 1, source)
+    s.by_shape("res_blocks", blocks, ["num_res_blocks"])
+    for part, level in (("encoder", "down"), ("decoder", "up")):
+        attending = (i for i in range(levels) if f"{part}.{level}.{i}.attn.0.q.weight" in tensors)
+        s.by_shape(f"{part}_attention", tuple(attending))
+    usual = _SCALES.get(s.fields["latent_channels"])
+    why = f"the usual one of {s.fields['latent_channels']} latent channels; pass scale_factor="
+    s.told("scale_factor", float, ["scale_factor", "scaling_factor"], default=usual, why=why)
+    if s.fields["scale_factor"] is None:
+        raise CheckpointError(
+            f"{source}: nothing tells the scale of its latents",
+            expected="scale_factor=..., 1 / standard deviation of the latents",
+            remedy="Pass scale_factor.",
+        )
+    s.told("shift_factor", float, default=0.0, signed=True)
+    s.told("norm_groups", int, default=32)
+    try:
+        return VAEConfig(**s.rest(["dtype"])), s.notices
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _count(tensors: Mapping[str, Any], prefix: str, most: int, source: str) -> int:
+    """How many levels or blocks there are; what is made of them must stay bounded."""
+    count = count_layers(tensors, prefix)
+    if not 0 < count <= most:
+        raise CheckpointError(
+            f"{source}: its tensors are numbered {prefix}0 to {prefix}{count - 1}",
+            expected=f"1 to {most} of them",
+            remedy="Such an autoencoder is not supported here.",
+        )
+    return count
+
+
+def describe(config: VAEConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The published configuration of a network.
+
+    Returns:
+      `config.json`, what `config.yaml` holds beside it, and notices.
+    """
+    both = {
+        "ch": config.channels,
+        "ch_mult": list(config.multipliers),
+        "num_res_blocks": config.res_blocks,
+        "in_channels": config.image_channels,
+        "z_channels": config.latent_channels,
+        "embed_dim": config.latent_channels,
+        "scale_factor": config.scale_factor,
+    }
+    # What no published autoencoder of this family needs to tell.
+    extra = {"norm_groups": config.norm_groups, "shift_factor": config.shift_factor}
+    unusual = [
+        name for name, usual in (("norm_groups", 32), ("shift_factor", 0.0)) if extra[name] != usual
+    ]
+    if not config.quant_conv:
+        unusual.append("quant_conv")
+    notices = [
+        f"{name}={getattr(config, name)} is not what the published code builds" for name in unusual
+    ]
+    return both, extra, notices

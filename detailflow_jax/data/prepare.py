@@ -1,0 +1,273 @@
+"""Prepares an image-classification dataset of TFDS once, for random access.
+
+    python -m detailflow_jax.data.prepare --dataset imagenet2012 --data_dir /data/tfds
+
+Runs the dataset's own TFDS builder, written as ArrayRecord. Whatever TFDS can download is
+downloaded; for ImageNet the two official tars are checked first, and what is missing is named with
+the place to get it. The dataset appears under its final name only when it is complete, so the same
+command can be run again at any time: a finished dataset is left as it is, finished downloads are
+used again, and what an interrupted run left half-written is removed and written anew.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from tqdm import tqdm
+
+from detailflow_jax.config import ConfigError, hold_workdir
+from detailflow_jax.data.errors import UnreadableImage
+from detailflow_jax.data.imagenet import TARS, check_tars
+from detailflow_jax.data.pipeline import iterate_crops
+from detailflow_jax.data.sources import image_and_label, make_source, unknown_dataset
+
+IMAGENET = "imagenet2012"
+# TFDS shuffles by way of temporary files, and removes each when it has been written to a shard.
+_SPACE = 1.1  # Free bytes needed for each byte of the tars.
+
+
+class PrepareError(ValueError):
+    """A dataset that cannot be prepared; the text says why and what to do."""
+
+
+def prepare(
+    name: str,
+    data_dir: str | None = None,
+    manual_dir: str | None = None,
+    *,
+    partial: bool = False,
+    md5: bool = False,
+) -> Any:
+    """Prepares a dataset unless that is done, and returns its TFDS builder.
+
+    Args:
+        name: of TFDS, with a config or version where wanted: "cifar10", "imagenet_v2/topimages".
+        data_dir: where TFDS keeps its data: local, mounted or gs://. None: $TFDS_DATA_DIR, else
+            the default of TFDS.
+        manual_dir: where files are that have to be fetched by hand; None: where TFDS looks,
+            DATA_DIR/downloads/manual.
+        partial, md5: see `imagenet.check_tars`.
+
+    Raises:
+        PrepareError, TarError, ConfigError: nothing was prepared; the text says what to do.
+        ValueError: TFDS has no such dataset, or it has no image and class.
+    """
+    builder = _open_builder(name, data_dir)
+    image_and_label(builder)  # Refuses a dataset without them before anything is fetched.
+    if _is_done(builder):
+        return builder
+    root = epath.Path(builder.data_dir_root)
+    manual_dir = manual_dir or os.fspath(root / "downloads" / "manual")
+    with _alone(builder):
+        _remove_interrupted(builder)
+        if builder.name == IMAGENET:
+            synsets = builder.info.features["label"].names
+            tars = check_tars(manual_dir, synsets, partial=partial, md5=md5)
+            sizes = [(epath.Path(manual_dir) / tar.file).stat().length for tar in tars]
+            _check_space(root, sum(sizes))
+        elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not epath.Path(manual_dir).exists():
+            raise PrepareError(
+                f"the files of {name} have to be fetched by hand, into {manual_dir}:\n"
+                f"{builder.MANUAL_DOWNLOAD_INSTRUCTIONS.strip()}"
+            )
+        _run(builder, manual_dir)
+    if builder.name == IMAGENET and not partial:
+        _check_counts(builder)
+    return builder
+
+
+def _open_builder(name: str, data_dir: str | None) -> Any:
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    for kind in ("GPU", "TPU"):  # TensorFlow would take their memory.
+        with contextlib.suppress(RuntimeError, ValueError):
+            tf.config.set_visible_devices([], kind)
+    try:
+        return tfds.builder(name, data_dir=data_dir or os.environ.get("TFDS_DATA_DIR"))
+    except tfds.core.DatasetNotFoundError as error:
+        raise unknown_dataset(name, data_dir or str(tfds.core.constants.DATA_DIR)) from error
+
+
+def _is_done(builder: Any) -> bool:
+    if not builder.is_prepared():
+        return False
+    formats = sorted(f.value for f in builder.info.available_file_formats())
+    if "array_record" not in formats:
+        raise PrepareError(
+            f"{builder.data_path} is stored as {' '.join(formats)}, which has no random access. "
+            "Remove it, choose another --data_dir, or convert it with: python -m "
+            "tensorflow_datasets.scripts.convert_format --to_file_format=array_record "
+            f"--dataset_dir={shlex.quote(os.fspath(builder.data_path))}"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def _alone(builder: Any):
+    """Within it no other process prepares this dataset, as far as the file system has locks."""
+    if os.fspath(builder.data_path).startswith("gs://"):
+        yield
+        return
+    with hold_workdir(builder.data_path.parent):
+        yield
+
+
+def _remove_interrupted(builder: Any) -> None:
+    """Removes the half-written directories of runs that were killed; TFDS leaves them."""
+    if not builder.data_path.parent.exists():
+        return
+    for left in builder.data_path.parent.glob(f"incomplete.*_{builder.data_path.name}"):
+        print(f"removing what an interrupted run left: {left}", flush=True)
+        left.rmtree()
+
+
+def _check_space(root: epath.Path, tar_bytes: int) -> None:
+    if os.fspath(root).startswith("gs://"):
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    needed, free = _SPACE * tar_bytes, shutil.disk_usage(root).free
+    if free < needed:
+        raise PrepareError(
+            f"{root} has {free / 1e9:,.0f} GB free, preparing needs about {needed / 1e9:,.0f} GB "
+            "for the dataset: make room or choose another "
+            "--data_dir; the tars may lie elsewhere, see --manual_dir"
+        )
+
+
+def _run(builder: Any, manual_dir: str) -> None:
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    download = tfds.core.download
+    # Files that are missing, unreachable or not the known ones, or a disk that is full.
+    foreseen = (
+        AssertionError,
+        OSError,
+        tf.errors.OpError,
+        download.util.DownloadError,
+        download.download_manager.NonMatchingChecksumError,
+    )
+    # Not the copy that TFDS offers of small datasets: it is stored without random access.
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+    try:
+        builder.download_and_prepare(download_config=config, file_format="array_record")
+    except foreseen as error:
+        raise PrepareError(f"TFDS cannot prepare {builder.name}: {error}") from error
+
+
+def _check_counts(builder: Any) -> None:
+    for tar in TARS:
+        count = builder.info.splits[tar.split].num_examples
+        if count != tar.num_images:
+            raise PrepareError(
+                f"{builder.data_path}: {count:,} {tar.split} images, expected {tar.num_images:,}: "
+                "the tar is not the official one. Remove the directory and download it again"
+            )
+
+
+def verify(builder: Any) -> dict[str, list[UnreadableImage]]:
+    """Decodes every image of every split, and returns the unreadable ones by split."""
+    root = os.fspath(builder.data_dir_root)
+    name = builder.info.full_name
+    name, _, version = name.rpartition("/")
+    unreadable = {}
+    for split in builder.info.splits:
+        source = make_source(f"tfds:{name}:{version}:{split}", data_dir=root)
+        with tqdm(total=len(source), desc=f"verify {split}", unit="image") as progress:
+            unreadable[split] = []
+            for _, example in iterate_crops(source, range(len(source)), 8, "none"):
+                if isinstance(example, UnreadableImage):
+                    unreadable[split].append(example)
+                progress.update()
+    return unreadable
+
+
+def report(builder: Any) -> str:
+    """What was prepared, and how to train on it."""
+    lines = [f"{builder.info.full_name} is prepared in {builder.data_path}"]
+    for split, info in builder.info.splits.items():
+        lines.append(
+            f"  {split}: {info.num_examples:,} images, {tqdm.format_sizeof(info.num_bytes, 'B')} "
+            f"in {info.num_shards} file(s)"
+        )
+    root = os.fspath(builder.data_dir_root)
+    config = builder.builder_config
+    name = f"{builder.name}/{config.name}" if config else builder.name
+    lines.append(
+        f"train on it with: --config.data.source=tfds:{name} --config.data.data_dir={root}"
+    )
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detailflow_jax.data.prepare",
+        description="Prepare an image-classification dataset of TFDS as ArrayRecord files, once, "
+        "for training with --config.data.source=tfds:NAME. Run the same command again after an "
+        "interruption; a finished dataset is left as it is.",
+        epilog="ImageNet: register at image-net.org, put ILSVRC2012_img_train.tar and "
+        "ILSVRC2012_img_val.tar into DATA_DIR/downloads/manual and run with --dataset "
+        f"{IMAGENET}. Other datasets are downloaded: --dataset cifar10, oxford_flowers102, "
+        "food101, imagenette/320px-v2, ... Exit codes: 0 prepared; 2 it cannot be, the text says "
+        "what to do.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--dataset", default=IMAGENET, metavar="NAME", help="name in TFDS (default: %(default)s)")
+    add(
+        "--data_dir",
+        metavar="DIR",
+        help="where TFDS keeps its data: local, mounted or gs://BUCKET/... (default: "
+        "$TFDS_DATA_DIR, else ~/tensorflow_datasets)",
+    )
+    add(
+        "--manual_dir",
+        metavar="DIR",
+        help="where the files are that are fetched by hand (default: DATA_DIR/downloads/manual)",
+    )
+    add(
+        "--partial",
+        action="store_true",
+        help="accept ImageNet tars that hold less than the official ones, or no training tar",
+    )
+    add(
+        "--md5",
+        action="store_true",
+        help="compare the checksums of the ImageNet tars first (reads all 155 GB)",
+    )
+    add(
+        "--verify",
+        action="store_true",
+        help="afterwards decode every image and list those that training will skip",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 with text that says what is wrong."""
+    args = parse_arguments(argv)
+    try:
+        builder = prepare(
+            args.dataset, args.data_dir, args.manual_dir, partial=args.partial, md5=args.md5
+        )
+        print(report(builder))
+        if args.verify:
+            for split, images in verify(builder).items():
+                print(f"{split}: {len(images)} unreadable images, which training skips and counts")
+                print("".join(f"  {image}\n" for image in images), end="")
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

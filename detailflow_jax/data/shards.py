@@ -1,0 +1,232 @@
+"""What is derived from each image of a data set (codes, latents), in sharded ArrayRecord files.
+
+A folder holds, WHAT being "codes" or "latents",
+    layout.json                          first: everything that defines the extraction
+    WHAT-00003-of-00012.json             the unreadable images of shard 3, before the shard
+    WHAT-00003-of-00012.array_record     shard 3: source positions [3 S, 4 S), a record an image
+    manifest.json                        last: the layout and what was written
+Each file appears under its final name only when it is complete, so a run that is killed at any
+moment continues with the shards that are missing and ends with the same bytes.
+"""
+
+import abc
+import dataclasses
+import glob
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from array_record.python import array_record_module
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardLayout(abc.ABC):
+    """Which source position lies in which shard, and the bytes of one record.
+
+    A subclass adds fields that describe the records, `what` they hold, which names the files, and
+    `needed`, what the definition of an extraction has to tell beside the layout.
+    """
+
+    num_examples: int  # of the source, readable or not
+    shard_size: int  # S, positions a shard
+
+    what: ClassVar[str]
+    needed: ClassVar[frozenset[str]]
+
+    def __post_init__(self):
+        for field, value in dataclasses.asdict(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{type(self).__name__}.{field}={value}: must be at least 1")
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_examples // self.shard_size)
+
+    @property
+    @abc.abstractmethod
+    def record_dtype(self) -> np.dtype:
+        """(index, label, ...), little-endian."""
+
+    @abc.abstractmethod
+    def encode(self, index: int, label: int, value: np.ndarray) -> bytes:
+        """One record; raises ValueError for a value of another shape, type or range."""
+
+    @abc.abstractmethod
+    def decode(self, record: np.void) -> dict[str, Any]:
+        """What a reader gets of one record, beside label and index."""
+
+    def positions(self, shard: int) -> range:
+        """The source positions of one shard."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.num_examples))
+
+    def file_name(self, shard: int) -> str:
+        return f"{self.what}-{shard:05d}-of-{self.num_shards:05d}.array_record"
+
+
+def open_extraction(directory: str, layout: ShardLayout, definition: Mapping) -> None:
+    """Starts an extraction, or makes sure that the one begun in `directory` is the same.
+
+    Args:
+        directory: created if missing.
+        definition: everything beside the layout that the records depend on or that a reader
+            needs; JSON values. Those that `layout.needed` names, and others.
+
+    Raises:
+        ValueError: a needed field is missing, or the folder holds an extraction that differs;
+            the differing fields are named.
+    """
+    if missing := sorted(layout.needed - set(definition)):
+        raise ValueError(f"the definition of an extraction lacks {', '.join(missing)}")
+    fields = {**definition, **dataclasses.asdict(layout), "format_version": FORMAT_VERSION}
+    fields = json.loads(json.dumps(fields))  # As they will be read: tuples become lists.
+    path = os.path.join(directory, "layout.json")
+    os.makedirs(directory, exist_ok=True)
+    if not os.path.exists(path):
+        if glob.glob("*.array_record", root_dir=directory):
+            raise ValueError(f"{directory} holds shards but no layout.json: use another folder")
+        _write_json(path, fields)
+        return
+    begun = read_json(path)
+    differing = [k for k in sorted({*fields, *begun}) if fields.get(k) != begun.get(k)]
+    if differing:
+        lines = [f"  {k}: {begun.get(k)!r} there, {fields.get(k)!r} asked" for k in differing]
+        raise ValueError(
+            f"{directory} holds another extraction, which differs in\n"
+            + "\n".join(lines)
+            + "\nuse another folder, or remove this one to start again"
+        )
+
+
+def pending_shards(
+    directory: str, layout: ShardLayout, process_index: int = 0, process_count: int = 1
+) -> list[int]:
+    """The shards that this process has yet to write: every process_count-th of those missing.
+
+    Removes what an interrupted run left half-written of this process's shards.
+    """
+    pending = []
+    for shard in range(process_index, layout.num_shards, process_count):
+        path = os.path.join(directory, layout.file_name(shard))
+        _remove_partial(directory, os.path.basename(path))
+        _remove_partial(directory, os.path.basename(_sidecar(path)))
+        if not os.path.exists(path):
+            pending.append(shard)
+    return pending
+
+
+def write_shard(
+    directory: str,
+    layout: ShardLayout,
+    shard: int,
+    records: Iterable[tuple[int, int, np.ndarray]],
+    unreadable: Mapping[int, str],
+) -> None:
+    """Writes one shard and its list of unreadable images; visible only when complete.
+
+    Args:
+        records: (source position, label, what `layout.encode` takes) in ascending position.
+        unreadable: source position -> name, for the positions without a record. May be filled
+            while `records` is consumed.
+
+    Raises:
+        ValueError: what `layout.encode` refuses; positions that are not, together
+            with the unreadable ones, exactly those of the shard.
+    """
+    path = os.path.join(directory, layout.file_name(shard))
+    partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
+    written = []
+    # One record a group: random access then decompresses nothing that is not asked for.
+    writer = array_record_module.ArrayRecordWriter(partial, "group_size:1")
+    try:
+        for index, label, value in records:
+            writer.write(layout.encode(index, label, value))
+            written.append(index)
+    finally:
+        writer.close()
+    if written != [i for i in layout.positions(shard) if i not in unreadable]:
+        raise ValueError(
+            f"shard {shard} needs, in order, the positions {layout.positions(shard)} without the "
+            f"{len(unreadable)} unreadable ones; got {len(written)} records"
+        )
+    if num_records(partial) != len(written):  # A full disk shows here, before the renaming.
+        raise OSError(f"{partial}: {len(written)} records were written but do not read back")
+    sidecar = {"unreadable": [[int(i), unreadable[i]] for i in sorted(unreadable)]}
+    _write_json(_sidecar(path), sidecar)
+    _publish(partial, path)
+
+
+def write_manifest(directory: str, layout: ShardLayout) -> dict:
+    """Closes the extraction: checks that every shard is there and writes manifest.json.
+
+    Returns the manifest: layout.json and num_records, unreadable, shards (file, num_records,
+    num_bytes). Writing it again gives the same bytes. Raises ValueError if shards are missing.
+    """
+    paths = [os.path.join(directory, layout.file_name(k)) for k in range(layout.num_shards)]
+    if missing := [path for path in paths if not os.path.exists(path)]:
+        raise ValueError(f"{len(missing)} of {len(paths)} shards are not written: {missing[0]} ...")
+    _remove_partial(directory, "*")
+    shards, unreadable = [], []
+    for shard, path in enumerate(paths):
+        broken = read_json(_sidecar(path))["unreadable"]
+        unreadable += broken
+        shards.append(
+            {
+                "file": os.path.basename(path),
+                "num_records": len(layout.positions(shard)) - len(broken),
+                "num_bytes": os.path.getsize(path),
+            }
+        )
+    manifest = read_json(os.path.join(directory, "layout.json"))
+    manifest |= {
+        "num_records": sum(s["num_records"] for s in shards),
+        "unreadable": unreadable,
+        "shards": shards,
+    }
+    _write_json(os.path.join(directory, "manifest.json"), manifest)
+    return manifest
+
+
+def _sidecar(path: str) -> str:
+    return path.removesuffix(".array_record") + ".json"
+
+
+def _remove_partial(directory: str, pattern: str) -> None:
+    for partial in glob.glob(f"{pattern}.partial-*", root_dir=directory):
+        os.remove(os.path.join(directory, partial))
+
+
+def num_records(path: str) -> int:
+    reader = array_record_module.ArrayRecordReader(path)
+    count = reader.num_records()
+    reader.close()
+    return count
+
+
+def read_json(path: str) -> dict:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _write_json(path: str, value: Mapping) -> None:
+    partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+    _publish(partial, path)
+
+
+def _publish(partial: str, path: str) -> None:
+    """Gives a complete file its final name, on disk and not only in the page cache."""
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,319 @@
+"""Scores of generated images and of reconstructions, by the conventions of published tables.
+
+    python -m detailflow_jax.evaluate generation --model runs/gen --decoder runs/tok \\
+        --reference VIRTUAL_imagenet256_labeled.npz --cfg_scale 1.3,1.45,1.6 --out runs/scores
+    python -m detailflow_jax.evaluate generation --samples samples.npz --reference folder:photos
+    python -m detailflow_jax.evaluate reconstruction --model runs/tok \\
+        --reference tfds:imagenet2012:validation --num_tokens 16,64,128 --noise_groups 0,4
+
+The same command again goes on where it was stopped.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from detailflow_jax import api, distributed
+from detailflow_jax.checkpoint import CheckpointError as RunError
+from detailflow_jax.config import ConfigError
+from detailflow_jax.convert import inception as inception_weights
+from detailflow_jax.convert import lpips as lpips_weights
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.evaluate import features, generation, reconstruction, references
+from detailflow_jax.evaluate.errors import EvaluationError
+from detailflow_jax.evaluate.models import Reconstructor, Sampler
+from detailflow_jax.evaluate.samples import hash_file, open_samples
+from detailflow_jax.models.lpips import LPIPS
+
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
+WEIGHTS = "~/.cache/detailflow_jax/weights"
+KINDS = {
+    "detailflow": (
+        api.load_generator,
+        api.load_tokenizer,
+        ("num_tokens", "temperature", "top_k", "top_p", "gradual_cfg"),
+    ),
+    "flowar": (api.load_flowar, api.load_vae, ("num_steps", "guidance_high")),
+}
+"""--kind -> how its generating model and its decoder are loaded, and what its `sample` takes."""
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detailflow_jax.evaluate",
+        description="Score generated images or reconstructions. Run the same command again to "
+        "resume.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_generation(commands)
+    _add_reconstruction(commands)
+    return parser.parse_args(argv)
+
+
+def _add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = command.add_argument
+    add("--out", default=f"runs/evaluate/{name}", help="folder for results and partial results")
+    add("--inception", help=f"{INCEPTION}, default in $DETAILFLOW_WEIGHTS or {WEIGHTS}")
+    add("--data_dir", help="where TFDS keeps its data")
+    add("--weights", choices=("model", "ema"), help="which weights of a checkpoint")
+    add("--batch_size", type=int, default=64, help="images a call, over this process's devices")
+    distributed.add_arguments(command)
+    return command
+
+
+def _add_generation(commands) -> None:
+    command = _add_command(
+        commands, "generation", "FID, sFID, inception score, precision and recall of samples"
+    )
+    add = command.add_argument
+    add("--samples", help="score this .npz (arr_0) or folder of pictures; no model is needed")
+    add("--model", help="generating model: a workdir or a published checkpoint")
+    add("--decoder", help="what makes images of its samples: the tokenizer, or VAE")
+    add("--kind", default="detailflow", choices=sorted(KINDS), help="of the model")
+    add("--reference", required=True, help=".npz, folder of pictures, tfds:NAME:SPLIT, digits:test")
+    add("--cache", default=references.CACHE, help="where statistics of references are kept")
+    add("--cfg_scale", default="1.5", help="guidance scales, as 1.3,1.45: the best FID is picked")
+    add("--num_samples", type=int, help="default 50000, of --samples all")
+    add("--labels", default="balanced", choices=generation.LABELS, help="classes of the samples")
+    add("--seeds", type=int, default=1, help="how many seeds, from 0; means and deviations follow")
+    add("--npz", action="store_true", help="keep the images of each setting as an .npz")
+    add = command.add_argument_group("of --kind flowar").add_argument
+    add("--num_steps", type=int, default=25, help="flow steps a scale")
+    add("--guidance_high", type=float, default=0.9, help="guidance from this time on; 1 is noise")
+    add = command.add_argument_group("of --kind detailflow").add_argument
+    add("--num_tokens", type=int, help="tokens to sample; default all")
+    add("--gradual_cfg", action="store_true", help="lower the guidance group by group")
+    add("--temperature", type=float, default=1.0, help="divides the logits")
+    add("--top_k", type=int, default=0, help="keep the k most likely codes; 0 keeps all")
+    add("--top_p", type=float, default=1.0, help="keep the likeliest codes of this probability")
+
+
+def _add_reconstruction(commands) -> None:
+    command = _add_command(commands, "reconstruction", "rFID, PSNR, SSIM and LPIPS of a tokenizer")
+    add = command.add_argument
+    add("--model", required=True, help="tokenizer or VAE: a workdir or a published checkpoint")
+    add("--kind", default="tokenizer", choices=("tokenizer", "vae"), help="of the model")
+    add("--reference", required=True, help="images: .npz, folder, tfds:NAME:SPLIT, digits:test")
+    add("--image_size", type=int, help="side of the images; default the tokenizer's, of a VAE 256")
+    add("--num_images", type=int, help="only the first so many; default all")
+    add("--num_tokens", help="token counts, as 16,64,128; default all tokens")
+    add("--noise_groups", help="groups to perturb, as 0,4: the self-correction test")
+    add("--noise_top", type=int, default=50, help="nearest codes that noise picks from")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--lpips", nargs="+", metavar="FILE", help="LPIPS: a whole file, or VGG16 and vgg.pth")
+    add("--without", nargs="+", default=[], choices=("rfid", "lpips"), help="metrics to leave out")
+
+
+def numbers(text: str | None, kind: Callable[[str], Any], option: str) -> list:
+    """ "1.3,1.45" -> [1.3, 1.45]; None -> [].
+
+    Raises:
+      EvaluationError: not of this form.
+    """
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise EvaluationError(
+            f"cannot read {option} {text!r}: expected numbers with commas between them"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------- the networks
+
+
+def load_extractor(path: str | None, batch_size: int) -> features.FeatureExtractor:
+    """The Inception network of published numbers, from its usual file.
+
+    Raises:
+      EvaluationError: the file is not there; the text says where people get it.
+      CheckpointError: it is damaged or another network.
+    """
+    folder = os.environ.get("DETAILFLOW_WEIGHTS", WEIGHTS)
+    file = pathlib.Path(path or pathlib.Path(folder) / INCEPTION).expanduser()
+    if not file.is_file():
+        raise EvaluationError(
+            f"the Inception weights are not at {file}: get {INCEPTION} from {INCEPTION_URL} and "
+            "put it there, or name it with --inception (for reconstructions, --without rfid does "
+            "without it)"
+        )
+    params, _ = inception_weights.load(file)
+    return features.FeatureExtractor(
+        features.inception(params, hash_file(file)), batch_size=batch_size
+    )
+
+
+def load_perceptual(paths: Sequence[str] | None) -> reconstruction.Perceptual:
+    """LPIPS as a compiled function.
+
+    Raises:
+      EvaluationError: no files are named, or they are not there; the text says where people get
+        them.
+      CheckpointError: they are damaged or something else.
+    """
+    missing = [path for path in paths or [] if not pathlib.Path(path).expanduser().is_file()]
+    if missing or not paths:
+        raise EvaluationError(
+            f"the LPIPS weights are not {'at ' + missing[0] if missing else 'named'}: give --lpips "
+            "vgg16-397923af.pth vgg.pth, from https://download.pytorch.org/models/ and from "
+            "lpips/weights/v0.1 of https://github.com/richzhang/PerceptualSimilarity, or leave "
+            "LPIPS out with --without lpips"
+        )
+    params, _ = lpips_weights.load(*paths)
+    network = LPIPS(precision=jax.lax.Precision.HIGHEST)
+    return functools.partial(jax.jit(lambda p, x, y: network.apply({"params": p}, x, y)), params)
+
+
+# ------------------------------------------------------------------------------------- the commands
+
+
+def run_generation(args: argparse.Namespace) -> dict[str, Any]:
+    """Scores samples of a model, or a set of images; returns what results.json holds."""
+    out = pathlib.Path(args.out)
+    scales = numbers(args.cfg_scale, float, "--cfg_scale")
+    if bool(args.samples) == bool(args.model):
+        raise EvaluationError("give either --samples, or --model with --decoder")
+    if args.model and not args.decoder:
+        raise EvaluationError("--model needs --decoder, the tokenizer or VAE that makes images")
+    extractor = load_extractor(args.inception, args.batch_size)
+    load_reference = functools.partial(
+        references.load_reference,
+        args.reference,
+        extractor,
+        cache=args.cache,
+        data_dir=args.data_dir,
+    )
+    if args.samples:
+        images = open_samples(args.samples)
+        reference = load_reference(image_size=_side(images))
+        out.mkdir(parents=True, exist_ok=True)
+        row = generation.evaluate_images(images, reference, extractor, out, args.num_samples)
+        results = {"rows": [row]}
+    else:
+        sampler = load_sampler(args, extractor.mesh)
+        reference = load_reference(image_size=sampler.image_size)
+        sweep = generation.Sweep(
+            num_samples=50_000 if args.num_samples is None else args.num_samples,
+            cfg_scales=scales,
+            labels=args.labels,
+            seeds=args.seeds,
+            keep_images=args.npz,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        rows = generation.evaluate_sweep(sampler, sweep, reference, extractor, out)
+        results = {"rows": rows, "summary": generation.summarize(rows)}
+    about = {"name": reference.name, "fingerprint": reference.fingerprint}
+    return {"reference": about, "network": extractor.fingerprint, **results}
+
+
+def load_sampler(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Sampler:
+    """The model and decoder that the arguments name."""
+    load_model, load_decoder, names = KINDS[args.kind]
+    model = load_model(args.model, weights=args.weights)
+    decoder = load_decoder(args.decoder)
+    api.check_pair(decoder, model)
+    options = {name: getattr(args, name) for name in names}
+    return Sampler(model, decoder, mesh, args.batch_size, options)
+
+
+def _side(images: Any) -> int:
+    height, width = images.shape[:2]
+    if height != width:
+        raise EvaluationError(f"{images.name} holds {width}x{height} px images: expected squares")
+    return height
+
+
+def run_reconstruction(args: argparse.Namespace) -> dict[str, Any]:
+    """Scores reconstructions; returns what results.json holds."""
+    counts = numbers(args.num_tokens, int, "--num_tokens")
+    groups = numbers(args.noise_groups, int, "--noise_groups")
+    perceptual = None if "lpips" in args.without else load_perceptual(args.lpips)
+    extractor = None
+    if "rfid" not in args.without:
+        extractor = load_extractor(args.inception, args.batch_size)
+    load = {"tokenizer": api.load_tokenizer, "vae": api.load_vae}[args.kind]
+    reconstructor = Reconstructor(
+        load(args.model, weights=args.weights),
+        extractor.mesh if extractor else features.local_mesh(),
+        args.batch_size,
+        args.seed,
+        args.noise_top,
+        args.image_size,
+    )
+    images = references.open_images(args.reference, reconstructor.image_size, args.data_dir)
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+    rows = reconstruction.evaluate(
+        reconstructor,
+        images,
+        pathlib.Path(args.out),
+        counts=counts,
+        groups=groups,
+        num_images=args.num_images,
+        extractor=extractor,
+        perceptual=perceptual,
+    )
+    return {"reference": {"name": images.name, "fingerprint": images.fingerprint}, "rows": rows}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as aligned text, a column a field."""
+    shown = [[_shown(value) for value in row.values()] for row in rows]
+    columns = list(zip(list(rows[0]), *shown, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns, strict=True)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 with one line that says what is wrong."""
+    args = parse_arguments(argv)
+    try:
+        distributed.start(args.coordinator_address, args.num_processes, args.process_id)
+        run = {"generation": run_generation, "reconstruction": run_reconstruction}[args.command]
+        results = run(args)
+        if jax.process_index() == 0:
+            generation.write_results(pathlib.Path(args.out), results)
+    except (ConfigError, CheckpointError, RunError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if jax.process_index() == 0:
+        print(table(results["rows"]))
+        if len(results.get("summary", {}).get("by_cfg_scale", ())) > 1:
+            print("\n" + table(results["summary"]["by_cfg_scale"]))
+            print(f"\nlowest FID at guidance {results['summary']['best_cfg_scale']:g}")
+        print(f"\n{args.out}/results.json")
+    return 0
+
+
+if __name__ == "__main__":
+    distributed.leave(main())

@@ -1,0 +1,138 @@
+"""Long work on many images, cut into chunks that survive a kill.
+
+A chunk is a fixed range of `CHUNK` images whatever the batch size and number of processes, and is
+written under its name only once it is whole. Every process makes every P-th chunk; the folder must
+be one that all of them see. What is read back is in the order of the images, so that results do
+not depend on who made which part.
+"""
+
+import json
+import pathlib
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from detailflow_jax.config import write_atomically
+from detailflow_jax.evaluate.errors import EvaluationError
+from detailflow_jax.evaluate.samples import write_npz
+
+CHUNK = 1024
+
+Make = Callable[[int, int], Mapping[str, Mapping[str, np.ndarray]]]
+"""(start, stop) -> {kind: {name: array [stop - start, ...]}}; each kind is a file of its own."""
+
+
+class ChunkFolder:
+    """Arrays of images 0 .. total - 1, in files `KIND-00000.npz` of CHUNK images each."""
+
+    def __init__(self, path: pathlib.Path, total: int, definition: Mapping[str, Any]):
+        """Makes the folder, or opens that of the same work.
+
+        Args:
+          path: the folder.
+          total: number of images.
+          definition: what the arrays depend on; compared with that of a folder that is there.
+
+        Raises:
+          EvaluationError: the folder holds other work; the differing fields are named.
+        """
+        self.path, self.total = path, total
+        self._starts = range(0, total, CHUNK)
+        path.mkdir(parents=True, exist_ok=True)
+        definition = json.loads(json.dumps({**definition, "total": total, "chunk": CHUNK}))
+        file = path / "definition.json"
+        if file.exists():
+            _check_same(path, json.loads(file.read_text()), definition)
+        write_atomically(file, json.dumps(definition, indent=2).encode())
+
+    def fill(self, make: Make, kinds: Sequence[str], description: str, step: int) -> None:
+        """Makes the chunks that are missing, behind a progress bar; returns when all are there.
+
+        Args:
+          make: gives every one of `kinds` for a range of images.
+          kinds: the files that are needed of each chunk.
+          description: for the progress bar.
+          step: images a call of `make` at most, such as a few batches.
+        """
+        mine = self._starts[jax.process_index() :: jax.process_count()]
+        missing = [s for s in mine if not all(self._file(kind, s).exists() for kind in kinds)]
+        sizes = {start: min(CHUNK, self.total - start) for start in mine}
+        done = sum(sizes.values()) - sum(sizes[start] for start in missing)
+        quiet = jax.process_index() != 0
+        with tqdm(
+            total=sum(sizes.values()), initial=done, unit="image", desc=description, disable=quiet
+        ) as progress:
+            for start in missing:
+                stop, parts = start + sizes[start], []
+                for at in range(start, stop, step):
+                    parts.append(make(at, min(at + step, stop)))
+                    progress.update(min(step, stop - at))
+                for kind in kinds:
+                    write_npz(self._file(kind, start), _joined([part[kind] for part in parts]))
+        wait_for_all(f"{self.path.name}: {description}")
+
+    def parts(self, kind: str, name: str) -> Iterator[np.ndarray]:
+        """One array, chunk by chunk in the order of the images.
+
+        Raises:
+          EvaluationError: a chunk is missing or damaged.
+        """
+        for start in self._starts:
+            file = self._file(kind, start)
+            try:
+                with np.load(file) as arrays:
+                    yield arrays[name]
+            except FileNotFoundError as error:
+                raise EvaluationError(
+                    f"{file} is missing: several processes need one folder that all of them see"
+                ) from error
+            except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+                raise EvaluationError(
+                    f"{file} is damaged ({error}): remove it and run the same command again"
+                ) from error
+
+    def read(self, kind: str, name: str) -> np.ndarray:
+        """One array of all images."""
+        return np.concatenate(list(self.parts(kind, name)))
+
+    def remove_kind(self, kind: str) -> None:
+        """Deletes one kind of file, once it is stored elsewhere."""
+        for file in self.path.glob(f"{kind}-*.npz"):
+            file.unlink()
+
+    def remove(self) -> None:
+        """Deletes the folder's files, once their essence is stored elsewhere."""
+        for file in self.path.iterdir():
+            file.unlink()
+        self.path.rmdir()
+
+    def _file(self, kind: str, start: int) -> pathlib.Path:
+        return self.path / f"{kind.replace(' ', '_')}-{start // CHUNK:05d}.npz"
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _check_same(path: pathlib.Path, old: dict, new: dict) -> None:
+    differing = [
+        f"{name} was {old.get(name)!r}, is now {new.get(name)!r}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    ]
+    if differing:
+        raise EvaluationError(
+            f"{path} holds other results: {'; '.join(differing)}. Choose another --out, or remove "
+            "that folder"
+        )

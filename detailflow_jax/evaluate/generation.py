@@ -1,0 +1,277 @@
+"""Scores generated images: FID, sFID, inception score, precision and recall, over a sweep.
+
+A setting is a guidance scale and a seed. Its samples are made chunk by chunk, so a killed run goes
+on where it was; its features stay, so that another reference costs no new samples.
+"""
+
+import dataclasses
+import io
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.special
+
+from detailflow_jax import pictures
+from detailflow_jax.config import write_atomically
+from detailflow_jax.evaluate.chunks import ChunkFolder, wait_for_all
+from detailflow_jax.evaluate.distances import (
+    NEIGHBOUR,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
+from detailflow_jax.evaluate.errors import EvaluationError
+from detailflow_jax.evaluate.features import FeatureExtractor
+from detailflow_jax.evaluate.models import Sampler
+from detailflow_jax.evaluate.moments import Moments
+from detailflow_jax.evaluate.references import Reference
+from detailflow_jax.evaluate.samples import write_samples
+
+LABELS = ("balanced", "random")
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
+Parts = Callable[[str], Iterable[np.ndarray]]
+"""Name of a feature ("pool", "spatial", "logits") -> its rows, in parts, in order."""
+_PREVIEW = 64  # images of each setting, at most, that are drawn as a grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What to sample: every guidance scale with every seed 0 .. seeds - 1.
+
+    `labels`: "balanced", image i is of class i mod K, so that every stretch holds all classes
+    evenly; or "random", drawn uniformly by the seed. Their FID differ, so results name them.
+    """
+
+    num_samples: int = 50_000
+    cfg_scales: Sequence[float] = (1.5,)
+    labels: str = "balanced"
+    seeds: int = 1
+    keep_images: bool = False
+
+    def __post_init__(self):
+        if self.labels not in LABELS:
+            raise EvaluationError(f"labels={self.labels!r}: expected one of {', '.join(LABELS)}")
+        if self.num_samples <= NEIGHBOUR or self.seeds < 1 or not self.cfg_scales:
+            raise EvaluationError(
+                f"num_samples={self.num_samples}, seeds={self.seeds}, cfg_scales="
+                f"{list(self.cfg_scales)}: expected more than {NEIGHBOUR} samples, a seed, a scale"
+            )
+
+
+def class_labels(kind: str, count: int, num_classes: int, seed: int) -> np.ndarray:
+    """Labels of `count` samples, int32 [count]; see `Sweep`."""
+    if kind == "balanced":
+        return np.arange(count, dtype=np.int32) % num_classes
+    return np.random.default_rng(seed).integers(0, num_classes, count, dtype=np.int32)
+
+
+def score(parts: Parts, reference: Reference, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The METRICS of features; None for what the reference does not allow.
+
+    Raises:
+      EvaluationError: features of another network, or too few images.
+    """
+    pool = Moments.of(parts("pool"))
+    values = dict.fromkeys(METRICS)
+    values["fid"] = frechet_distance(
+        reference.pool.mean, reference.pool.covariance, pool.mean, pool.covariance
+    )
+    if reference.spatial:
+        spatial = Moments.of(parts("spatial"))
+        values["sfid"] = frechet_distance(
+            reference.spatial.mean, reference.spatial.covariance, spatial.mean, spatial.covariance
+        )
+    probabilities = [scipy.special.softmax(part, axis=1) for part in parts("logits")]
+    values["inception_score"] = inception_score(np.concatenate(probabilities))
+    if reference.features is not None:
+        features = np.concatenate(list(parts("pool")))
+        pair = precision_recall(reference.features, features, mesh=mesh)
+        values["precision"], values["recall"] = pair
+    return values
+
+
+def score_images(
+    images: np.ndarray, reference: Reference, extractor: FeatureExtractor
+) -> dict[str, Any]:
+    """The METRICS of a few images in memory, uint8 [N, H, W, 3], such as during training.
+
+    FID of few images is far above that of many: it compares only with figures from as many.
+    """
+    features = extractor(images)
+    return score(lambda name: [features[name]], reference, extractor.mesh)
+
+
+def evaluate_images(
+    images: Any,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    out: pathlib.Path,
+    num_samples: int | None = None,
+) -> dict[str, Any]:
+    """Scores a set of images (`samples.py`), such as an `.npz`, without any model.
+
+    Args:
+      images: the set.
+      reference: what to hold it against.
+      extractor: the features.
+      out: folder for partial results.
+      num_samples: only the first so many; default all.
+
+    Returns:
+      one row: `name`, `num_samples` and METRICS.
+
+    Raises:
+      EvaluationError: fewer images than asked for, or images that cannot be scored.
+    """
+    total = len(images) if num_samples is None else num_samples
+    if not NEIGHBOUR < total <= len(images):
+        raise EvaluationError(
+            f"{images.name} holds {len(images)} images, {total} are asked for: expected more than "
+            f"{NEIGHBOUR} and at most {len(images)}"
+        )
+    definition = {"images": images.fingerprint, "network": extractor.fingerprint}
+    folder = ChunkFolder(out / "samples", total, definition)
+
+    def make(start: int, stop: int) -> dict:
+        return {"features": extractor(images.read(start, stop))}
+
+    folder.fill(make, ["features"], "features", extractor.step)
+    row = {"name": images.name, "num_samples": total}
+    return row | score(_features(folder), reference, extractor.mesh)
+
+
+def evaluate_sweep(
+    sampler: Sampler,
+    sweep: Sweep,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    out: pathlib.Path,
+) -> list[dict[str, Any]]:
+    """Samples and scores every setting of a sweep; resumable.
+
+    With `keep_images`, the images of a setting are left as `samples-SETTING.npz`.
+
+    Returns:
+      one row a setting: `cfg_scale`, `seed`, `labels`, `num_samples`, METRICS and `seconds` (of
+      this run, sampling included).
+    """
+    rows = []
+    for cfg_scale in sweep.cfg_scales:
+        for seed in range(sweep.seeds):
+            start = time.perf_counter()
+            folder = sample_setting(sampler, sweep, cfg_scale, seed, extractor, out)
+            row = {
+                "cfg_scale": cfg_scale,
+                "seed": seed,
+                "labels": sweep.labels,
+                "num_samples": sweep.num_samples,
+            }
+            row |= score(_features(folder), reference, extractor.mesh)
+            rows.append(row | {"seconds": round(time.perf_counter() - start, 1)})
+    return rows
+
+
+def _features(folder: ChunkFolder) -> Parts:
+    return lambda name: folder.parts("features", name)
+
+
+def sample_setting(
+    sampler: Sampler,
+    sweep: Sweep,
+    cfg_scale: float,
+    seed: int,
+    extractor: FeatureExtractor,
+    out: pathlib.Path,
+) -> ChunkFolder:
+    """The features of one setting's samples, its preview, and on request its `.npz`."""
+    name = f"cfg{cfg_scale:g}-seed{seed}"
+    definition = {
+        "model": sampler.fingerprint,
+        "network": extractor.fingerprint,
+        "options": dict(sampler.options),
+        "cfg_scale": cfg_scale,
+        "seed": seed,
+        "labels": sweep.labels,
+    }
+    folder = ChunkFolder(out / name, sweep.num_samples, definition)
+    labels = class_labels(sweep.labels, sweep.num_samples, sampler.num_classes, seed)
+
+    def make(start: int, stop: int) -> dict:
+        part = labels[start:stop]
+        images = sampler(part, first_index=start, seed=seed, cfg_scale=cfg_scale)
+        if start == 0:
+            preview = pictures.grid(images[:_PREVIEW], scale=max(1, 64 // images.shape[1]))
+            pictures.save_png(out / f"{name}.png", preview)
+        return {"features": extractor(images), "images": {"arr_0": images, "labels": part}}
+
+    archive = out / f"samples-{name}.npz"
+    wanted = sweep.keep_images and not archive.exists()
+    kinds = ["features", *(["images"] if wanted else [])]
+    folder.fill(make, kinds, f"sample {name}", sampler.batch_size)
+    if wanted:
+        if jax.process_index() == 0:
+            side = sampler.image_size
+            shape = (sweep.num_samples, side, side, 3)
+            write_samples(archive, shape, folder.parts("images", "arr_0"))
+            folder.remove_kind("images")
+        wait_for_all(archive.name)
+    return folder
+
+
+# ------------------------------------------------------------------------------------- the summary
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds for each scale, and the scale of the lowest FID.
+
+    Returns:
+      {"by_cfg_scale": [{"cfg_scale", "seeds", METRIC, METRIC_std}, ...], "best_cfg_scale": s}; a
+      deviation (divided by n - 1) is None with one seed.
+    """
+    scales = sorted({row["cfg_scale"] for row in rows})
+    groups = [list(_of_scale(rows, scale)) for scale in scales]
+    summary = []
+    for scale, group in zip(scales, groups, strict=True):
+        line: dict[str, Any] = {"cfg_scale": scale, "seeds": len(group)}
+        for metric in METRICS:
+            values = [row[metric] for row in group if row[metric] is not None]
+            line[metric] = float(np.mean(values)) if values else None
+            line[f"{metric}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        summary.append(line)
+    best = min(summary, key=lambda line: line["fid"])
+    return {"by_cfg_scale": summary, "best_cfg_scale": best["cfg_scale"]}
+
+
+def _of_scale(rows: Sequence[dict[str, Any]], scale: float) -> Iterator[dict[str, Any]]:
+    return (row for row in rows if row["cfg_scale"] == scale)
+
+
+def curve(summary: dict[str, Any]) -> bytes:
+    """FID and inception score over the guidance scale, seeds as error bars: PNG bytes."""
+    from matplotlib.figure import Figure
+
+    lines = summary["by_cfg_scale"]
+    scales = [line["cfg_scale"] for line in lines]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for i, (metric, title) in enumerate((("fid", "FID"), ("inception_score", "Inception score"))):
+        axes = figure.add_subplot(1, 2, i + 1, title=title, xlabel="guidance scale")
+        spread = [line[f"{metric}_std"] or 0.0 for line in lines]
+        axes.errorbar(scales, [line[metric] for line in lines], spread, marker="o", capsize=3)
+        axes.axvline(summary["best_cfg_scale"], color="grey", linestyle=":", label="lowest FID")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    return stream.getvalue()
+
+
+def write_results(out: pathlib.Path, results: dict[str, Any]) -> None:
+    """`results.json`, and of a sweep over several scales `curve.png`; atomically."""
+    if len(results.get("summary", {}).get("by_cfg_scale", ())) > 1:
+        write_atomically(out / "curve.png", curve(results["summary"]))
+    write_atomically(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())

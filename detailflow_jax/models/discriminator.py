@@ -1,0 +1,344 @@
+"""Discriminators: frozen DINO features with trained heads, and PatchGAN as the light choice.
+
+Shapes: B batch, L positions, C channels, R read points, K kernel size.
+Float images are [B, H, W, 3] in [-1, 1]; logits are float32 [B, positions], unbounded.
+
+Beside its parameters a discriminator has a state, explicit collections that a training forward
+renews: `batch_stats` (running mean and variance) and `spectral` (the singular vectors u, v).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from detailflow_jax.models import layers, siglip
+from detailflow_jax.ops import augment
+
+STATE = ("batch_stats", "spectral")
+"""Collections that are neither trained by gradient nor constant."""
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class DinoConfig:
+    """Sizes of the frozen DINO and where it is read; the defaults are ViT-S/16."""
+
+    width: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    patch_size: int = 16
+    image_size: int = 224
+    read_blocks: tuple[int, ...] = (2, 5, 8, 11)
+    kernel_size: int = 9
+    dtype: str = "float32"
+    scan: bool = True
+    remat: str = "none"
+
+    def __post_init__(self):
+        object.__setattr__(self, "read_blocks", tuple(self.read_blocks))
+        if not all(0 <= block < self.depth for block in self.read_blocks):
+            raise ValueError(f"read_blocks={self.read_blocks}; expected 0 to {self.depth - 1}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+            )
+
+    @property
+    def read_points(self) -> int:
+        """R: after the embedding and after every block that is read."""
+        return 1 + len(self.read_blocks)
+
+
+class _ReadBlock(siglip.Block):
+    """A block that shows its output instead of its keys and values."""
+
+    def __call__(self, x, prefix, mask, rope):
+        x, _ = super().__call__(x, prefix, mask, rope)
+        return x, x
+
+
+class Dino(nn.Module):
+    """DINO ViT, read after the embedding and after some blocks; its final norm is not used.
+
+    Caron et al., arXiv 2104.14294. Its GELU is the tanh approximation, as in the published
+    discriminator.
+    """
+
+    config: DinoConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
+        """Images [B, S, S, 3] in [-1, 1] -> R arrays, float32 [B, L, C]: patches + class token.
+
+        Raises:
+          ValueError: S is not `config.image_size`.
+        """
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        if images.shape[1:3] != (c.image_size, c.image_size):
+            raise ValueError(
+                f"DINO was given images of {images.shape[1:3]}; expected {c.image_size} x "
+                f"{c.image_size} (ops.augment.random_view brings them to it)"
+            )
+        images = ((images.astype(jnp.float32) + 1) / 2 - jnp.array(_MEAN)) / jnp.array(_STD)
+        patch = (c.patch_size, c.patch_size)
+        tokens = nn.Conv(c.width, patch, patch, "VALID", dtype=dtype, name="patch_embed")(images)
+        tokens = tokens.reshape(len(images), -1, c.width)
+        init = nn.initializers.normal(0.02)
+        length = tokens.shape[1] + 1
+        class_token = self.param("class_token", init, (1, c.width))
+        first = jnp.broadcast_to(class_token, (len(images), 1, c.width))
+        table = self.param("position_table", init, (length, c.width))
+        tokens = jnp.concatenate([first, tokens.astype(jnp.float32)], axis=1) + table
+        options = {"num_heads": c.num_heads, "mlp_dim": 4 * c.width, "dtype": dtype}
+        blocks = layers.Stack(
+            _ReadBlock, options, c.depth, scan=c.scan, remat=c.remat, name="blocks"
+        )
+        _, outputs = blocks(tokens)
+        read = [tokens, *(outputs[block] for block in c.read_blocks)]
+        return tuple((x[:, 1:] + x[:, :1]).astype(jnp.float32) for x in read)
+
+
+def _uniform_fan_in(key, shape, dtype=jnp.float32):
+    """U(+-1/sqrt(fan in)) of a convolution kernel [..., in, out]."""
+    bound = 1 / math.sqrt(math.prod(shape[:-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
+
+
+class SpectralConv(nn.Module):
+    """1-D convolution with circular padding, its weight divided by its largest singular value.
+
+    Miyato et al., arXiv 1802.05957: a training forward takes one step of the power iteration and
+    keeps u and v in the collection `spectral`; an evaluation takes none. No gradient passes through
+    u and v.
+    """
+
+    features: int
+    kernel_size: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """[B, L, C] -> [B, L, features] in `dtype`."""
+        size, width = self.kernel_size, x.shape[-1]
+        kernel = self.param("kernel", _uniform_fan_in, (size, width, self.features))
+        bound = 1 / math.sqrt(size * width)
+        bias = self.param(
+            "bias", lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound),
+            (self.features,),
+        )  # fmt: skip
+        u = self.variable("spectral", "u", self._start, self.features)
+        v = self.variable("spectral", "v", self._start, width * size)
+        # The published order of rows and columns, (out, in * K), so that v means the same there.
+        matrix = kernel.transpose(2, 1, 0).reshape(self.features, -1)
+        sigma = self._largest(matrix, u, v, train and not self.is_initializing())
+        x = jnp.pad(x, ((0, 0), (size // 2, size // 2), (0, 0)), mode="wrap")
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            (kernel / sigma).astype(self.dtype),
+            (1,),
+            "VALID",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )
+        return y + bias.astype(self.dtype)
+
+    def _start(self, size: int) -> jax.Array:
+        return _unit(jax.random.normal(self.make_rng("params"), (size,)))
+
+    @staticmethod
+    def _largest(matrix: jax.Array, u, v, step: bool) -> jax.Array:
+        """sigma = u^T W v, after a power iteration if `step`."""
+        with jax.default_matmul_precision("highest"):
+            if step:
+                fixed = jax.lax.stop_gradient(matrix)
+                v.value = _unit(fixed.T @ u.value)
+                u.value = _unit(fixed @ v.value)
+            return u.value @ (matrix @ v.value)
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm over the whole batch of all devices: under `jit` a mean is over the global array.
+
+    The running variance is unbiased, the one that normalises is not, as in PyTorch.
+    """
+
+    epsilon: float
+    momentum: float = 0.1
+    scale_init: Any = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """[..., C] -> float32 [..., C]."""
+        x = x.astype(jnp.float32)
+        width = (x.shape[-1],)
+        scale = self.param("scale", self.scale_init, width)
+        bias = self.param("bias", nn.initializers.zeros, width)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, width)
+        var = self.variable("batch_stats", "var", jnp.ones, width)
+        if not train:
+            return (x - mean.value) * (scale * jax.lax.rsqrt(var.value + self.epsilon)) + bias
+        axes = tuple(range(x.ndim - 1))
+        batch_mean = jnp.mean(x, axis=axes)
+        batch_var = jnp.mean(jnp.square(x - batch_mean), axis=axes)
+        if not self.is_initializing():
+            count = math.prod(x.shape[:-1])
+            new = (batch_mean, batch_var * (count / max(count - 1, 1)))
+            for running, value in zip((mean, var), new, strict=True):
+                running.value += self.momentum * (jax.lax.stop_gradient(value) - running.value)
+        return (x - batch_mean) * (scale * jax.lax.rsqrt(batch_var + self.epsilon)) + bias
+
+
+class _Head(nn.Module):
+    """One head: conv K=1, a residual conv K=9 over sqrt 2, conv to one logit a position."""
+
+    kernel_size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        width = x.shape[-1]
+
+        def block(x, size, name):
+            x = SpectralConv(width, size, self.dtype, name=f"{name}_conv")(x, train=train)
+            x = GlobalBatchNorm(1e-6, name=f"{name}_norm")(x, train=train)
+            return nn.leaky_relu(x, 0.2)
+
+        x = block(x, 1, "first")
+        x = (x + block(x, self.kernel_size, "residual")) * 0.5**0.5
+        x = SpectralConv(1, dtype=self.dtype, name="output")(x, train=train)
+        return x[..., 0].astype(jnp.float32)
+
+
+class DinoHeads(nn.Module):
+    """The trained part over DINO: one head a read point (StyleGAN-T, arXiv 2301.09515)."""
+
+    config: DinoConfig
+
+    @nn.compact
+    def __call__(self, features: tuple[jax.Array, ...], *, train: bool) -> jax.Array:
+        """R arrays [B, L, C] -> logits [B, R * L], in the order of reading."""
+        dtype = jnp.dtype(self.config.dtype)
+        logits = [
+            _Head(self.config.kernel_size, dtype, name=f"head_{i}")(x, train=train)
+            for i, x in enumerate(features)
+        ]
+        return jnp.concatenate(logits, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchGANConfig:
+    """Sizes of PatchGAN; each of `num_layers` halves the sides, two more layers do not."""
+
+    channels: int = 64
+    num_layers: int = 3
+    dtype: str = "float32"
+
+
+class PatchGAN(nn.Module):
+    """Convolutions that judge overlapping patches (pix2pix, arXiv 1611.07004)."""
+
+    config: PatchGANConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Images [B, H, W, 3] -> logits [B, positions], row by row.
+
+        Raises:
+          ValueError: the images are too small to give a position.
+        """
+        c = self.config
+        smallest = 3 * 2**c.num_layers
+        if min(images.shape[1:3]) < smallest:
+            raise ValueError(
+                f"PatchGAN with num_layers={c.num_layers} was given images of {images.shape[1:3]}; "
+                f"expected sides of {smallest} at least: take fewer layers"
+            )
+        x = nn.leaky_relu(self._conv("conv_0", c.channels, 2)(images), 0.2)
+        for i in range(1, c.num_layers + 1):
+            stride = 2 if i < c.num_layers else 1
+            x = self._conv(f"conv_{i}", c.channels * min(2**i, 8), stride, use_bias=False)(x)
+            init = lambda key, shape: 1 + 0.02 * jax.random.normal(key, shape)  # noqa: E731
+            x = GlobalBatchNorm(1e-5, scale_init=init, name=f"norm_{i}")(x, train=train)
+            x = nn.leaky_relu(x, 0.2)
+        x = self._conv("output", 1, 1)(x)
+        return x.reshape(len(x), -1).astype(jnp.float32)
+
+    def _conv(self, name: str, features: int, stride: int, *, use_bias: bool = True) -> nn.Conv:
+        return nn.Conv(
+            features,
+            (4, 4),
+            (stride, stride),
+            ((1, 1), (1, 1)),
+            use_bias=use_bias,
+            dtype=jnp.dtype(self.config.dtype),
+            kernel_init=nn.initializers.normal(0.02),
+            name=name,
+        )
+
+
+# ------------------------------------------------------------------------------- what a task holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Discriminator:
+    """Images to logits, as pure functions; parameters, state and frozen part are the caller's."""
+
+    network: nn.Module
+    trunk: Dino | None = None
+
+    def init(self, key: jax.Array, image_size: int) -> tuple[Any, Any, Any]:
+        """(trained parameters, state, frozen parameters), all random, for images of this size.
+
+        Nested dicts; the frozen part is in flax boxes that name its axes for `sharding`.
+        """
+        example = jnp.zeros((1, image_size, image_size, 3))
+        trunk_key, key = jax.random.split(key)
+        frozen = {}
+        if self.trunk is not None:
+            size = self.trunk.config.image_size
+            example = jnp.zeros((1, size, size, 3))
+            example, variables = self.trunk.init_with_output(trunk_key, example)
+            frozen = variables["params"]
+        variables = dict(self.network.init(key, example, train=True))
+        return variables.pop("params"), {k: variables[k] for k in STATE if k in variables}, frozen
+
+    def logits(
+        self, params, state, frozen, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """One forward.
+
+        Args:
+          params: trained parameters.
+          state: what `init` or the last training forward gave.
+          frozen: of DINO; empty for PatchGAN.
+          images: [B, H, W, 3] in [-1, 1], any size.
+          train: normalise by this batch and renew the state.
+          key: draws the view that DINO gets (`augment.random_view`); None resizes.
+
+        Returns:
+          logits [B, positions], and the state after this forward.
+        """
+        inputs = images
+        if self.trunk is not None:
+            inputs = augment.random_view(key, images, self.trunk.config.image_size)
+            inputs = self.trunk.apply({"params": frozen}, inputs)
+        variables = {"params": params, **state}
+        if not train:
+            return self.network.apply(variables, inputs, train=False), state
+        logits, new = self.network.apply(variables, inputs, train=True, mutable=list(state))
+        return logits, new
+
+
+def make(config: DinoConfig | PatchGANConfig) -> Discriminator:
+    """The discriminator of a configuration."""
+    if isinstance(config, PatchGANConfig):
+        return Discriminator(PatchGAN(config))
+    return Discriminator(DinoHeads(config), Dino(config))

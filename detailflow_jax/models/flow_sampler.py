@@ -1,0 +1,218 @@
+"""Sampling of FlowAR: one program for all scales, flow steps scanned, earlier scales cached.
+
+Shapes: B samples, K scales, C latent channels, S side of the latent; R = B rows, or 2B under
+guidance (conditional rows first, then null rows).
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detailflow_jax.models.flowar import FlowAR, FlowARConfig, extend_cache
+from detailflow_jax.ops import flow
+from detailflow_jax.ops import scales as grids
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowSamplingOptions:
+    """What shapes the program; guidance scales are an argument and cost no new compile.
+
+    Attributes:
+      times: for every scale its times from 1 to 0, float64 values (`flow_times`).
+      guided: compute the null half. Without guidance (scale 1) it is not computed.
+      guidance_low, guidance_high: guidance applies at steps that begin at a time within them.
+      solver: one of `ops.flow.SOLVERS`.
+    """
+
+    times: tuple[tuple[float, ...], ...]
+    guided: bool = True
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    solver: str = "euler"
+
+    def guides(self, scale: int, time: float) -> bool:
+        """Whether a step is guided; compared in float64, and the bounds included.
+
+        The first of several scales has the factor 1, which is no guidance.
+        """
+        first = scale == 0 and len(self.times) > 1
+        return self.guided and not first and self.guidance_low <= time <= self.guidance_high
+
+
+def flow_times(
+    num_scales: int, num_steps: int | Sequence[int], grid: str = "published"
+) -> tuple[tuple[float, ...], ...]:
+    """The times of every scale.
+
+    Args:
+      num_scales: K.
+      num_steps: flow steps, one number for all scales or one a scale (annealing).
+      grid: "published", "uniform" or "sde" (`ops.flow.GRIDS`).
+
+    Raises:
+      ValueError: an unknown grid, a count that it does not take, or not K counts.
+    """
+    if grid not in flow.GRIDS:
+        raise ValueError(f"grid={grid!r} is not one of {', '.join(flow.GRIDS)}")
+    steps = [num_steps] * num_scales if isinstance(num_steps, int | np.integer) else list(num_steps)
+    if len(steps) != num_scales:
+        raise ValueError(
+            f"num_steps={steps} has {len(steps)} counts, expected {num_scales}, one a scale"
+        )
+    return tuple(tuple(flow.GRIDS[grid](int(n)).tolist()) for n in steps)
+
+
+def guidance_factors(scale: float, num_scales: int) -> np.ndarray:
+    """Guidance at every scale, 1 + (s - 1) k / (K - 1): float32 [K]."""
+    if num_scales == 1:
+        return np.float32([scale])
+    return (1.0 + (scale - 1.0) * np.arange(num_scales) / (num_scales - 1)).astype(np.float32)
+
+
+def draw_noise(config: FlowARConfig, keys: jax.Array) -> list[jax.Array]:
+    """Noise of every scale from one key a sample: K arrays float32 [B, i^2, C]."""
+
+    def one(scale: int, side: int) -> jax.Array:
+        draw = lambda key: jax.random.normal(  # noqa: E731
+            jax.random.fold_in(key, scale), (side * side, config.channels)
+        )
+        return jax.vmap(draw)(keys)
+
+    return [one(scale, side) for scale, side in enumerate(config.scales)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """The model, its parameters and the settings of one sampling run, bound together."""
+
+    model: FlowAR
+    params: Any
+    options: FlowSamplingOptions
+    keys: jax.Array
+    factors: jax.Array
+
+    def apply(self, method: str, *args, **static):
+        return self.model.apply({"params": self.params}, *args, method=method, **static)
+
+    def semantics(self, scale: int, classes: jax.Array, latent: jax.Array | None, cache: Any):
+        """Semantics [R, i^2, W] of one scale, and the cache with its keys and values.
+
+        `latent` [B, i'^2, C] is the scale before, which both halves read.
+        """
+        c = self.model.config
+        if scale == 0:
+            nothing = jnp.zeros((len(classes), 0, c.channels))
+            x, start = self.apply("embed", classes, nothing), 0
+        else:
+            side, after = c.scales[scale - 1 : scale + 1]
+            inputs = grids.next_input(latent, side, after, c.latent_side)
+            x = self.apply("embed_inputs", jnp.tile(inputs, (len(classes) // len(inputs), 1, 1)))
+            start = c.buffer_size + c.offsets[scale]
+        semantics, own = self.apply("run", x, classes, start=start, cache=cache)
+        return semantics[:, -(c.scales[scale] ** 2) :], extend_cache(cache, own, c.scan)
+
+    def velocity(self, scale: int, semantics: jax.Array, guided: bool) -> flow.Velocity:
+        """The velocity field [B, i^2, C] of one scale."""
+
+        def conditional(x: jax.Array, time: jax.Array) -> jax.Array:
+            times = jnp.broadcast_to(time, (len(x),))
+            return self.apply("velocity", x, times, semantics[: len(x)], scale=scale)
+
+        def both(x: jax.Array, time: jax.Array) -> jax.Array:
+            # Both halves are at the same place: the null half never moves on its own.
+            yes, no = jnp.split(conditional(jnp.concatenate([x, x]), time), 2)
+            return no + self.factors[scale] * (yes - no)
+
+        return both if guided else conditional
+
+    def solve(self, scale: int, semantics: jax.Array, x: jax.Array) -> jax.Array:
+        """Noise [B, i^2, C] -> latent of one scale, a scan for each run of equal guidance."""
+        times = self.options.times[scale]
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, len(self.options.times) + scale)
+        solver = flow.SOLVERS[self.options.solver]
+        for guided, first, last in _runs(self.options, scale):
+            velocity = self.velocity(scale, semantics, guided)
+
+            def advance(x, step, velocity=velocity):
+                noise = None
+                if self.options.solver == "euler_maruyama":
+                    noise = _step_noise(keys, step.index, x.shape[1:])
+                return solver(velocity, x, step, noise), None
+
+            x, _ = jax.lax.scan(advance, x, flow.steps(times, first, last))
+        return x
+
+
+def _runs(options: FlowSamplingOptions, scale: int) -> Iterator[tuple[bool, int, int]]:
+    """(guided, first step, step after the last) of every run of equal guidance."""
+    times = options.times[scale]
+    guided = [options.guides(scale, time) for time in times[:-1]]
+    for value, steps in itertools.groupby(range(len(guided)), key=guided.__getitem__):
+        steps = list(steps)
+        yield value, steps[0], steps[-1] + 1
+
+
+def _step_noise(keys: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    draw = lambda key: jax.random.normal(jax.random.fold_in(key, index), shape)  # noqa: E731
+    return jax.vmap(draw)(keys)
+
+
+def sample_scales(
+    model: FlowAR,
+    params: Any,
+    labels: jax.Array,
+    keys: jax.Array,
+    factors: jax.Array,
+    noise: Sequence[jax.Array] | None = None,
+    *,
+    options: FlowSamplingOptions,
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """The body of `sample`: for each scale its semantics [R, i^2, W] and latent [B, i^2, C]."""
+    c = model.config
+    program = _Program(model, params, options, keys, factors)
+    noise = draw_noise(c, keys) if noise is None else noise
+    classes = labels
+    if options.guided:
+        classes = jnp.concatenate([labels, jnp.full_like(labels, c.num_classes)])
+    latent = cache = None
+    for scale in range(len(c.scales)):
+        semantics, cache = program.semantics(scale, classes, latent, cache)
+        latent = program.solve(scale, semantics, jnp.asarray(noise[scale], jnp.float32))
+        yield semantics, latent
+
+
+@functools.partial(jax.jit, static_argnames=("model", "options"))
+def sample(
+    model: FlowAR,
+    params: Any,
+    labels: jax.Array,
+    keys: jax.Array,
+    factors: jax.Array,
+    noise: Sequence[jax.Array] | None = None,
+    *,
+    options: FlowSamplingOptions,
+) -> jax.Array:
+    """Latents for labels, in one program (paper section 3.5 and behaviour of the published code).
+
+    Args:
+      model: the network.
+      params: its parameters, in the layout of `model.config.scan`.
+      labels: int32 [B].
+      keys: one PRNG key a sample, [B]; a sample depends on its own key alone.
+      factors: guidance at each scale, float32 [K] (`guidance_factors`).
+      noise: K arrays [B, i^2, C] in place of drawn ones.
+      options: static settings.
+
+    Returns:
+      float32 [B, S, S, C], scaled as in training.
+    """
+    scales = sample_scales(model, params, labels, keys, factors, noise, options=options)
+    *_, (_, latent) = scales
+    side = model.config.latent_side
+    return latent.reshape(len(labels), side, side, -1)

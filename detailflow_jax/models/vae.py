@@ -1,0 +1,316 @@
+"""The KL autoencoder (LDM family): images to a Gaussian over latents, and latents to images.
+
+Shapes: B batch, H x W pixels, C latent channels, S = 2^(levels - 1) stride, h = H/S, w = W/S.
+The defaults are KL-16, the autoencoder that MAR and FlowAR use; other members of the family differ
+in `VAEConfig` only.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from detailflow_jax.models import layers
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Everything that shapes the network. The defaults are KL-16 (66.5M parameters).
+
+    Attributes:
+      channels: width of the first level.
+      multipliers: width of every level as a multiple; each level but the last halves the sides.
+      res_blocks: residual blocks a level of the encoder; the decoder has one more.
+      latent_channels: C.
+      scale_factor: latents are (z - shift_factor) * scale_factor, of about unit variance.
+      shift_factor: 0 but for newer autoencoders.
+      quant_conv: 1x1 convolutions on either side of the latent.
+      encoder_attention: levels of the encoder with attention after each residual block; None: the
+        last one.
+      decoder_attention: the same of the decoder; None: no level.
+      norm_groups: groups of every group norm; divides every level's width.
+      image_channels: of the images.
+      dtype: of the computation; parameters, norms and softmax are float32.
+    """
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    latent_channels: int = 16
+    scale_factor: float = 0.2325
+    shift_factor: float = 0.0
+    quant_conv: bool = True
+    encoder_attention: tuple[int, ...] | None = None
+    decoder_attention: tuple[int, ...] | None = None
+    norm_groups: int = 32
+    image_channels: int = 3
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("channels", "res_blocks", "latent_channels", "norm_groups", "image_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(
+                f"multipliers={self.multipliers}; expected one a level, each at least 1"
+            )
+        if not self.scale_factor > 0:
+            raise ValueError(f"scale_factor={self.scale_factor}; expected more than 0")
+        # A config file holds lists; a static argument must hash.
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        usual = {"encoder_attention": (self.stride_power,), "decoder_attention": ()}
+        for name, levels in usual.items():
+            given = getattr(self, name)
+            object.__setattr__(self, name, levels if given is None else tuple(given))
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        for width in (self.channels * m for m in self.multipliers):
+            if width % self.norm_groups:
+                raise ValueError(
+                    f"a level is {width} channels wide, not a multiple of norm_groups="
+                    f"{self.norm_groups}; change channels, multipliers or norm_groups"
+                )
+        levels = {*self.encoder_attention, *self.decoder_attention}
+        if unknown := levels - set(range(len(self.multipliers))):
+            raise ValueError(
+                f"attention at levels {sorted(unknown)}, but levels are 0..{self.stride_power}"
+            )
+
+    @property
+    def stride_power(self) -> int:
+        """How often the sides are halved."""
+        return len(self.multipliers) - 1
+
+    @property
+    def stride(self) -> int:
+        """S, pixels a latent position covers along a side."""
+        return 2**self.stride_power
+
+    def attends(self, part: str, level: int) -> bool:
+        """Whether a level of "encoder" or "decoder" has attention."""
+        return level in getattr(self, f"{part}_attention")
+
+
+@flax.struct.dataclass
+class Posterior:
+    """A diagonal Gaussian over latents: `mean` and `logvar`, float32 [B, h, w, C], unscaled."""
+
+    mean: jax.Array
+    logvar: jax.Array
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """mean + std * noise, unscaled."""
+        noise = jax.random.normal(key, self.mean.shape)
+        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> jax.Array:
+        """Divergence from a standard normal, summed over a latent: float32 [B]."""
+        terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
+        return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
+
+
+def _conv(features: int, size: int, dtype: Any, *, stride: int = 1, name: str) -> nn.Conv:
+    # A stride-2 convolution pads right and bottom alone, as published.
+    padding = ((0, 1), (0, 1)) if stride == 2 else "SAME"
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=stride,
+        padding=padding,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(
+            nn.initializers.lecun_normal(), (None, None, None, "embed")
+        ),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        name=name,
+    )
+
+
+def _norm(config: VAEConfig, name: str) -> nn.GroupNorm:
+    return nn.GroupNorm(
+        config.norm_groups,
+        epsilon=1e-6,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        name=name,
+    )
+
+
+class ResBlock(nn.Module):
+    """Twice (group norm, swish, 3x3 convolution), and a 1x1 shortcut where the width changes."""
+
+    config: VAEConfig
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        dtype = jnp.dtype(self.config.dtype)
+        y = nn.silu(_norm(self.config, "norm1")(x)).astype(dtype)
+        y = _conv(self.features, 3, dtype, name="conv1")(y)
+        y = nn.silu(_norm(self.config, "norm2")(y)).astype(dtype)
+        y = _conv(self.features, 3, dtype, name="conv2")(y)
+        if x.shape[-1] != self.features:
+            x = _conv(self.features, 1, dtype, name="shortcut")(x)
+        return nn.with_logical_constraint(x + y, ("batch", None, None, "embed_act"))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over all positions, residual."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x):
+        dtype, width = jnp.dtype(self.config.dtype), x.shape[-1]
+        y = _norm(self.config, "norm")(x).astype(dtype)
+        query, key, value = (
+            _conv(width, 1, dtype, name=name)(y).reshape(len(x), -1, 1, width)
+            for name in ("query", "key", "value")
+        )
+        y = layers.attend(query, key, value).reshape(x.shape)
+        return x + _conv(width, 1, dtype, name="output")(y)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x):
+        x = ResBlock(self.config, x.shape[-1], name="block_0")(x)
+        x = AttentionBlock(self.config, name="attention")(x)
+        return ResBlock(self.config, x.shape[-1], name="block_1")(x)
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, and the change to the next one."""
+
+    config: VAEConfig
+    features: int
+    blocks: int
+    attention: bool
+    resample: str | None = None  # "down" or "up", after the blocks
+
+    @nn.compact
+    def __call__(self, x):
+        dtype = jnp.dtype(self.config.dtype)
+        for i in range(self.blocks):
+            x = ResBlock(self.config, self.features, name=f"block_{i}")(x)
+            if self.attention:
+                x = AttentionBlock(self.config, name=f"attention_{i}")(x)
+        if self.resample == "down":
+            x = _conv(self.features, 3, dtype, stride=2, name="downsample")(x)
+        elif self.resample == "up":
+            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+            x = _conv(self.features, 3, dtype, name="upsample")(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Images [B, H, W, 3] -> [B, h, w, 2C], before the quantisation convolution."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = _conv(c.channels, 3, dtype, name="conv_in")(x.astype(dtype))
+        for i, multiplier in enumerate(c.multipliers):
+            resample = "down" if i < c.stride_power else None
+            attention = c.attends("encoder", i)
+            width = c.channels * multiplier
+            x = Level(c, width, c.res_blocks, attention, resample, name=f"level_{i}")(x)
+        x = Middle(c, name="middle")(x)
+        x = nn.silu(_norm(c, "norm_out")(x)).astype(dtype)
+        return _conv(2 * c.latent_channels, 3, dtype, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Latents [B, h, w, C] -> images [B, H, W, 3], float32."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = _conv(c.channels * c.multipliers[-1], 3, dtype, name="conv_in")(x.astype(dtype))
+        x = Middle(c, name="middle")(x)
+        for i in reversed(range(len(c.multipliers))):
+            resample = "up" if i > 0 else None
+            attention = c.attends("decoder", i)
+            width = c.channels * c.multipliers[i]
+            x = Level(c, width, c.res_blocks + 1, attention, resample, name=f"level_{i}")(x)
+        x = nn.silu(_norm(c, "norm_out")(x)).astype(dtype)
+        return _conv(c.image_channels, 3, dtype, name="conv_out")(x).astype(jnp.float32)
+
+
+class VAE(nn.Module):
+    """Encoder and decoder; latents that leave and enter it are scaled to about unit variance."""
+
+    config: VAEConfig
+
+    def setup(self):
+        c = self.config
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        if c.quant_conv:
+            dtype = jnp.dtype(c.dtype)
+            self.quant_conv = _conv(2 * c.latent_channels, 1, dtype, name="quant_conv")
+            self.post_quant_conv = _conv(c.latent_channels, 1, dtype, name="post_quant_conv")
+
+    def encode(self, images: jax.Array) -> Posterior:
+        """Float images [B, H, W, 3] in [-1, 1] -> the unscaled posterior.
+
+        Raises:
+          ValueError: sides that are no multiple of the stride, or other channels.
+        """
+        c = self.config
+        if images.ndim != 4 or images.shape[-1] != c.image_channels:
+            raise ValueError(
+                f"images have shape {images.shape}, expected [B, H, W, {c.image_channels}]"
+            )
+        if images.shape[1] % c.stride or images.shape[2] % c.stride:
+            raise ValueError(
+                f"images are {images.shape[1]} x {images.shape[2]}; expected sides that are "
+                f"multiples of the autoencoder's stride {c.stride}"
+            )
+        moments = self.encoder(images)
+        if c.quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return Posterior(mean, jnp.clip(logvar, *LOGVAR_RANGE))
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Scaled latents [B, h, w, C] -> float32 [B, S h, S w, 3], about [-1, 1].
+
+        Raises:
+          ValueError: other channels.
+        """
+        c = self.config
+        if latents.ndim != 4 or latents.shape[-1] != c.latent_channels:
+            raise ValueError(
+                f"latents have shape {latents.shape}, expected [B, h, w, {c.latent_channels}]"
+            )
+        z = latents / c.scale_factor + c.shift_factor
+        if c.quant_conv:
+            z = self.post_quant_conv(z.astype(c.dtype))
+        return self.decoder(z)
+
+    def scale(self, z: jax.Array) -> jax.Array:
+        """Unscaled latents (a posterior's sample or mean) as the rest of the system sees them."""
+        return (z - self.config.shift_factor) * self.config.scale_factor
+
+    def __call__(self, images: jax.Array, key: jax.Array | None = None):
+        """Reconstruction from a sample (from the mean without a key), and the posterior."""
+        posterior = self.encode(images)
+        z = posterior.mean if key is None else posterior.sample(key)
+        return self.decode(self.scale(z)), posterior

@@ -1,0 +1,111 @@
+"""The scales of FlowAR: a latent grid seen coarse to fine (paper section 3.2).
+
+Shapes: B batch, S side of the latent grid, K scales of sides i_0 < ... < i_{K-1} = S,
+T = sum of i_k^2 positions, C channels. A scale's positions are row-major; scales follow each other.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detailflow_jax.ops import interpolation, rotary
+
+
+def check_scales(scales: Sequence[int]) -> None:
+    """Raises ValueError unless the sides increase from at least 1."""
+    whole = all(isinstance(side, int | np.integer) and side >= 1 for side in scales)
+    increasing = all(a < b for a, b in itertools.pairwise(scales))
+    if not scales or not whole or not increasing:
+        raise ValueError(
+            f"scales={tuple(scales)} is no scale schedule; expected increasing sides, each at "
+            "least 1, such as (1, 2, 4, 8, 16), the last one the side of the latent"
+        )
+
+
+def offsets(scales: Sequence[int]) -> tuple[int, ...]:
+    """First position of every scale, and T at the end: K + 1 numbers."""
+    return (0, *np.cumsum([side * side for side in scales]).tolist())
+
+
+def scale_index(scales: Sequence[int]) -> np.ndarray:
+    """The scale that each position belongs to: int32 [T]."""
+    return np.repeat(np.arange(len(scales), dtype=np.int32), [side * side for side in scales])
+
+
+def scale_mask(scales: Sequence[int]) -> np.ndarray:
+    """Every position sees all of its own and of earlier scales: bool [T, T]."""
+    index = scale_index(scales)
+    return index[:, None] >= index[None, :]
+
+
+def rotary_table(scales: Sequence[int], head_dim: int) -> np.ndarray:
+    """Rotary table of all positions, each scale stretched over the finest: [T, head_dim/2, 2]."""
+    tables = [rotary.grid_rotary_table(side, scales[-1] / side, head_dim) for side in scales]
+    return np.concatenate(tables)
+
+
+@functools.cache
+def _next_matrix(finest: int, side: int, next_side: int) -> np.ndarray:
+    """Enlarge to the finest grid by bicubic, then reduce to the next scale by area, as one."""
+    up = interpolation.bicubic_matrix(side, finest).astype(np.float64)
+    matrix = interpolation.area_matrix(finest, next_side).astype(np.float64) @ up
+    matrix = matrix.astype(np.float32)
+    matrix.setflags(write=False)  # cached, so shared by every caller
+    return matrix
+
+
+def reduce_to(latents: jax.Array, side: int) -> jax.Array:
+    """Area average of latents [B, S, S, C] to one scale: float32 [B, side^2, C]."""
+    matrix = interpolation.area_matrix(latents.shape[1], side)
+    reduced = interpolation.apply_matrices(latents, matrix, matrix)
+    return reduced.reshape(len(latents), side * side, -1)
+
+
+def next_input(positions: jax.Array, side: int, next_side: int, finest: int) -> jax.Array:
+    """What the transformer reads for the next scale, from a finished scale.
+
+    Args:
+      positions: [B, side^2, C] of the finished scale.
+      side: its side.
+      next_side: the next scale's side.
+      finest: S.
+
+    Returns:
+      float32 [B, next_side^2, C].
+    """
+    grid = positions.reshape(len(positions), side, side, -1)
+    matrix = _next_matrix(finest, side, next_side)
+    out = interpolation.apply_matrices(grid, matrix, matrix)
+    return out.reshape(len(positions), next_side * next_side, -1)
+
+
+def pyramid(latents: jax.Array, scales: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """Targets and inputs of all scales.
+
+    Args:
+      latents: [B, S, S, C] with S the last scale.
+      scales: K sides.
+
+    Returns:
+      targets float32 [B, T, C], the latents at every scale; inputs float32 [B, T - i_0^2, C], what
+      the transformer reads for scales 1 .. K - 1.
+
+    Raises:
+      ValueError: latents of another size.
+    """
+    if latents.ndim != 4 or latents.shape[1:3] != (scales[-1], scales[-1]):
+        raise ValueError(
+            f"latents have shape {latents.shape}, expected [B, {scales[-1]}, {scales[-1]}, C]: "
+            f"the last of the scales {tuple(scales)} is the side of the latent"
+        )
+    levels = [reduce_to(latents, side) for side in scales]
+    inputs = [
+        next_input(level, side, after, scales[-1])
+        for level, (side, after) in zip(levels, itertools.pairwise(scales), strict=False)
+    ]
+    empty = jnp.zeros((len(latents), 0, latents.shape[-1]), jnp.float32)
+    return jnp.concatenate(levels, axis=1), jnp.concatenate([empty, *inputs], axis=1)

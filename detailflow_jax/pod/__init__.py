@@ -1,0 +1,13 @@
+"""What a TPU pod would do with a program, found out on a CPU with the TPU's own compiler.
+
+topologies.py   the slices: chips, memory, peak, bandwidths, and devices to compile for
+meshes.py       the mesh of a slice
+programs.py     the real train step or sampler with abstract, sharded arguments; compiling it
+hlo.py          the compiled program's text: instructions, and how often each runs
+flops.py        floating-point operations, of the compiled program and of the code as written
+traffic.py      bytes to and from a chip's memory
+collectives.py  bytes between the chips, and over which links
+roofline.py     the least time a step can take, and what it costs
+advice.py       what to change in a program that does not fit
+report.py       all of it as text and as JSON
+"""

@@ -1,0 +1,136 @@
+"""Floating-point operations of matrix products and convolutions, counted twice.
+
+`executed` counts what the compiled program does on one chip, recomputation and work that is
+repeated on several chips included. `written` counts what the traced code asks for, over the whole
+pod. Their ratio tells how much of the work is useful to the one who wrote the code. Operations on
+single numbers (softmax, norms, Adam) are left out of both: they are bound by memory.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core
+
+from detailflow_jax.pod import hlo
+
+# Passes of the matrix unit for a product in float32 of the given precision.
+_PASSES = {"default": 1, "high": 3, "highest": 6}
+
+
+# ------------------------------------------------------------------------------ compiled programs
+
+
+def executed(module: hlo.Module, executions: Iterable[hlo.Execution]) -> tuple[int, int]:
+    """FLOPs of one chip, and the same with each product weighted by the passes that it takes."""
+    flops = weighted = 0
+    for execution in executions:
+        instructions = execution.computation.instructions
+        for instruction in instructions.values():
+            if instruction.opcode in ("dot", "convolution"):
+                shapes = [instructions[name].shapes[0] for name in instruction.operands]
+                once = _dot(instruction, *shapes) or _convolution(instruction, *shapes)
+                precision = instruction.attribute(r"operand_precision=\{(\w+)") or "default"
+                flops += once * execution.times
+                weighted += once * execution.times * _PASSES.get(precision, 1)
+    return flops, weighted
+
+
+def _dot(instruction: hlo.Instruction, left: hlo.Shape, _: hlo.Shape) -> int:
+    if instruction.opcode != "dot":
+        return 0
+    contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+    sizes = [left.dims[int(i)] for i in contracted.split(",") if i]
+    return 2 * instruction.shapes[0].elements * math.prod(sizes)
+
+
+def _convolution(instruction: hlo.Instruction, left: hlo.Shape, right: hlo.Shape) -> int:
+    """Only products with numbers that are there count, neither padding nor the gaps of dilation.
+
+    The TPU compiler writes batched matrix products as convolutions with many such gaps.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    window = _window(instruction.attribute(r"window=\{([^}]*)\}") or "")
+    out = instruction.shapes[0]
+    groups = int(instruction.attribute(r"feature_group_count=(\d+)") or 1)
+    batch_groups = int(instruction.attribute(r"batch_group_count=(\d+)") or 1)
+    products = out.dims[labels[3].index("f")] * out.dims[labels[3].index("b")]
+    products *= right.dims[labels[2].index("i")]
+    if groups == 1 and batch_groups > 1:
+        products //= batch_groups
+    for i in range(len(labels[1]) - 2):
+        sizes = [
+            shape.dims[label.index(str(i))]
+            for shape, label in zip((left, right, out), labels.groups(), strict=True)
+        ]
+        products *= _valid_pairs(*sizes, window, i)
+    return 2 * products
+
+
+def _window(text: str) -> dict[str, list[str]]:
+    return {key: value.split("x") for key, _, value in (p.partition("=") for p in text.split())}
+
+
+def _valid_pairs(size: int, kernel: int, out: int, window: dict[str, list[str]], i: int) -> int:
+    """(kernel position, output position) pairs that meet a number of the input along axis i."""
+
+    def number(key: str, default: int = 1) -> int:
+        return int(window[key][i]) if key in window else default
+
+    low = int(window["pad"][i].split("_")[0]) if "pad" in window else 0
+    stride, gap, spread = number("stride"), number("lhs_dilate"), number("rhs_dilate")
+    position = np.arange(out)[:, None] * stride + np.arange(kernel) * spread - low
+    valid = (position >= 0) & (position <= (size - 1) * gap) & (position % gap == 0)
+    return int(valid.sum())
+
+
+# ---------------------------------------------------------------------------------- traced code
+
+
+def written(traced: Any) -> int:
+    """FLOPs of the matrix products and convolutions of a `jax.stages.Traced`, loops unrolled."""
+    return _count(traced.jaxpr.jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> int:
+    return sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _equation(equation: core.JaxprEqn) -> int:
+    parameters, name = equation.params, equation.primitive.name
+    if name == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return 2 * equation.outvars[0].aval.size * math.prod(left[i] for i in contracted)
+    if name == "conv_general_dilated":
+        return _traced_convolution(equation)
+    inner = [_count(jaxpr) for jaxpr in _inner(parameters)]
+    if name == "cond":
+        return max(inner)
+    times = parameters["length"] if name == "scan" else 1
+    if name == "shard_map":
+        times = math.prod(parameters["mesh"].shape.values())
+    return times * sum(inner)
+
+
+def _traced_convolution(equation: core.JaxprEqn) -> int:
+    kernel = equation.invars[1].aval.shape
+    numbers = equation.params["dimension_numbers"]
+    per_output = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+    if math.prod(equation.params["lhs_dilation"]) == 1:
+        return 2 * equation.outvars[0].aval.size * per_output
+    # The gradient of a strided convolution: as many products as the convolution itself.
+    left = equation.invars[0].aval.shape
+    return 2 * math.prod(left) * math.prod(kernel) // kernel[numbers.rhs_spec[1]]
+
+
+def _inner(parameters: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    for value in parameters.values():
+        values: Sequence = value if isinstance(value, tuple | list) else (value,)
+        for candidate in values:
+            if isinstance(candidate, core.ClosedJaxpr):
+                yield candidate.jaxpr
+            elif isinstance(candidate, core.Jaxpr):
+                yield candidate

@@ -1,0 +1,293 @@
+"""The programs of a pod, the train step and the sampler, with abstract arguments; compiling them.
+
+Nothing is allocated and no weights are read: the compiler needs shapes, types and placements only.
+"""
+
+import collections
+import dataclasses
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from detailflow_jax import sharding
+from detailflow_jax.config import ConfigError
+from detailflow_jax.tasks import Task, TrainState, make_task
+
+PyTree = Any
+
+
+class DoesNotFit(Exception):
+    """The compiler needs more memory than a chip has.
+
+    Attributes:
+      used: bytes that the program needs on a chip, None where the compiler does not say.
+      state: bytes of it that its arguments take.
+    """
+
+    def __init__(self, message: str, used: int | None, state: int):
+        super().__init__(message)
+        self.used, self.state = used, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function to compile for a mesh.
+
+    Attributes:
+      name: "train" or "sampler".
+      function: jitted, with its placements and donations.
+      arguments: trees of `jax.ShapeDtypeStruct` with shardings.
+      options: static keyword arguments.
+      mesh: what it is compiled for.
+      images: how many images one run takes or makes.
+      note: what else to know about it.
+      whole: {name: bytes} of large arrays of its state that fsdp does not split.
+    """
+
+    name: str
+    function: Callable
+    arguments: tuple
+    options: dict[str, Any]
+    mesh: Mesh
+    images: int
+    note: str = ""
+    whole: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the arguments take on each chip."""
+        return sum(bytes_per_chip(leaf) for leaf in jax.tree.leaves(self.arguments))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program, and what compiling it took on this machine.
+
+    `cpu_seconds` are of all cores together, `host_memory` is the most that this process ever held.
+    """
+
+    program: Program
+    traced: Any
+    executable: Any
+    seconds: float
+    cpu_seconds: float
+    host_memory: int
+
+
+def state_bytes(config: ConfigDict, what: str, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes on each chip of what a program of `train_program` or `sampler_program` keeps.
+
+    That is the whole training state, or for a sampler the parameters alone.
+    """
+    state = sharding.abstract_state(_task(config).init, jax.random.key(0), mesh)
+    kept = state if what == "train" else state.params
+    return sum(bytes_per_chip(leaf) for leaf in jax.tree.leaves(kept))
+
+
+def bytes_per_chip(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an abstract array on each device that holds a part of it."""
+    item = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+    return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * item
+
+
+# ------------------------------------------------------------------------------------- the programs
+
+
+def train_program(config: ConfigDict, mesh: Mesh) -> Program:
+    """The train step of a configuration, as the training loop runs it.
+
+    Raises:
+      ConfigError: the configuration and the mesh do not go together.
+    """
+    sharding.check_batch_size(config.batch_size, mesh)
+    task = _task(config)
+    state = _abstract_state(task, mesh)
+    variant, plan, note = _usual_plan(task)
+    step = jax.jit(
+        task.train_step,
+        static_argnames="variant",
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+    )
+    whole = NamedSharding(mesh, PartitionSpec())
+    plan = jax.tree.map(lambda x: _abstract(np.shape(x), np.asarray(x).dtype, whole), plan)
+    arguments = state, _abstract_batch(config, mesh), plan
+    static = {"variant": variant}
+    return Program(
+        "train", step, arguments, static, mesh, config.batch_size, note, _left_whole(state)
+    )
+
+
+def sampler_program(config: ConfigDict, mesh: Mesh, batch_size: int, cfg_scale: float) -> Program:
+    """The sampler of a configuration, for `batch_size` images over the whole mesh.
+
+    Raises:
+      ConfigError: the task has no sampler, or the batch and the mesh do not go together.
+    """
+    if config.task not in SAMPLERS:
+        raise ConfigError(
+            f"config.task={config.task!r} has no sampler: expected one of {', '.join(SAMPLERS)}"
+        )
+    sharding.check_batch_size(batch_size, mesh)
+    run, guidance, note = SAMPLERS[config.task](config, cfg_scale != 1.0)
+    params = _abstract_state(_task(config), mesh).params
+    rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    labels = _abstract((batch_size,), jnp.int32, rows)
+    keys = _abstract((batch_size,), jax.random.key(0).dtype, rows)
+    guidance = _abstract((guidance,), jnp.float32, NamedSharding(mesh, PartitionSpec()))
+    note = f"{note}, guidance {cfg_scale:g}"
+    arguments = params, labels, keys, guidance
+    step = jax.jit(run)
+    return Program("sampler", step, arguments, {}, mesh, batch_size, note, _left_whole(params))
+
+
+def _generator_sampler(config: ConfigDict, guided: bool) -> tuple[Callable, int, str]:
+    from detailflow_jax.models import sampler
+    from detailflow_jax.models.generator import Generator
+    from detailflow_jax.tasks import generator as task
+
+    network = Generator(task.model_config(config.model))
+    num_tokens = network.config.num_tokens
+    options = sampler.SamplingOptions(num_tokens, guided=guided)
+
+    def run(params, labels, keys, scales):
+        one = jnp.float32(1.0)
+        return sampler.sample(network, params, labels, keys, scales, one, one, options=options)
+
+    return run, num_tokens, f"{num_tokens} tokens"
+
+
+def _flowar_sampler(config: ConfigDict, guided: bool) -> tuple[Callable, int, str]:
+    from detailflow_jax.models import flow_sampler
+    from detailflow_jax.models.flowar import FlowAR
+    from detailflow_jax.tasks import flowar as task
+
+    network, steps = FlowAR(task.model_config(config.model)), 25
+    scales = len(network.config.scales)
+    times = flow_sampler.flow_times(scales, steps)
+    options = flow_sampler.FlowSamplingOptions(times, guided=guided, guidance_high=0.9)
+
+    def run(params, labels, keys, factors):
+        return flow_sampler.sample(network, params, labels, keys, factors, options=options)
+
+    return run, scales, f"{scales} scales of {steps} flow steps"
+
+
+# Each: (config, guided) -> (params, labels [B], keys [B], guidance [G]) -> samples, G, and a note.
+SAMPLERS = {"generator": _generator_sampler, "flowar": _flowar_sampler}
+
+
+def _task(config: ConfigDict) -> Task:
+    try:
+        return make_task(config)
+    except ValueError:
+        # It may lack the weights of a frozen network, which are not needed here.
+        config = config.copy_and_resolve_references()
+        for part in config.values():
+            if isinstance(part, ConfigDict) and "random" in part:
+                part.random = True
+    try:
+        return make_task(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _abstract(shape: tuple, dtype: Any, placement: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placement)
+
+
+def _abstract_state(task: Task, mesh: Mesh) -> TrainState:
+    key = jax.random.key(0)  # Outside of the mesh: its devices can compute nothing.
+    with sharding.use(mesh):
+        return sharding.abstract_state(task.init, key, mesh)
+
+
+def _left_whole(state: PyTree) -> dict[str, int]:
+    """{name: bytes} of arrays above 1 MiB that stay whole though there is an fsdp axis."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        placement, size = leaf.sharding, bytes_per_chip(leaf)
+        split = any("fsdp" in _axes(entry) for entry in placement.spec)
+        if placement.mesh.shape["fsdp"] > 1 and size > 2**20 and not split:
+            shape = ",".join(map(str, leaf.shape))
+            found[f"{jax.tree_util.keystr(path, simple=True, separator='/')} [{shape}]"] = size
+    return found
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch that `data.make_iterator` and `feed` give to the step."""
+    rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    size = config.batch_size
+    batch = {"label": _abstract((size,), jnp.int32, rows)}
+    if config.data.source.startswith("codes:"):
+        shape = (size, config.model.num_tokens, 3)
+        return batch | {"codes": _abstract(shape, jnp.int32, rows)}
+    if config.data.source.startswith("latents:"):
+        side = config.model.scales[-1]
+        shape = (size, side, side, 2 * config.model.channels)  # mean and log variance
+        return batch | {"moments": _abstract(shape, jnp.float32, rows)}
+    if "image_size" in config.data:
+        side = config.data.image_size
+        return batch | {"image": _abstract((size, side, side, 3), jnp.uint8, rows)}
+    raise ConfigError(
+        f"config.data.source={config.data.source!r}: expected codes:DIR, latents:DIR, or images "
+        "with config.data.image_size, to know the shapes of a batch"
+    )
+
+
+def _usual_plan(task: Task) -> tuple[Any, dict[str, np.ndarray], str]:
+    """The static variant that most steps have, a plan of it, and a note on its share."""
+    plans = [task.plan(step) for step in range(200)]
+    counts = collections.Counter(variant for variant, _ in plans)
+    [(usual, count)] = counts.most_common(1)
+    plan = next(plan for variant, plan in plans if variant == usual)
+    note = f"variant {usual}, of {count / 200:.0%} of the steps" if len(counts) > 1 else ""
+    return usual, plan, note
+
+
+# --------------------------------------------------------------------------------------- compiling
+
+
+def compile_program(program: Program) -> Compiled:
+    """Compiles a program for its mesh with the TPU's compiler.
+
+    Raises:
+      DoesNotFit: the chip's memory is too small.
+      ConfigError: the step refuses the configuration.
+    """
+    start, cpu_start = time.perf_counter(), time.process_time()
+    with sharding.use(program.mesh):
+        try:
+            traced = program.function.trace(*program.arguments, **program.options)
+        except ValueError as error:
+            raise ConfigError(f"the step cannot be traced: {error}") from error
+        lowered = traced.lower(lowering_platforms=("tpu",))
+        try:
+            executable = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "hbm capacity" not in str(error):
+                raise
+            raise DoesNotFit(str(error), needed(str(error)), program.state_bytes) from None
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return Compiled(program, traced, executable, seconds, cpu_seconds, memory)
+
+
+def needed(message: str) -> int | None:
+    """Bytes that a program needs on a chip, from the compiler's message that it has not as many."""
+    found = re.search(r"(?:Used |\()([\d.]+)([KMGT])\)? (?:of|exceeds)", message)
+    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1)) if found else None

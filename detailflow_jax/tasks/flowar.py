@@ -1,0 +1,238 @@
+"""Training of FlowAR: flow matching at every position of every scale, in one pass.
+
+Shapes: B batch, S side of the latent, C channels, K scales, T positions of all scales.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from detailflow_jax.models import flow_sampler
+from detailflow_jax.models.flowar import (
+    SIZES,
+    FlowAR,
+    FlowARConfig,
+    check_vae,
+    drop_labels,
+    example,
+)
+from detailflow_jax.models.vae import VAE, Posterior, VAEConfig
+from detailflow_jax.ops import flow
+from detailflow_jax.ops import images as pixels
+from detailflow_jax.ops import scales as grids
+from detailflow_jax.tasks import Task, TrainState, optim
+
+
+def model_config(model) -> FlowARConfig:
+    """The `model` part of a config as the network's own dataclass.
+
+    `size` names a published size (FlowAR-S, -B, -L, -H); None takes widths and depths as given.
+    With a size, `head_depth` may still be given (the paper's H has 18 blocks).
+
+    Raises:
+      ValueError: an unknown size, or a scale schedule that is none.
+    """
+    fields = model.to_dict()
+    size = fields.pop("size", None)
+    if size is not None:
+        if size not in SIZES:
+            raise ValueError(f"config.model.size={size!r} is not one of {', '.join(SIZES)}")
+        fields |= {name: x for name, x in SIZES[size].items() if fields.get(name) is None}
+    return FlowARConfig(**fields)
+
+
+def scale_weights(config: FlowARConfig, weights=None) -> np.ndarray:
+    """Weight of every scale's mean squared error, float32 [K]: as given, or i^2 / S^2.
+
+    Raises:
+      ValueError: not one a scale.
+    """
+    if weights is None:
+        return np.square(np.float32(config.scales) / config.latent_side)
+    if len(weights) != len(config.scales):
+        raise ValueError(
+            f"config.loss.scale_weights has {len(weights)} values, expected one for each of the "
+            f"{len(config.scales)} scales {config.scales}"
+        )
+    return np.float32(weights)
+
+
+def flow_losses(model: FlowAR, params: Any, latents, labels, times, noise, dropout_key=None):
+    """Mean squared error of the velocity at every scale.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      latents: float32 [B, S, S, C].
+      labels: int32 [B], dropped already.
+      times: float32 [B, K], one an image and scale.
+      noise: float32 [B, T, C].
+      dropout_key: PRNG key, or None for no dropout.
+
+    Returns:
+      float32 [K], and the semantics float32 [B, T, W].
+    """
+    scales = model.config.scales
+    data, inputs = grids.pyramid(latents, scales)
+    time = jnp.take(times, grids.scale_index(scales), axis=1)
+    noisy = flow.interpolate(data, noise, time[..., None])
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    semantics, velocity = model.apply({"params": params}, inputs, labels, noisy, time, rngs=rngs)
+    error = jnp.mean(jnp.square(velocity - flow.target_velocity(data, noise)), axis=(0, 2))
+    # Means over each scale's own positions, as one product.
+    members = grids.scale_index(scales)[None] == np.arange(len(scales))[:, None]
+    members = members / np.square(np.float32(scales))[:, None]
+    return jnp.sum(members * error, axis=1), semantics
+
+
+def draw(key: jax.Array, config: FlowARConfig, batch: int) -> tuple[jax.Array, jax.Array]:
+    """Times U[0, 1) float32 [B, K] and noise float32 [B, T, C]."""
+    time_key, noise_key = jax.random.split(key)
+    times = jax.random.uniform(time_key, (batch, len(config.scales)))
+    return times, jax.random.normal(noise_key, (batch, config.num_positions, config.channels))
+
+
+def _vae(config, c: FlowARConfig) -> VAE | None:
+    """The frozen autoencoder: encodes images, and decodes the samples that are drawn as figures.
+
+    Raises:
+      ValueError: images to train on but no autoencoder, or one of other channels.
+    """
+    fields = config.vae.to_dict()
+    path, random = fields.pop("path", None), fields.pop("random", False)
+    if not (path or random):
+        if not config.data.source.startswith("latents:"):
+            raise ValueError(
+                "config.vae.path is not set: training on images needs an autoencoder. Name a run "
+                "of the vae task or a published checkpoint (kl16.ckpt), or train on cached moments "
+                "with config.data.source=latents:DIR (python -m detailflow_jax.extract_latents); "
+                "config.vae.random=True takes a random one, to try the code only"
+            )
+        return None
+    vae = VAEConfig(**fields)
+    check_vae(c, vae.latent_channels, "config.vae")
+    return VAE(vae)
+
+
+def _latents(vae: VAE | None, frozen: Any, batch, key: jax.Array) -> jax.Array:
+    """A sample of the scaled latents of a batch of moments or of images: [B, S, S, C]."""
+    if "moments" in batch:
+        mean, logvar = jnp.split(batch["moments"], 2, axis=-1)
+        return Posterior(mean, logvar).sample(key)
+    images = pixels.to_float(batch["image"])
+    posterior = vae.apply({"params": frozen["vae"]}, images, method="encode")
+    return vae.scale(posterior.sample(key))
+
+
+def _check_batch(c: FlowARConfig, vae: VAE | None, batch) -> None:
+    """Raises ValueError where a batch's latents are not those of the scale schedule."""
+    if "moments" in batch:
+        height, width, channels = batch["moments"].shape[1:]
+        channels //= 2
+    else:
+        height, width = (side // vae.config.stride for side in batch["image"].shape[1:3])
+        channels = vae.config.latent_channels
+    if (height, width, channels) != (c.latent_side, c.latent_side, c.channels):
+        raise ValueError(
+            f"the data's latents are {height} x {width} x {channels}; config.model.scales="
+            f"{c.scales} and config.model.channels={c.channels} expect "
+            f"{c.latent_side} x {c.latent_side} x {c.channels}"
+        )
+
+
+def make(config) -> Task:
+    """The FlowAR task of a config (see `configs/flowar.py` for its fields)."""
+    c = model_config(config.model)
+    model, vae = FlowAR(c), _vae(config, c)
+    weights = scale_weights(c, config.loss.scale_weights)
+    optimizer = optim.optimizer(config.optim, config.total_steps)
+
+    def init(key: jax.Array) -> TrainState:
+        params = model.init(key, *example(c))["params"]
+        frozen = {}
+        if vae is not None:
+            image = jnp.zeros((1, vae.config.stride, vae.config.stride, vae.config.image_channels))
+            frozen["vae"] = vae.init(jax.random.fold_in(key, 1), image)["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            ema=optim.start_average(params, config.ema),
+            frozen=frozen,
+        )
+
+    def plan(step: int) -> tuple[None, dict[str, np.ndarray]]:
+        del step  # nothing is decided on the host: one program for every step
+        return None, {}
+
+    def train_step(state: TrainState, batch, plan, *, variant=None):
+        del plan, variant
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        latent_key, flow_key, label_key, dropout_key = jax.random.split(key, 4)
+        latents = jax.lax.stop_gradient(_latents(vae, state.frozen, batch, latent_key))
+        labels = drop_labels(label_key, batch["label"], c)
+        times, noise = draw(flow_key, c, len(latents))
+
+        def mean_loss(params, rows, key):
+            losses, _ = flow_losses(model, params, *rows, dropout_key=key)
+            by_scale = {f"loss/scale_{side}": losses[k] for k, side in enumerate(c.scales)}
+            return jnp.sum(weights * losses), by_scale
+
+        rows = latents, labels, times, noise
+        (loss, by_scale), grads = optim.gradients(
+            mean_loss, state.params, rows, dropout_key, config.accumulate
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=optim.average(state.ema, params, state.step, config.ema),
+        )
+        metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+        return new, metrics | by_scale | {"latent_std": jnp.std(latents)}
+
+    return Task(
+        init,
+        plan,
+        train_step,
+        functools.partial(figures, model, vae),
+        check=functools.partial(_check_batch, c, vae),
+    )
+
+
+def figures(
+    model: FlowAR, vae: VAE | None, state: TrainState, batch, num_steps: int = 25
+) -> dict[str, np.ndarray]:
+    """`samples`: four of each of up to eight classes, uint8 [H, W, 3]; a column a class.
+
+    Nothing where there is no autoencoder to decode them with (`config.vae.path`).
+    """
+    del batch
+    if vae is None:
+        return {}
+    c = model.config
+    classes = np.arange(min(8, c.num_classes), dtype=np.int32)
+    labels = np.tile(classes, 4)
+    params = state.params if state.ema is None else state.ema
+    images = _draw(model, vae, params, state.frozen["vae"], labels, num_steps)
+    return {
+        "samples": pixels.tile(pixels.to_uint8(images).reshape(4, len(classes), *images.shape[1:]))
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _draw(model: FlowAR, vae: VAE, params: Any, vae_params: Any, labels, num_steps: int):
+    num_scales = len(model.config.scales)
+    options = flow_sampler.FlowSamplingOptions(
+        flow_sampler.flow_times(num_scales, num_steps), guidance_high=0.9
+    )
+    keys = jax.random.split(jax.random.key(0), len(labels))
+    factors = flow_sampler.guidance_factors(2.4, num_scales)
+    latents = flow_sampler.sample(model, params, labels, keys, factors, options=options)
+    return vae.apply({"params": vae_params}, latents, method="decode")
