@@ -46,6 +46,7 @@ setup(
         "torch": ["torch"],
         "test": [
             "hypothesis",
+            "jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'",  # its compiler
             "jsonschema",
             "psutil",
             "pytest>=8",

@@ -18,6 +18,7 @@ import numpy as np
 from detailflow_jax.api import flowar as api_flowar
 from detailflow_jax.models import flow_sampler, flowar, layers, sampler
 from detailflow_jax.ops import flow
+from detailflow_jax.ops import logits as filters
 from detailflow_jax.ops import scales as grids
 from detailflow_jax.pod import flops
 
@@ -63,7 +64,7 @@ def make_network(size: str, dtype: str, scan: bool | None) -> tuple[flowar.FlowA
     return network, jax.device_put(layout(params))
 
 
-class Recomputed(flow_sampler._Program):
+class Recomputed(flow_sampler.Sampling):
     """Keeps no keys and values: every scale runs all earlier ones again, under the scale mask."""
 
     def semantics(self, scale: int, classes: jax.Array, latent: jax.Array | None, cache: Any):
@@ -73,7 +74,7 @@ class Recomputed(flow_sampler._Program):
         if scale:
             side, after = c.scales[scale - 1 : scale + 1]
             new = grids.next_input(latent, side, after, c.latent_side)
-            new = jnp.tile(new, (len(classes) // len(new), 1, 1))
+            new = filters.pair(new, new) if self.options.guided else new
             inputs = jnp.concatenate([cache, new], axis=1)
         x = self.apply("embed", classes, inputs)
         length = x.shape[1]
@@ -107,11 +108,10 @@ class Case:
 
     @property
     def classes(self) -> jax.Array:
-        """int32 [R]: the labels, then under guidance the null class for each."""
-        if not self.options.guided:
-            return self.labels
-        null = jnp.full_like(self.labels, self.network.config.num_classes)
-        return jnp.concatenate([self.labels, null])
+        """The classes of all rows, int32 [R]."""
+        return flow_sampler.Sampling(*self.arguments[:2], self.options, None, None).rows(
+            self.labels
+        )
 
     def noise(self) -> list[jax.Array]:
         """The noise of every scale, the one that the sampler draws."""
@@ -139,12 +139,9 @@ def make_case(network: flowar.FlowAR, params: Any, args: argparse.Namespace, ste
 @functools.partial(jax.jit, static_argnames=("network", "options"))
 def sample_recomputed(network, params, labels, keys, factors, *, options) -> jax.Array:
     """Latents [B, S, S, C] as `flow_sampler.sample` gives them, without a cache."""
-    program = Recomputed(network, params, options, keys, factors)
-    case = Case(network, params, labels, keys, factors, options)
-    latent = seen = None
-    for scale, noise in enumerate(case.noise()):
-        semantics, seen = program.semantics(scale, case.classes, latent, seen)
-        latent = program.solve(scale, semantics, noise)
+    *_, (_, latent) = flow_sampler.sample_scales(
+        network, params, labels, keys, factors, options=options, kind=Recomputed
+    )
     side = network.config.latent_side
     return latent.reshape(len(labels), side, side, -1)
 
@@ -159,12 +156,12 @@ def _semantics(kind, network, params, options, scale, classes, latent, state):
 
 @functools.partial(jax.jit, static_argnames=("network", "options", "scale"))
 def _solve(network, params, options, scale, semantics, noise, keys, factors):
-    program = flow_sampler._Program(network, params, options, keys, factors)
+    program = flow_sampler.Sampling(network, params, options, keys, factors)
     return program.solve(scale, semantics, noise)
 
 
 def transformer(
-    case: Case, latents: Sequence[jax.Array], kind: type = flow_sampler._Program
+    case: Case, latents: Sequence[jax.Array], kind: type = flow_sampler.Sampling
 ) -> Iterator[jax.Array]:
     """The transformer's part of sampling: semantics [R, i^2, W] of every scale.
 

@@ -123,17 +123,17 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
 def _digits(options: ConfigDict) -> ConfigDict:
     """A small FlowAR for the 8 x 8 x 4 latents of the digits autoencoder."""
     config = _published("flowar_s", options)
-    batch_size = options.batch_size or 64
+    batch_size = options.batch_size or 32
     config.batch_size = batch_size
-    config.total_steps = int((options.epochs or 60) * 1437 // batch_size)
+    config.total_steps = int((options.epochs or 16) * 1437 // batch_size)
     source = f"latents:{options.latents or 'runs/latents'}"
     config.data.update(source=source, image_size=32, num_workers=0, prefetch=2, flip=False)
-    config.model.update(size=None, width=128, first_depth=2, second_depth=2, num_heads=4)
-    config.model.update(head_width=128, head_depth=3, injection="spatial", scan=False)
+    config.model.update(size=None, width=96, first_depth=1, second_depth=2, num_heads=4)
+    config.model.update(head_width=96, head_depth=2, injection="spatial", scan=False)
     config.model.update(scales=(1, 2, 4, 8), channels=4, num_classes=10, head_dim=32)
     config.vae.update(channels=16, multipliers=(1, 2, 4), res_blocks=1, latent_channels=4)
     config.vae.update(scale_factor=0.95, norm_groups=8)
-    config.optim.update(lr=1e-3, warmup_steps=50, final=0.05)
+    config.optim.update(lr=2e-3, warmup_steps=50, final=0.05)
     config.ema.update(decay=0.99, warmup=True)
     watch(config, log_every=50, figures_every=500, checkpoint_every=500)
     return config

@@ -117,7 +117,7 @@ def extract(
     def encode(views: np.ndarray, positions: np.ndarray) -> np.ndarray:
         which = np.tile(np.arange(per_image), len(views))
         keys = crop_keys(seed, np.repeat(positions, per_image), which)
-        flat = views.reshape(-1, *views.shape[2:])
+        flat, keys = tokenizer.place((views.reshape(-1, *views.shape[2:]), keys))
         codes = encode_triplets(tokenizer.network, tokenizer.params, flat, keys, noise_top)
         return np.asarray(codes).reshape(len(views), per_image, *codes.shape[1:])
 

@@ -44,7 +44,7 @@ def test_the_parts_and_the_way_without_a_cache_are_those_of_the_sampler():
         return list(flow_sampler.sample_scales(network, *arguments, options=case.options))
 
     semantics, latents = zip(*jax.jit(whole)(*case.arguments[1:]), strict=True)
-    for kind in (flow_sampler._Program, flowar_sampling.Recomputed):
+    for kind in (flow_sampler.Sampling, flowar_sampling.Recomputed):
         check(flowar_sampling.transformer(case, latents, kind), semantics)
     check(flowar_sampling.head(case, semantics, case.noise()), latents)
 

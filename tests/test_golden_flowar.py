@@ -14,6 +14,7 @@ from detailflow_jax.convert import flowar as names
 from detailflow_jax.convert import mapping
 from detailflow_jax.models import flow_sampler, layers
 from detailflow_jax.models.flowar import FlowAR, FlowARConfig, example
+from detailflow_jax.ops import logits as filters
 from detailflow_jax.ops import scales as grids
 from detailflow_jax.tasks import flowar as task
 
@@ -110,6 +111,7 @@ def test_sampling_scale_by_scale(golden, case):
     found = jax.jit(run)(params, golden.labels, noise)
     for k, (semantics, _) in enumerate(found):
         want = a[f"{case}/semantics{k}"]
+        semantics = np.concatenate(filters.unpair(semantics))
         assert golden_files.error(semantics, want) <= golden_files.SAMPLED, f"scale {k}"
     latent = found[-1][1].reshape(batch, 16, 16, -1)
     want = golden_files.nhwc(a[f"{case}/latent"])
@@ -123,7 +125,8 @@ def test_cached_semantics_are_those_of_one_masked_pass(golden):
         targets, inputs = grids.pyramid(latents, SCALES)
         full = golden.model.apply({"params": params}, inputs, labels, method="semantics")
         cache, parts = None, []
-        program = flow_sampler._Program(golden.model, params, None, None, None)
+        plain = flow_sampler.FlowSamplingOptions((), guided=False)
+        program = flow_sampler.Sampling(golden.model, params, plain, None, None)
         for scale in range(len(SCALES)):
             earlier = targets[:, slice(*c.offsets[scale - 1 : scale + 1])] if scale else None
             part, cache = program.semantics(scale, labels, earlier, cache)

@@ -128,11 +128,11 @@ def small_batch(name, config):
     return {"moments": rng.standard_normal((8, 4, 4, 8)).astype(np.float32), "label": label}
 
 
-def step_on(task, mesh, batch):
-    """(state after one step on a mesh, its loss)."""
+def step_on(task, mesh, state, batch):
+    """(parameters after one step on a mesh, its loss)."""
+    shardings = sharding.state_shardings(jax.eval_shape(task.init, jax.random.key(0)), mesh)
     with sharding.use(mesh):
-        state = sharding.create_sharded(task.init, jax.random.key(0), mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, state)
+        state = jax.device_put(state, shardings)
         variant, plan = task.plan(0)
         step = jax.jit(task.train_step, static_argnames="variant", out_shardings=(shardings, None))
         split = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
@@ -145,11 +145,14 @@ def compare_meshes(name):
     config = load_config(f"configs/{name}.py:digits", SMALL[name])
     task, batch = make_task(config), small_batch(name, config)
     sizes = {"single": (1, 1, 1), **MESHES}
+    # Compiled once: how a state is made on a mesh, test_sharding.py tells.
+    alone = sharding.make_mesh({}, jax.devices()[:1])
+    state = jax.device_get(sharding.create_sharded(task.init, jax.random.key(0), alone))
     results = {}
     for mesh_name, shape in sizes.items():
         devices = jax.devices()[: int(np.prod(shape))]
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)), devices)
-        results[mesh_name] = step_on(task, mesh, batch)
+        results[mesh_name] = step_on(task, mesh, state, batch)
     want, want_loss = results.pop("single")
     largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
     out = {"single": {"loss": want_loss}}

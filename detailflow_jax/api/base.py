@@ -3,6 +3,7 @@
 Shapes: B images or samples.
 """
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
@@ -10,7 +11,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from detailflow_jax import sharding
 from detailflow_jax.convert import published
 from detailflow_jax.models import layers
 
@@ -35,6 +38,35 @@ class Model:
         self.params = jax.device_put(params)
         self.network = network(self.config)
         self.source = source
+        self.mesh: Mesh | None = None
+        if jax.local_device_count() > 1:
+            self.spread(sharding.make_mesh({}, jax.local_devices()))
+
+    def spread(self, mesh: Mesh) -> None:
+        """Copies the parameters to every device of a mesh, which splits batches from now on."""
+        self.mesh = mesh
+        self.params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+
+    def place(self, rows: Any) -> Any:
+        """Arrays [B, ...] split over the devices, where they divide B."""
+        if self.mesh is None or len(jax.tree.leaves(rows)[0]) % self.mesh.size:
+            return rows
+        return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec(sharding.BATCH)))
+
+    def in_batches(self, function: Callable, batch_size: int, rows: np.ndarray) -> np.ndarray:
+        """`function` over equal batches of rows, the last one padded: one compile, any length.
+
+        Several devices share each batch, which is rounded up so that they can.
+        """
+        if not len(rows):
+            return np.asarray(function(rows))
+        devices = 1 if self.mesh is None else self.mesh.size
+        size = -(-min(batch_size, len(rows)) // devices) * devices
+        padded = np.pad(rows, [(0, -len(rows) % size)] + [(0, 0)] * (rows.ndim - 1), "edge")
+        with contextlib.nullcontext() if self.mesh is None else sharding.use(self.mesh):
+            batches = (padded[i : i + size] for i in range(0, len(padded), size))
+            parts = [function(self.place(batch)) for batch in batches]
+        return np.concatenate([np.asarray(part) for part in parts])[: len(rows)]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -49,15 +81,6 @@ class Model:
     def __repr__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return f"<{type(self).__name__} {count / 1e6:.1f}M parameters from {self.source}>"
-
-
-def in_batches(function: Callable, batch_size: int, rows: np.ndarray) -> np.ndarray:
-    """`function` over equal batches of rows, the last one padded: one compile, any length."""
-    if len(rows) <= batch_size:
-        return np.asarray(function(rows))
-    padded = np.pad(rows, [(0, -len(rows) % batch_size)] + [(0, 0)] * (rows.ndim - 1), "edge")
-    parts = [function(padded[i : i + batch_size]) for i in range(0, len(padded), batch_size)]
-    return np.concatenate([np.asarray(part) for part in parts])[: len(rows)]
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detailflow_jax.api.base import Model, check_labels, in_batches
+from detailflow_jax.api.base import Model, check_labels
 from detailflow_jax.models import generator as generator_network
 from detailflow_jax.models import sampler
 from detailflow_jax.models import tokenizer as tokenizer_network
@@ -43,7 +43,7 @@ class Tokenizer(Model):
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images have shape {images.shape}, expected [B, H, W, 3]")
-        return in_batches(lambda x: _encode(self.network, self.params, x), batch_size, images)
+        return self.in_batches(lambda x: _encode(self.network, self.params, x), batch_size, images)
 
     def decode(self, codes: Any, size: int | None = None, *, batch_size: int = 64) -> np.ndarray:
         """Codes -> images.
@@ -64,7 +64,9 @@ class Tokenizer(Model):
         _check_codes(codes, self.config.codebook_size)
         full = self.config.resolutions.decoded_size(codes.shape[1])
         size = full if size is None else size
-        return in_batches(lambda x: _decode(self.network, self.params, x, size), batch_size, codes)
+        return self.in_batches(
+            lambda x: _decode(self.network, self.params, x, size), batch_size, codes
+        )
 
 
 class Generator(Model):
@@ -142,7 +144,7 @@ class Generator(Model):
 
         indices = first_index + np.arange(len(labels))
         rows = np.stack([labels, indices], axis=1).astype(np.int32)
-        return in_batches(run, batch_size, rows)
+        return self.in_batches(run, batch_size, rows)
 
     def logits(self, codes: Any, labels: Sequence[int], *, batch_size: int = 64) -> np.ndarray:
         """Teacher-forced logits: float32 [B, N, V], from codes int [B, N] and labels [B].
@@ -157,7 +159,7 @@ class Generator(Model):
         if codes.shape[1] not in (c.num_tokens, max(read, c.causal)):
             raise ValueError(f"codes have {codes.shape[1]} tokens, expected {c.num_tokens}")
         rows = np.concatenate([labels[:, None], codes], axis=1).astype(np.int32)
-        return in_batches(
+        return self.in_batches(
             lambda x: _logits(self.network, self.params, x[:, 1:], x[:, 0]), batch_size, rows
         )
 

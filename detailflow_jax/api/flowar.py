@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detailflow_jax.api.base import Model, check_labels, in_batches
+from detailflow_jax.api.base import Model, check_labels
 from detailflow_jax.models import flow_sampler, sampler
 from detailflow_jax.models import flowar as flowar_network
 from detailflow_jax.models import vae as vae_network
@@ -42,13 +42,13 @@ class VAE(Model):
         """
         images = np.asarray(images)
         _check_images(images, self.config)
-        moments = in_batches(lambda x: self.moments(x), batch_size, images)
+        moments = self.in_batches(lambda x: self.moments(x), batch_size, images)
         mean, logvar = np.split(moments, 2, axis=-1)
         return mean, logvar
 
     def moments(self, images: Any) -> jax.Array:
         """One call of the compiled encoder: (mean, logvar) along the last axis, [B, h, w, 2C]."""
-        return _moments(self.network, self.params, images)
+        return _moments(self.network, self.params, self.place(images))
 
     def sample(
         self, images: Any, seed: int = 0, *, first_index: int = 0, batch_size: int = 16
@@ -93,7 +93,7 @@ class VAE(Model):
         if not np.issubdtype(latents.dtype, np.floating):
             raise ValueError(f"latents are {latents.dtype}, expected floating point numbers")
         latents = latents.astype(np.float32)
-        return in_batches(
+        return self.in_batches(
             lambda x: _decode_latents(self.network, self.params, x), batch_size, latents
         )
 
@@ -173,7 +173,7 @@ class FlowAR(Model):
 
         place = np.arange(len(labels))
         rows = np.stack([labels, first_index + place, place], axis=1).astype(np.int32)
-        return in_batches(run, batch_size, rows)
+        return self.in_batches(run, batch_size, rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from detailflow_jax import sharding
 from detailflow_jax.evaluate.errors import EvaluationError
@@ -44,8 +44,8 @@ class Sampler:
                 + ", ".join(f"{model} with {decoder}" for model, decoder in DECODERS.items())
             )
         self.batch_size = _whole_shares(self.batch_size, self.mesh)
-        spread(self.model, self.mesh)
-        spread(self.decoder, self.mesh)
+        self.model.spread(self.mesh)
+        self.decoder.spread(self.mesh)
         self.num_classes: int = self.model.config.num_classes
         self.image_size = self._image_size()
         self.fingerprint = f"{self.model.fingerprint}+{self.decoder.fingerprint}"
@@ -94,7 +94,7 @@ class Reconstructor:
         if self.model.kind not in DECODERS.values():
             raise EvaluationError(f"a {self.model.kind} reconstructs nothing: expected a tokenizer")
         self.batch_size = _whole_shares(self.batch_size, self.mesh)
-        spread(self.model, self.mesh)
+        self.model.spread(self.mesh)
         # A VAE takes any size; 256 is customary.
         self.image_size = self.image_size or getattr(self.model.config, "image_size", 256)
 
@@ -190,11 +190,6 @@ def decode_enlarged(
     """The first `count` codes decoded, then enlarged to full size: float32 [B, R, R, 3]."""
     images = tokenizer.decode(codes[:, :count], batch_size=batch_size)
     return np.asarray(interpolation.enlarge(images, tokenizer.config.image_size))
-
-
-def spread(model: Any, mesh: Mesh) -> None:
-    """Copies a model's parameters to every device; batches follow the names of activations."""
-    model.params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
 
 
 def as_uint8(images: np.ndarray, what: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Sampling of FlowAR: one program for all scales, flow steps scanned, earlier scales cached.
 
 Shapes: B samples, K scales, C latent channels, S side of the latent; R = B rows, or 2B under
-guidance (conditional rows first, then null rows).
+guidance (of each sample the conditional row, then the null row).
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 
 from detailflow_jax.models.flowar import FlowAR, FlowARConfig, extend_cache
 from detailflow_jax.ops import flow
+from detailflow_jax.ops import logits as filters
 from detailflow_jax.ops import scales as grids
 
 
@@ -88,8 +89,8 @@ def draw_noise(config: FlowARConfig, keys: jax.Array) -> list[jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
-    """The model, its parameters and the settings of one sampling run, bound together."""
+class Sampling:
+    """The model, its parameters and the settings of one run, bound together: its two parts."""
 
     model: FlowAR
     params: Any
@@ -99,6 +100,12 @@ class _Program:
 
     def apply(self, method: str, *args, **static):
         return self.model.apply({"params": self.params}, *args, method=method, **static)
+
+    def rows(self, labels: jax.Array) -> jax.Array:
+        """Labels int32 [B] as the classes of all rows, [R]."""
+        if not self.options.guided:
+            return labels
+        return filters.pair(labels, jnp.full_like(labels, self.model.config.num_classes))
 
     def semantics(self, scale: int, classes: jax.Array, latent: jax.Array | None, cache: Any):
         """Semantics [R, i^2, W] of one scale, and the cache with its keys and values.
@@ -112,7 +119,8 @@ class _Program:
         else:
             side, after = c.scales[scale - 1 : scale + 1]
             inputs = grids.next_input(latent, side, after, c.latent_side)
-            x = self.apply("embed_inputs", jnp.tile(inputs, (len(classes) // len(inputs), 1, 1)))
+            inputs = filters.pair(inputs, inputs) if self.options.guided else inputs
+            x = self.apply("embed_inputs", inputs)
             start = c.buffer_size + c.offsets[scale]
         semantics, own = self.apply("run", x, classes, start=start, cache=cache)
         return semantics[:, -(c.scales[scale] ** 2) :], extend_cache(cache, own, c.scan)
@@ -120,16 +128,19 @@ class _Program:
     def velocity(self, scale: int, semantics: jax.Array, guided: bool) -> flow.Velocity:
         """The velocity field [B, i^2, C] of one scale."""
 
-        def conditional(x: jax.Array, time: jax.Array) -> jax.Array:
+        def head(x: jax.Array, time: jax.Array, semantics: jax.Array) -> jax.Array:
             times = jnp.broadcast_to(time, (len(x),))
-            return self.apply("velocity", x, times, semantics[: len(x)], scale=scale)
+            return self.apply("velocity", x, times, semantics, scale=scale)
 
         def both(x: jax.Array, time: jax.Array) -> jax.Array:
-            # Both halves are at the same place: the null half never moves on its own.
-            yes, no = jnp.split(conditional(jnp.concatenate([x, x]), time), 2)
-            return no + self.factors[scale] * (yes - no)
+            # Both rows are at the same place: the null row never moves on its own.
+            velocities = filters.unpair(head(filters.pair(x, x), time, semantics))
+            return filters.guide(*velocities, self.factors[scale])
 
-        return both if guided else conditional
+        if guided:
+            return both
+        own = filters.unpair(semantics)[0] if self.options.guided else semantics
+        return lambda x, time: head(x, time, own)
 
     def solve(self, scale: int, semantics: jax.Array, x: jax.Array) -> jax.Array:
         """Noise [B, i^2, C] -> latent of one scale, a scan for each run of equal guidance."""
@@ -172,17 +183,15 @@ def sample_scales(
     noise: Sequence[jax.Array] | None = None,
     *,
     options: FlowSamplingOptions,
+    kind: type[Sampling] = Sampling,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """The body of `sample`: for each scale its semantics [R, i^2, W] and latent [B, i^2, C]."""
     c = model.config
-    program = _Program(model, params, options, keys, factors)
+    program = kind(model, params, options, keys, factors)
     noise = draw_noise(c, keys) if noise is None else noise
-    classes = labels
-    if options.guided:
-        classes = jnp.concatenate([labels, jnp.full_like(labels, c.num_classes)])
     latent = cache = None
     for scale in range(len(c.scales)):
-        semantics, cache = program.semantics(scale, classes, latent, cache)
+        semantics, cache = program.semantics(scale, program.rows(labels), latent, cache)
         latent = program.solve(scale, semantics, jnp.asarray(noise[scale], jnp.float32))
         yield semantics, latent
 

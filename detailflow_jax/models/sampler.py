@@ -5,7 +5,7 @@ group, and every group the next (paper section 3.4). The published sampler recom
 prefix at each step; the group mask makes caching exact.
 
 Shapes: B samples, n tokens asked for, g group, c causal, V codes; R = B rows, or 2B under guidance
-(conditional rows first, then null rows).
+(of each sample the conditional row, then the null row).
 """
 
 import dataclasses
@@ -55,14 +55,14 @@ class _Program:
 
     def rows(self, x: jax.Array) -> jax.Array:
         """Sample rows [B, ...] as network rows [R, ...]: both halves see the same codes."""
-        return jnp.concatenate([x, x]) if self.options.guided else x
+        return filters.pair(x, x) if self.options.guided else x
 
     def choose(self, logits: jax.Array, start: jax.Array) -> jax.Array:
         """Logits [R, m, V] of tokens start .. start + m - 1 -> codes int32 [B, m]."""
         options = self.options
         if options.guided:
             scale = jax.lax.dynamic_slice_in_dim(self.scales, start, logits.shape[1])
-            logits = filters.guide(*jnp.split(logits, 2), scale[:, None])
+            logits = filters.guide(*filters.unpair(logits), scale[:, None])
         if options.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = filters.top_k_filter(logits / self.temperature, options.top_k)
@@ -111,7 +111,7 @@ def sample(
     program = _Program(model, params, options, keys, scales, temperature, top_p)
     classes = labels
     if options.guided:
-        classes = jnp.concatenate([labels, jnp.full_like(labels, c.num_classes)])
+        classes = filters.pair(labels, jnp.full_like(labels, c.num_classes))
     # Room for whole groups; a count inside the causal part is cut at the end.
     codes = jnp.zeros((len(labels), c.num_tokens), jnp.int32)
     carry = codes, empty_cache(c, len(classes))

@@ -21,6 +21,21 @@ def guidance_scales(
     )
 
 
+def pair(conditional: jax.Array, null: jax.Array) -> jax.Array:
+    """Two [B, ...] as [2B, ...] with a sample's rows beside each other.
+
+    One half after the other would move every row between the devices that share a batch.
+    """
+    both = jnp.stack([conditional, null], axis=1)
+    return both.reshape(-1, *both.shape[2:])
+
+
+def unpair(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `pair`."""
+    both = rows.reshape(-1, 2, *rows.shape[1:])
+    return both[:, 0], both[:, 1]
+
+
 def guide(conditional: jax.Array, null: jax.Array, scale: jax.Array) -> jax.Array:
     """u + (c - u) * s."""
     return null + (conditional - null) * scale
