@@ -13,6 +13,7 @@ import torch
 import detailflow_jax as df
 from detailflow_jax.convert import flowar as names
 from detailflow_jax.convert import published, write_pytorch
+from detailflow_jax.convert.__main__ import main as convert
 from detailflow_jax.convert.errors import CheckpointError
 
 SMALL = ("flowar_attn_mlp", "flowar_cross_attn")
@@ -55,6 +56,17 @@ def test_written_back_every_bit_and_buffer_is_the_same(recorded, tmp_path):
                 np.testing.assert_allclose(got, x, rtol=1e-6)
             else:
                 np.testing.assert_array_equal(got, x, err_msg=name)
+
+
+def test_the_command_goes_both_ways(recorded, tmp_path):
+    path, state, _ = recorded
+    ours, back = str(tmp_path / "ours"), str(tmp_path / "back.safetensors")
+    assert convert(["--to", "jax", "--src", str(path), "--dst", ours]) == 0
+    assert df.load_flowar(ours).fingerprint == df.load_flowar(path).fingerprint
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.yaml").unlink()
+    assert convert(["--to", "pytorch", "--src", ours, "--dst", back]) == 0
+    assert df.load_flowar(back).fingerprint == df.load_flowar(path).fingerprint
 
 
 def test_weights_come_from_the_average_by_default(recorded, tmp_path):

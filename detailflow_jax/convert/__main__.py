@@ -30,16 +30,25 @@ from detailflow_jax.convert.writers import appearing, check_replaceable, is_free
 
 # What the folder holds that `write_jax` makes, and nothing of a run.
 _FOLDER = {pathlib.Path("config.json"), pathlib.Path("checkpoints/0"), pathlib.Path("checkpoints")}
+
+
+def _sides(text: str) -> tuple[int, ...]:
+    """ "1,4,16" -> (1, 4, 16)."""
+    return tuple(int(part) for part in text.split(","))
+
+
 OVERRIDES = {
     "encoder_num_heads": (int, "attention heads of a tokenizer's encoder"),
     "decoder_num_heads": (int, "attention heads of a tokenizer's decoder"),
-    "num_heads": (int, "attention heads of a generator"),
+    "num_heads": (int, "attention heads of a generator or FlowAR"),
     "num_tokens": (int, "N of a generator"),
     "group_size": (int, "g, tokens of a group"),
     "causal_num": (int, "c, tokens generated one by one"),
     "image_size": (int, "side in pixels of a tokenizer's full resolution"),
     "scale_factor": (float, "of an autoencoder's latents, 1 / their standard deviation"),
     "shift_factor": (float, "of an autoencoder's latents, subtracted before they are scaled"),
+    "scales": (_sides, "sides of FlowAR's scales, as 1,4,16"),
+    "buffer_size": (int, "class tokens in front of FlowAR's sequence"),
 }
 
 
@@ -56,6 +65,7 @@ examples:
   --to pytorch --src runs/tok                            --dst exported/tok
   --to pytorch --src runs/gen                            --dst exported/gen.safetensors
   --to jax     --src downloads/kl16.ckpt                 --dst models/kl16
+  --to jax     --src downloads/FlowAR-L.pth              --dst models/flowar-l
 
 exit codes: 0 done; 2 not done, the last line says why and nothing partial is left.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,8 +89,8 @@ exit codes: 0 done; 2 not done, the last line says why and nothing partial is le
     add(
         "--weights",
         choices=("model", "ema"),
-        help="which set to take; default of a published tokenizer model, of a published generator "
-        "ema, of a run the average where it keeps one",
+        help="which set to take; default of a published generator or FlowAR ema, of others model, "
+        "of a run the average where it keeps one",
     )
     add("--allow_missing", action="store_true", help="start anew what the file lacks")
     add("--allow_unused", action="store_true", help="leave tensors aside that have no place")
@@ -89,7 +99,9 @@ exit codes: 0 done; 2 not done, the last line says why and nothing partial is le
         "overrides", "what shapes cannot tell; default: the configuration beside the weights"
     )
     for name, (kind, text) in OVERRIDES.items():
-        group.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
+        group.add_argument(
+            f"--{name}", type=kind, metavar={int: "N", float: "X"}.get(kind, "N,N"), help=text
+        )
     return parser.parse_args(argv)
 
 
