@@ -6,10 +6,12 @@ Variants:
   digits                                        scikit-learn's handwritten digits, minutes on a CPU
 
 The published runs start their encoder from SigLIP2 and align with it, so they need its weights:
-`--config.init_from.encoder` and `--config.teacher.path` (docs/checkpoints.md).
+`--config.init_from.encoder` and `--config.teacher.path` (docs/checkpoints.md). Their perceptual and
+adversarial terms need VGG16, LPIPS and DINO: `python -m detailflow_jax.weights tokenizer`.
 
 Options, after a second colon: `runlocal` shrinks the networks, batch and run so that a variant can
-be tried anywhere; `batch_size=N` and `epochs=N` scale the schedule along.
+be tried anywhere, with random weights and without perceptual and adversarial terms unless they are
+switched on; `batch_size=N` and `epochs=N` scale the schedule along.
 """
 
 from ml_collections import ConfigDict
@@ -83,7 +85,9 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     config.init_from = {  # where a new run takes weights from; None: from scratch
         "model": placeholder(str),  # a whole tokenizer: a workdir or a published checkpoint
         "encoder": placeholder(str),  # SigLIP2, for the encoder's first layers, as published
+        "discriminator": placeholder(str),  # the trained part of one, of a published checkpoint
     }
+    config.train_only = "all"  # "decoder": fine-tune it, with a frozen encoder and codebook
     config.teacher = {  # frozen; the whole of SigLIP2-so400m
         "path": placeholder(str),  # such as hf:google/siglip2-so400m-patch16-naflex
         "random": False,  # True: random weights, to try the code only
@@ -95,6 +99,12 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "table_side": 16,
     }
     config.loss = _loss()
+    config.perceptual = {  # LPIPS, frozen; None: where `python -m detailflow_jax.weights` says
+        "path": placeholder(str),  # a whole LPIPS, or VGG16 of torchvision
+        "linear": placeholder(str),  # beside VGG16, LPIPS's weights over it
+        "random": False,  # True: random weights, to try the code only
+    }
+    config.discriminator = _discriminator()
     config.optim = {
         "lr": 1e-4 * batch_size / 256,
         "warmup_steps": steps_per_epoch,
@@ -105,6 +115,9 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "weight_decay": 0.0,
         "clip": 1.0,
     }
+    # Its schedule begins with its first update; it has none of its own as published.
+    config.discriminator.optim = config.optim.copy_and_resolve_references()
+    config.discriminator.optim.warmup_steps = 0
     config.ema = {"decay": 0.0, "warmup": False}  # decay 0: no average, as published
     watch(config, log_every=100, figures_every=5000, checkpoint_every=5000)
     return config
@@ -116,10 +129,39 @@ def _loss() -> dict:
         "commitment": 0.25,
         "entropy": 0.0,
         "align": 1.0,
+        "perceptual": 0.0,  # LPIPS over VGG16
+        "perceptual_ramp": 10_000,  # steps in which it grows from 0
+        "adversarial": 0.0,  # of the generator; 0: no discriminator
         "full_probability": 0.8,  # share of batches that reconstruct from all tokens
         "correction": True,  # the self-correcting second pass
         "noise_per_sample": True,  # False: one noise position for the whole batch, as published
         "noise_top": 50,  # a perturbed token becomes one of its so many nearest codes
+    }
+
+
+def _discriminator() -> dict:
+    return {
+        "kind": "dino",  # or "patchgan", which needs no weights
+        "path": placeholder(str),  # DINO; None: where `python -m detailflow_jax.weights` says
+        "random": False,  # True: a random DINO, to try the code only
+        "loss": "hinge",  # or "vanilla", "non_saturating"
+        "start_step": 40_000,
+        "weight": 0.2,  # of its own loss and LeCAM
+        "lecam": 0.001,
+        "lecam_decay": 0.999,
+        "consistency": 4.0,  # of weak and strong augmentation
+        "augment": True,
+        "adaptive": False,  # adversarial term as large as the reconstruction's, by gradients
+        "dino": {
+            "width": 384,
+            "depth": 12,
+            "num_heads": 6,
+            "patch_size": 16,
+            "image_size": 224,
+            "read_blocks": (2, 5, 8, 11),
+            "kernel_size": 9,
+        },
+        "patchgan": {"channels": 64, "num_layers": 2},
     }
 
 
@@ -147,7 +189,11 @@ def _digits(options: ConfigDict) -> ConfigDict:
         config.model[part].update(**size, patch_size=16, table_side=2)
     del config.teacher
     config.loss.update(align=0.0, entropy=0.02, noise_top=8)
+    config.loss.update(perceptual=0.0, perceptual_ramp=100, adversarial=0.0)
+    config.discriminator.update(kind="patchgan", start_step=300, consistency=0.0, augment=False)
+    config.discriminator.patchgan.channels = 32
     config.optim.update(lr=1e-3, warmup_steps=100, final=0.05)
+    config.discriminator.optim.update(lr=2e-4, final=0.05)
     config.ema.update(decay=0.99, warmup=True)
     watch(config, log_every=50, figures_every=1000, checkpoint_every=500)
     return config
@@ -159,6 +205,11 @@ def _shrink(config: ConfigDict) -> None:
     config.total_steps = 20
     for part in (config.model.encoder, config.model.decoder):
         part.update(depth=2, width=96, num_heads=4, mlp_dim=192)
+    config.loss.update(perceptual=0.0, perceptual_ramp=10, adversarial=0.0)
+    config.perceptual.random = config.discriminator.random = True
+    config.discriminator.update(start_step=5)
+    config.discriminator.dino.update(depth=2, width=96, num_heads=4, read_blocks=(0, 1))
+    config.discriminator.patchgan.channels = 8
     if "teacher" in config:
         config.teacher.update(depth=2, width=96, num_heads=4, mlp_dim=192, random=True)
         config.model.teacher_width = 96

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from detailflow_jax import sharding
 from detailflow_jax.metrics import Diverged
 
 PyTree = Any
@@ -58,6 +59,13 @@ class Checkpoints:
         )
         with self._writing():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # To read with: the manager's own `restore` ends at a barrier, where a process that found
+        # its part damaged would never come.
+        self._reader = ocp.CompositeCheckpointHandler(
+            state=ocp.StandardCheckpointHandler(),
+            data=ocp.JsonCheckpointHandler(),
+            clock=ocp.JsonCheckpointHandler(),
+        )
 
     def __enter__(self):
         return self
@@ -65,6 +73,7 @@ class Checkpoints:
     def __exit__(self, *exception) -> None:
         with self._writing():
             self._manager.close()
+        self._reader.close()
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint on the disk."""
@@ -115,11 +124,8 @@ class Checkpoints:
         """
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                restored = self._read(step, abstract_state)
-            except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
-                raise  # The checkpoint is not to blame.
-            except Exception as error:  # Each broken file has an exception type of its own.
+            restored, error = self._read(step, abstract_state)
+            if error:
                 logging.warning(
                     "checkpoint %s is damaged and passed over: %s",
                     self.directory / str(step),
@@ -136,32 +142,43 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, abstract_state: PyTree) -> Restored:
-        directory = self.directory / str(step)
-        _check_layout(directory, abstract_state)
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state),
-                data=ocp.args.JsonRestore(),
-                clock=ocp.args.JsonRestore(),
-            ),
-        )
-        checksums = items.clock.pop("checksums")
+    def _read(self, step: int, abstract_state: PyTree) -> tuple[Restored | None, Exception | None]:
+        """A checkpoint, or why it cannot be read, in any process: each reads its own part."""
+        directory, items, error = self.directory / str(step), None, None
+        try:
+            _check_layout(directory, abstract_state)
+            items = self._reader.restore(
+                directory,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract_state),
+                    data=ocp.args.JsonRestore(),
+                    clock=ocp.args.JsonRestore(),
+                ),
+            )
+            checksums = items.clock.pop("checksums")
+        except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # The checkpoint is not to blame.
+        except Exception as broken:  # Each broken file has an exception type of its own.
+            error = broken
+        # Before the checksums, which are made by all processes together.
+        if not sharding.in_all_processes(error is None):
+            return None, error or ValueError("another process cannot read its part")
         for name, value in _audit(_fields(items.state))[1].items():
-            if int(value) != checksums[name]:
-                raise ValueError(f"the checksum of {name} is wrong")
-        return Restored(step, items.state, items.data, items.clock)
+            if int(value) != checksums.get(name):
+                return None, ValueError(f"the checksum of {name} is wrong")
+        return Restored(step, items.state, items.data, items.clock), None
 
     def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
         if jax.process_index() == 0:
             for step in steps:
                 aside = self.directory / f"{step}.damaged"
                 if aside.exists():
                     aside.rmtree()
                 (self.directory / str(step)).rename(aside)
-        if steps:
-            self._manager.reload()
+        sharding.sync_processes("set aside")
+        self._manager.reload()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import jax
+import numpy as np
 
 from detailflow_jax import sharding
 
@@ -22,12 +23,13 @@ class Feed:
     def __init__(self, iterator: Any, mesh: jax.sharding.Mesh):
         """Wraps a Grain `DatasetIterator` of dicts of numpy arrays, this process's rows [b, ...].
 
-        An entry "skipped", int [b], stays on the host and is summed in `skipped`.
+        An entry "skipped", int [b], stays on the host and is summed by `skipped`.
         """
         self._iterator, self._mesh = iterator, mesh
         self._ahead = None
         self.state: dict | None = None
-        self.skipped: int | None = None  # Unreadable images passed over, where the data count them.
+        self._skipped: int | None = None  # By this process, in this part of the run.
+        self._skipped_before = 0
 
     def __enter__(self):
         return self
@@ -38,7 +40,22 @@ class Feed:
     def set_state(self, state: dict, skipped: int | None) -> None:
         """Goes on where a saved run was; call before the first batch."""
         self._iterator.set_state(state)
-        self.state, self.skipped = state, skipped
+        self.state = state
+        if skipped is not None:
+            self._skipped, self._skipped_before = 0, skipped
+
+    @property
+    def skipped(self) -> int | None:
+        """Unreadable images passed over, where the data count them, in the whole run.
+
+        All processes must ask together.
+        """
+        if self._skipped is None:
+            return None
+        skipped = int(sharding.gather_processes(np.array([self._skipped])).sum())
+        if jax.process_count() > 1:  # Some may read the same rows.
+            skipped = skipped * sharding.batch_share(self._mesh)[1] // jax.process_count()
+        return self._skipped_before + skipped
 
     def prefetch(self) -> None:
         """Reads the next batch and starts its way to the devices, unless that is done already.
@@ -68,5 +85,5 @@ class Feed:
         self.prefetch()
         (batch, self.state, skipped), self._ahead = self._ahead, None
         if skipped is not None:
-            self.skipped = (self.skipped or 0) + int(skipped.sum())
+            self._skipped = (self._skipped or 0) + int(skipped.sum())
         return batch

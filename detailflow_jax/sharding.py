@@ -7,12 +7,14 @@ the only place where a logical name meets a mesh axis.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -47,8 +49,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """The device mesh of a run.
 
     Args:
-        sizes: {"data": -1, "fsdp": 1, "tensor": 1}; one axis may be -1, it takes the rest. Beside
-            them "slices", how many pods with a slow network between them the data axis spans.
+        sizes: {"data": -1, "fsdp": 1, "tensor": 1}, which are the defaults; one axis may be -1, it
+            takes the rest. Beside them "slices", how many pods with a slow network between them
+            the data axis spans.
         devices: default all devices of all processes.
 
     Raises:
@@ -57,7 +60,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     devices = jax.devices() if devices is None else devices
     sizes = dict(sizes)
     slices = sizes.pop("slices", 1)
-    shape = [sizes.get(axis, 1) for axis in AXES]
+    shape = [sizes.get("data", -1), sizes.get("fsdp", 1), sizes.get("tensor", 1)]
     asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if unknown := set(sizes) - set(AXES):
         raise ConfigError(f"config.mesh has unknown axes {sorted(unknown)}: expected {AXES}")
@@ -72,9 +75,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             "the product of the sizes must be the number of devices (-1 takes the rest)"
         )
     kinds = (AxisType.Auto,) * len(AXES)
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
-    return Mesh(_across_slices(shape, slices, devices), AXES, axis_types=kinds)
+    if slices == 1:  # `jax.make_mesh` refuses to split a physical axis of a pod in two.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = _across_slices(shape, slices, devices)
+    return Mesh(grid, AXES, axis_types=kinds)
 
 
 def _across_slices(shape: Sequence[int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
@@ -85,13 +90,14 @@ def _across_slices(shape: Sequence[int], slices: int, devices: Sequence[jax.Devi
             f"config.mesh.slices={slices} does not divide config.mesh.data={data}: "
             "the data axis spans the slices"
         )
+    # Where devices tell of no slices, a process takes the place of one.
+    untold = len({getattr(device, "slice_index", 0) for device in devices}) == 1
     try:
         return mesh_utils.create_hybrid_device_mesh(
             (data // slices, *inner),
             (slices, *[1] * len(inner)),
             devices,
-            # Where devices tell of no slices, a process takes the place of one.
-            process_is_granule=not hasattr(devices[0], "slice_index"),
+            process_is_granule=untold and devices[0].platform != "tpu",
             allow_split_physical_axes=True,
         )
     except ValueError as error:
@@ -180,15 +186,55 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): this process reads the i-th of n equal blocks of every batch.
+
+    Processes whose devices hold the same rows, for a tensor axis goes from one to the other, read
+    the same block.
+
+    Raises:
+        ConfigError: the devices of two processes share only some of their rows.
+    """
+    parts = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    rows = NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map((parts,))
+    held: dict[int, set[int]] = {}
+    for device, (part,) in rows.items():
+        held.setdefault(device.process_index, set()).add(part.start or 0)
+    blocks = sorted({tuple(sorted(block)) for block in held.values()})
+    if len(set(map(len, blocks))) > 1 or sum(map(len, blocks)) != parts:
+        raise ConfigError(
+            f"config.mesh is {dict(mesh.shape)}: its batch cannot be cut along the "
+            f"{len(held)} processes; let tensor divide the devices of a process, or be a multiple"
+        )
+    return blocks.index(tuple(sorted(held[jax.process_index()]))), len(blocks)
+
+
+_barriers = itertools.count()
+_WAIT = 24 * 3600  # Seconds; a process that is lost ends the waiting long before.
+
+
 def sync_processes(name: str) -> None:
-    """Waits until all processes of the run are here; nothing where there is one."""
+    """Waits until all processes of the run are here; nothing where there is one.
+
+    It asks the coordinator, not the devices: their collectives give up after seconds.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        barrier = ocp.multihost.get_barrier_sync_fn()
+        barrier(key=f"detailflow_{name}_{next(_barriers)}", timeout_ms=1000 * _WAIT)
 
 
 def gather_processes(x: np.ndarray) -> np.ndarray:
-    """The rows of all processes, [b, ...] -> [b * process_count, ...], in every one of them."""
+    """The rows of all processes, [b, ...] -> [b * process_count, ...], in every one of them.
+
+    All must call together, but may come when they are ready.
+    """
+    sync_processes("gather")
     return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else x
+
+
+def in_all_processes(fact: bool) -> bool:
+    """Whether `fact` holds in every process; all must ask together."""
+    return bool(gather_processes(np.array([fact])).all())
 
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:

@@ -115,11 +115,12 @@ def train(
             stack.enter_context(hold_workdir(workdir))
         stack.enter_context(run_log(workdir))
         stop = stack.enter_context(StopRequest())
+        watchdog = stack.enter_context(Watchdog(config.stall_seconds))
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch_size(config.batch_size, mesh)
         sharding.sync_processes("started")
         stack.enter_context(sharding.use(mesh))
-        task, iterator = _task_and_data(config, task, iterator)
+        task, iterator = _task_and_data(config, task, iterator, mesh)
         feed = stack.enter_context(Feed(iterator, mesh))
         if jax.process_index() == 0:
             write_config(config, workdir)
@@ -159,7 +160,7 @@ def train(
             averages=Averages(clock["averages"]),
             progress=stack.enter_context(progress),
             stop=stop,
-            watchdog=stack.enter_context(Watchdog(config.stall_seconds)),
+            watchdog=watchdog,
             started=started,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
@@ -247,8 +248,9 @@ class Run:
     def log(self, step: int) -> None:
         """Waits for the steps so far, then reports their means."""
         means = self.averages.take_means()
-        if self.feed.skipped is not None:
-            means["skipped"] = self.feed.skipped
+        skipped = self.feed.skipped
+        if skipped is not None:
+            means["skipped"] = skipped
         self.writer.scalars(step, means | self.progress.report(step, means["loss"]))
 
     def save(self, step: int, state: TrainState) -> None:
@@ -277,7 +279,10 @@ def check_run(config: ConfigDict, workdir: str) -> None:
     check_same(config, workdir)
 
 
-def _task_and_data(config: ConfigDict, task: Task | None, iterator: Any) -> tuple[Task, Any]:
+def _task_and_data(
+    config: ConfigDict, task: Task | None, iterator: Any, mesh: Mesh
+) -> tuple[Task, Any]:
+    block, blocks = sharding.batch_share(mesh)
     try:
         if task is None:
             task = make_task(config)
@@ -286,8 +291,8 @@ def _task_and_data(config: ConfigDict, task: Task | None, iterator: Any) -> tupl
                 config.data,
                 batch_size=config.batch_size,
                 seed=config.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=block,
+                process_count=blocks,
             )
     except (ValueError, FileNotFoundError) as error:  # What they refuse; log.txt tells where.
         raise ConfigError(str(error)) from error

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -70,6 +71,57 @@ def test_batch_must_divide():
     sharding.check_batch_size(16, abstract_mesh(2, 4, 2))
     with pytest.raises(ConfigError, match="batch_size=12 is not a multiple of 8"):
         sharding.check_batch_size(12, abstract_mesh(2, 4, 2))
+
+
+class Chip:
+    """A device of a TPU, as far as a mesh asks; two slices of two hosts with two chips each."""
+
+    platform, device_kind = "tpu", "TPU v5 lite"
+
+    def __init__(self, index: int):
+        self.id, self.slice_index, self.process_index = index, index // 4, index // 2
+        self.coords, self.core_on_chip = (index % 2, index // 2 % 2, 0), 0
+
+    def __repr__(self):
+        return f"chip {self.id}"
+
+
+def test_only_the_data_axis_goes_from_slice_to_slice():
+    chips = [Chip(i) for i in (5, 0, 7, 2, 4, 1, 6, 3)]
+    for data, fsdp, tensor in ((2, 4, 1), (2, 2, 2), (4, 2, 1), (8, 1, 1)):
+        sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "slices": 2}
+        grid = sharding._across_slices((data, fsdp, tensor), 2, chips)
+        assert grid.shape == (data, fsdp, tensor), sizes
+        slices = np.vectorize(lambda chip: chip.slice_index)(grid)
+        np.testing.assert_array_equal(slices[: data // 2], 0)
+        np.testing.assert_array_equal(slices[data // 2 :], 1)
+
+
+def test_slices_that_do_not_fit_are_refused():
+    chips = [Chip(i) for i in range(8)]
+    with pytest.raises(ConfigError, match=r"mesh\.slices=3 does not divide config\.mesh\.data=8"):
+        sharding.make_mesh({"slices": 3}, chips)
+    with pytest.raises(ConfigError, match=r"mesh\.slices=4: .*slices"):
+        sharding.make_mesh({"slices": 4}, chips)
+    with pytest.raises(ConfigError, match=r"mesh\.slices=2: "):  # One slice of two hosts.
+        sharding.make_mesh({"slices": 2}, chips[:4])
+
+
+def test_a_batch_that_processes_hold_only_in_part_is_refused(monkeypatch):
+    def share(rows: list[int], processes: list[int]) -> tuple[int, int]:
+        """Of process 0, where device i of process `processes[i]` holds the row `rows[i]`."""
+        devices = [Chip(2 * process) for process in processes]
+        held = {device: (slice(row, row + 1),) for device, row in zip(devices, rows, strict=True)}
+        placement = types.SimpleNamespace(devices_indices_map=lambda shape: held)
+        monkeypatch.setattr(sharding, "NamedSharding", lambda mesh, spec: placement)
+        return sharding.batch_share(abstract_mesh(max(rows) + 1, 1, 1))
+
+    assert share([0, 1, 2, 3], [0, 0, 1, 1]) == (0, 2)
+    assert share([2, 3, 0, 1], [0, 0, 1, 1]) == (1, 2)
+    assert share([0, 0, 1, 1], [0, 1, 2, 3]) == (0, 2)
+    assert share([0, 0, 0, 0], [0, 0, 1, 1]) == (0, 1)
+    with pytest.raises(ConfigError, match="cannot be cut along the 2 processes"):
+        share([0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1])
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,17 @@
     config.init_from.encoder   SigLIP2 for the tokenizer's encoder: its first layers
     config.teacher.path        SigLIP2 for the frozen teacher of the alignment loss
     config.vae.path            the frozen autoencoder of FlowAR: a run or a published checkpoint
+    config.perceptual.path     LPIPS of the perceptual loss, and `linear` beside VGG16 alone
+    config.discriminator.path  the frozen DINO of the discriminator
+    config.init_from.discriminator   the discriminator's trained part
 
+LPIPS and DINO have usual places, which need not be named (`detailflow_jax.weights`).
 SigLIP2 is a folder, file or hub name in Hugging Face's format, or a published training checkpoint
 of a tokenizer, which has its teacher inside. Position tables of another grid are resized as the
 network resizes them (antialiased bilinear); layers beyond the depth wanted are left out.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,13 +25,14 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from detailflow_jax.convert import mapping, siglip, tokenizer
+from detailflow_jax import weights
+from detailflow_jax.convert import discriminator, lpips, mapping, siglip, tokenizer
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.load import is_workdir, load
 from detailflow_jax.convert.published import KINDS, check_kind
 from detailflow_jax.convert.readers import check_finite, read_checkpoint
 from detailflow_jax.ops import interpolation
-from detailflow_jax.tasks import TrainState
+from detailflow_jax.tasks import TrainState, adversarial
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -38,7 +44,7 @@ def load_into(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
       config: of the run; `init_from` and `teacher` may be absent.
       state: as created or restored, placed on its mesh; every array keeps its placement.
       fresh: whether no checkpoint was restored; else `init_from` has had its effect long ago,
-        and only what is no part of a checkpoint, the frozen teacher, is read.
+        and only what is no part of a checkpoint, the frozen networks, is read.
 
     Raises:
       CheckpointError: a file that cannot be read, is of another network or size, or two files for
@@ -63,7 +69,85 @@ def load_into(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
     if "vae" in state.frozen and config.vae.get("path"):
         vae = _placed(state.frozen["vae"], read_vae(config.vae, state.frozen["vae"]))
         state = state.replace(frozen=state.frozen | {"vae": vae})
+    if "lpips" in state.frozen and not config.perceptual.random:
+        params = _placed(state.frozen["lpips"], read_lpips(config.perceptual))
+        state = state.replace(frozen=state.frozen | {"lpips": params})
+    if "discriminator" in state.extra:
+        state = _with_discriminator(config, state, fresh=fresh)
     return state
+
+
+def read_lpips(fields: Any) -> dict[str, Any]:
+    """Parameters of LPIPS from the files that `config.perceptual` names, or the usual ones.
+
+    Raises:
+      WeightsError: a file is not there; the text says where people get it.
+      CheckpointError: what is there is no LPIPS.
+    """
+    names = {"vgg16": "path", "lpips": "linear"}
+    if fields.path and not fields.linear:
+        del names["lpips"]  # a whole LPIPS
+    files = [
+        weights.locate(
+            name,
+            path=fields[field],
+            field=f"config.perceptual.{field}",
+            without="config.loss.perceptual=0",
+        )
+        for name, field in names.items()
+    ]
+    params, notices = lpips.load(*files)
+    _tell(notices)
+    return params
+
+
+def _with_discriminator(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
+    """The state with the frozen DINO, and where asked with a trained discriminator."""
+    d = config.discriminator
+    if d.kind == "dino" and not d.random:
+        params = _placed(state.frozen["dino"], read_dino(config))
+        state = state.replace(frozen=state.frozen | {"dino": params})
+    trained = (config.get("init_from") or {}).get("discriminator")
+    if not (fresh and trained):
+        return state
+    network = adversarial.network_config(config, config.model)
+    variables, notices = discriminator.load_trained(trained, network)
+    _tell(notices)
+    held = state.extra["discriminator"]
+    held = held | {
+        "params": _placed(held["params"], variables.pop("params")),
+        "state": _placed(held["state"], variables),
+    }
+    return state.replace(extra=state.extra | {"discriminator": held})
+
+
+def read_dino(config: Any) -> dict[str, Any]:
+    """Parameters of the frozen DINO that `config.discriminator.path` names, or the usual one.
+
+    Raises:
+      WeightsError: it is not there; the text says where people get it.
+      CheckpointError: it is not the one that `config.discriminator.dino` describes.
+    """
+    file = weights.locate(
+        "dino",
+        path=config.discriminator.path,
+        field="config.discriminator.path",
+        without="config.loss.adversarial=0, or config.discriminator.kind=patchgan",
+    )
+    want = adversarial.network_config(config, config.model)
+    free = ("num_heads", "read_blocks", "kernel_size", "dtype", "scan", "remat")
+    found, params, notices = discriminator.load_dino(
+        file, **{name: getattr(want, name) for name in free}
+    )
+    _tell(notices)
+    for name, value in dataclasses.asdict(want).items():
+        if getattr(found, name) != value:
+            raise CheckpointError(
+                f"{file}: {name} is {getattr(found, name)}, config.discriminator.dino.{name} is "
+                f"{value}",
+                expected="a DINO as config.discriminator.dino describes it",
+            )
+    return params
 
 
 def read_vae(fields: Any, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ The same command again goes on where it was stopped.
 
 import argparse
 import functools
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import jax
 
-from detailflow_jax import api, distributed
+from detailflow_jax import api, distributed, weights
 from detailflow_jax.checkpoint import CheckpointError as RunError
 from detailflow_jax.config import ConfigError
 from detailflow_jax.convert import inception as inception_weights
@@ -31,12 +30,6 @@ from detailflow_jax.evaluate.models import Reconstructor, Sampler
 from detailflow_jax.evaluate.samples import hash_file, open_samples
 from detailflow_jax.models.lpips import LPIPS
 
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth"
-)
-WEIGHTS = "~/.cache/detailflow_jax/weights"
 KINDS = {
     "detailflow": (
         api.load_generator,
@@ -75,7 +68,7 @@ def _add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
     )
     add = command.add_argument
     add("--out", default=f"runs/evaluate/{name}", help="folder for results and partial results")
-    add("--inception", help=f"{INCEPTION}, default in $DETAILFLOW_WEIGHTS or {WEIGHTS}")
+    add("--inception", help="Inception of FID; default as detailflow_jax.weights lists it")
     add("--data_dir", help="where TFDS keeps its data")
     add("--weights", choices=("model", "ema"), help="which weights of a checkpoint")
     add("--batch_size", type=int, default=64, help="images a call, over this process's devices")
@@ -122,7 +115,12 @@ def _add_reconstruction(commands) -> None:
     add("--noise_groups", help="groups to perturb, as 0,4: the self-correction test")
     add("--noise_top", type=int, default=50, help="nearest codes that noise picks from")
     add("--seed", type=int, default=0, help="of the noise")
-    add("--lpips", nargs="+", metavar="FILE", help="LPIPS: a whole file, or VGG16 and vgg.pth")
+    add(
+        "--lpips",
+        nargs="+",
+        metavar="FILE",
+        help="whole LPIPS, or VGG16 and vgg.pth; default as above",
+    )
     add("--without", nargs="+", default=[], choices=("rfid", "lpips"), help="metrics to leave out")
 
 
@@ -147,17 +145,12 @@ def load_extractor(path: str | None, batch_size: int) -> features.FeatureExtract
     """The Inception network of published numbers, from its usual file.
 
     Raises:
-      EvaluationError: the file is not there; the text says where people get it.
+      WeightsError: the file is not there; the text says where people get it.
       CheckpointError: it is damaged or another network.
     """
-    folder = os.environ.get("DETAILFLOW_WEIGHTS", WEIGHTS)
-    file = pathlib.Path(path or pathlib.Path(folder) / INCEPTION).expanduser()
-    if not file.is_file():
-        raise EvaluationError(
-            f"the Inception weights are not at {file}: get {INCEPTION} from {INCEPTION_URL} and "
-            "put it there, or name it with --inception (for reconstructions, --without rfid does "
-            "without it)"
-        )
+    # Samples cannot do without it; of the scores of reconstructions only rFID needs it.
+    without = "for reconstructions, --without rfid"
+    file = weights.locate("inception", path=path, field="--inception", without=without)
     params, _ = inception_weights.load(file)
     return features.FeatureExtractor(
         features.inception(params, hash_file(file)), batch_size=batch_size
@@ -165,22 +158,16 @@ def load_extractor(path: str | None, batch_size: int) -> features.FeatureExtract
 
 
 def load_perceptual(paths: Sequence[str] | None) -> reconstruction.Perceptual:
-    """LPIPS as a compiled function.
+    """LPIPS as a compiled function, from the files named or from the two usual ones.
 
     Raises:
-      EvaluationError: no files are named, or they are not there; the text says where people get
-        them.
+      WeightsError: they are not there; the text says where people get them.
       CheckpointError: they are damaged or something else.
     """
-    missing = [path for path in paths or [] if not pathlib.Path(path).expanduser().is_file()]
-    if missing or not paths:
-        raise EvaluationError(
-            f"the LPIPS weights are not {'at ' + missing[0] if missing else 'named'}: give --lpips "
-            "vgg16-397923af.pth vgg.pth, from https://download.pytorch.org/models/ and from "
-            "lpips/weights/v0.1 of https://github.com/richzhang/PerceptualSimilarity, or leave "
-            "LPIPS out with --without lpips"
-        )
-    params, _ = lpips_weights.load(*paths)
+    paths = paths or [weights.expected("vgg16"), weights.expected("lpips")]
+    locate = functools.partial(weights.locate, field="--lpips", without="--without lpips")
+    files = [locate("lpips" if i else "vgg16", path=path) for i, path in enumerate(paths)]
+    params, _ = lpips_weights.load(*files)
     network = LPIPS(precision=jax.lax.Precision.HIGHEST)
     return functools.partial(jax.jit(lambda p, x, y: network.apply({"params": p}, x, y)), params)
 

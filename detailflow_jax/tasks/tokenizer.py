@@ -1,9 +1,12 @@
 """Training of the tokenizer: coarse-to-fine reconstruction, self-correction, alignment.
 
+Perceptual and adversarial terms are in `tasks/adversarial.py`.
+
 Shapes: B batch, N tokens, R image side, S decoded side.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +18,13 @@ from detailflow_jax.models import siglip
 from detailflow_jax.models.tokenizer import Pair, Tokenizer, TokenizerConfig
 from detailflow_jax.ops import correction, interpolation, quantization
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.tasks import Task, TrainState, optim
+from detailflow_jax.ops.adversarial import ramp
+from detailflow_jax.tasks import Task, TrainState, adversarial, optim
 
 USAGE_WINDOW = 65_536
+
+TRAIN_ONLY = {"all": None, "decoder": ("decoder", "post_quant_conv")}
+"""`config.train_only` -> the parts of the network that are trained; None: all of them."""
 
 
 def model_config(model) -> TokenizerConfig:
@@ -84,7 +91,19 @@ def alignment_loss(model, first_code: jax.Array, target: jax.Array) -> jax.Array
     return -jnp.mean(jnp.sum(predicted * quantization.normalize(target, 1e-8), axis=-1))
 
 
-def all_losses(model, images, target, span, choice, *, loss, size, token_count, teacher_mean):
+def all_losses(
+    model,
+    images,
+    target,
+    span,
+    choice,
+    *,
+    loss,
+    size,
+    token_count,
+    teacher_mean,
+    perceptual=None,
+):
     """Every loss term of one batch, inside `Tokenizer.apply`.
 
     Args:
@@ -97,6 +116,7 @@ def all_losses(model, images, target, span, choice, *, loss, size, token_count, 
       size: S, static.
       token_count: how many tokens are decoded (data).
       teacher_mean: float32 [B, D] or None.
+      perceptual: (reconstruction, target) -> scalar, factor included, or None.
 
     Returns:
       {name: scalar}, factors included, and (triplet, reconstruction [2B, S, S, 3]).
@@ -105,12 +125,12 @@ def all_losses(model, images, target, span, choice, *, loss, size, token_count, 
     latents = latents_to_decode(model, pair, span)
     reconstruction = model.decode(latents, size, token_count)
     terms = quantizer_losses(model, pair, span, loss)
+    if perceptual is not None:
+        terms["perceptual"] = perceptual(reconstruction, target)
     target = jnp.concatenate([target, target])
     terms["mse"] = loss.mse * jnp.mean(jnp.square(reconstruction - target))
     if teacher_mean is not None:
         terms["align"] = loss.align * alignment_loss(model, latents[: len(images), 0], teacher_mean)
-    # Perceptual (LPIPS) and adversarial terms join here: both compare `reconstruction` with
-    # `target`, at the decoded size.
     return terms, (pair.triplet, reconstruction)
 
 
@@ -130,7 +150,7 @@ def _teacher(config, c: TokenizerConfig) -> siglip.VisionTransformer | None:
             "Name those of google/siglip2-so400m-patch16-naflex (a folder or model.safetensors, or "
             "hf:google/siglip2-so400m-patch16-naflex to download them), or switch alignment off "
             "with config.loss.align=0; config.teacher.random=True takes a random teacher, to try "
-            "the code only"
+            "the code only (`python -m detailflow_jax.weights tokenizer` lists what a run needs)"
         )
     teacher = siglip.ViTConfig(**fields)
     if teacher.width != c.teacher_width:
@@ -140,24 +160,45 @@ def _teacher(config, c: TokenizerConfig) -> siglip.VisionTransformer | None:
     return siglip.VisionTransformer(teacher, jnp.dtype(c.dtype), c.scan, c.remat)
 
 
+def _trained_parts(config, params: Any) -> Any:
+    """The part of the parameters that is trained.
+
+    Raises:
+      ValueError: `config.train_only` names none.
+    """
+    if config.train_only not in TRAIN_ONLY:
+        raise ValueError(
+            f"config.train_only={config.train_only!r} is not one of {', '.join(TRAIN_ONLY)}"
+        )
+    return {name: params[name] for name in TRAIN_ONLY[config.train_only] or params}
+
+
 def make(config) -> Task:
     """The tokenizer task of a config (see `configs/tokenizer.py` for its fields)."""
     c = model_config(config.model)
     model, teacher = Tokenizer(c), _teacher(config, c)
+    smallest = c.resolutions.decoded_size(1)
+    vgg = adversarial.perceptual_network(config, smallest, jnp.dtype(c.dtype))
+    adversary = adversarial.make(config, c, smallest)
     optimizer = optim.optimizer(config.optim, config.total_steps)
     example = jnp.zeros((1, c.image_size, c.image_size, 3))
+    _trained_parts(config, dict.fromkeys(TRAIN_ONLY["decoder"]))
 
     def init(key: jax.Array) -> TrainState:
         params = model.init(key, example)["params"]
-        frozen = {}
+        extra, frozen = {"window": jnp.full((USAGE_WINDOW,), -1, jnp.int32)}, {}
         if teacher is not None:
             frozen["teacher"] = teacher.init(jax.random.fold_in(key, 1), example)["params"]
+        if vgg is not None:
+            frozen["lpips"] = adversarial.perceptual_init(vgg, jax.random.fold_in(key, 2))
+        if adversary is not None:
+            extra["discriminator"], frozen["dino"] = adversary.init(jax.random.fold_in(key, 3))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init(params),
+            opt_state=optimizer.init(_trained_parts(config, params)),
             ema=optim.start_average(params, config.ema),
-            extra={"window": jnp.full((USAGE_WINDOW,), -1, jnp.int32)},
+            extra=extra,
             frozen=frozen,
         )
 
@@ -168,14 +209,23 @@ def make(config) -> Task:
         matrix = interpolation.degradation_matrix(c.image_size, low, size)
         return size, {"token_count": np.int32(count), "degrade": matrix}
 
+    def perceptual(state: TrainState):
+        """The perceptual term of `all_losses`, at its weight for this step."""
+        if vgg is None:
+            return None
+        weight = config.loss.perceptual * ramp(state.step, 0, config.loss.perceptual_ramp)
+        params = state.frozen["lpips"]
+        return lambda x, y: weight * adversarial.perceptual_loss(vgg, params, x, y)
+
     def train_step(state: TrainState, batch, plan, *, variant: int):
         images = pixels.to_float(batch["image"])
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         span, choice = draw_noise(key, c, config.loss, len(images), plan["token_count"])
+        target = interpolation.apply_matrices(images, plan["degrade"], plan["degrade"])
+        rows = images, target, span, choice
 
-        def total(params, rows, key):
-            del key  # nothing else is random
-            images, span, choice = rows
+        def forward(params, rows):
+            images, target, span, choice = rows
             teacher_mean = None
             if teacher is not None:
                 features = siglip.teacher_features(teacher, state.frozen["teacher"], images)
@@ -183,26 +233,54 @@ def make(config) -> Task:
             losses = functools.partial(
                 all_losses,
                 images=images,
-                target=interpolation.apply_matrices(images, plan["degrade"], plan["degrade"]),
+                target=target,
                 span=span,
                 choice=choice,
                 loss=config.loss,
                 size=variant,
                 token_count=plan["token_count"],
                 teacher_mean=teacher_mean,
+                perceptual=perceptual(state),
             )
-            terms, (triplet, _) = model.apply({"params": params}, method=losses)
+            # What is not trained is taken as it is: no gradient is computed for it.
+            params = state.params | params
+            return model.apply({"params": params}, method=losses)
+
+        trained = _trained_parts(config, state.params)
+        if adversary is not None:
+            loss = functools.partial(forward, rows=rows)
+            return _adversarial_step(state, trained, loss, target, key)
+
+        def total(params, rows, key):
+            del key  # nothing else is random
+            terms, (triplet, _) = forward(params, rows)
             return sum(terms.values()), terms | {"triplet": triplet}
 
-        (_, terms), grads = optim.gradients(
-            total, state.params, (images, span, choice), key, config.accumulate
-        )
+        (_, terms), grads = optim.gradients(total, trained, rows, key, config.accumulate)
         triplet = terms.pop("triplet")
-        return _update(state, grads, terms, triplet)
+        return _update(state, trained, grads, terms, triplet)
 
-    def _update(state: TrainState, grads: Any, terms: dict, triplet: jax.Array):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+    def _adversarial_step(state: TrainState, trained: Any, forward: Callable, target, key):
+        def loss(params):
+            terms, (triplet, reconstruction) = forward(params)
+            return (sum(terms.values()), reconstruction), (terms, triplet)
+
+        grads, (terms, triplet), term, held, metrics = adversary.gradients(
+            loss,
+            trained,
+            held=state.extra["discriminator"],
+            frozen=state.frozen["dino"],
+            target=target,
+            step=state.step,
+            key=jax.random.fold_in(key, 1),
+            last_kernel=lambda grads: grads["decoder"]["to_pixels"]["kernel"],
+        )
+        new, common = _update(state, trained, grads, terms | term, triplet)
+        return new.replace(extra=new.extra | {"discriminator": held}), common | metrics
+
+    def _update(state: TrainState, trained: Any, grads: Any, terms: dict, triplet: jax.Array):
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = state.params | optax.apply_updates(trained, updates)
         window = quantization.remember_codes(state.extra["window"], triplet[..., 0])
         metrics = {f"loss/{name}": value for name, value in terms.items()}
         metrics["loss"] = sum(terms.values())
@@ -213,7 +291,7 @@ def make(config) -> Task:
             params=params,
             opt_state=opt_state,
             ema=optim.average(state.ema, params, state.step, config.ema),
-            extra={"window": window},
+            extra=state.extra | {"window": window},
         )
         return new, metrics
 
