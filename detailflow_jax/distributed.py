@@ -223,7 +223,7 @@ def _from_environment(environ: Mapping[str, str]) -> Cluster:
 
 def _from_tpu(environ: Mapping[str, str], metadata: Callable) -> Cluster | None:
     """Hosts within a slice, then slices; several slices name their coordinator themselves."""
-    # The TPU's library leaves texts in these variables when it only compiles, on a host without one.
+    # Where its library only compiles, without a TPU, it leaves texts in these variables.
     if "tpu" not in environ.get("JAX_PLATFORMS", "tpu"):
         return None
     multislice = dict(environ)

@@ -59,7 +59,7 @@ def test_written_back_every_bit_and_buffer_is_the_same(recorded, tmp_path):
 
 
 def test_the_command_goes_both_ways(recorded, tmp_path):
-    path, state, _ = recorded
+    path, _, _ = recorded
     ours, back = str(tmp_path / "ours"), str(tmp_path / "back.safetensors")
     assert convert(["--to", "jax", "--src", str(path), "--dst", ours]) == 0
     assert df.load_flowar(ours).fingerprint == df.load_flowar(path).fingerprint
