@@ -7,7 +7,8 @@ Variants:
 
 The published runs start their encoder from SigLIP2 and align with it, so they need its weights:
 `--config.init_from.encoder` and `--config.teacher.path` (docs/checkpoints.md). Their perceptual and
-adversarial terms need VGG16, LPIPS and DINO: `python -m detailflow_jax.weights tokenizer`.
+adversarial terms need VGG16, LPIPS and DINO (`python -m detailflow_jax.weights tokenizer`) and are
+off until they are asked for: `--config.loss.perceptual=1.0 --config.loss.adversarial=0.2`.
 
 Options, after a second colon: `runlocal` shrinks the networks, batch and run so that a variant can
 be tried anywhere, with random weights and without perceptual and adversarial terms unless they are
