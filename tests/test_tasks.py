@@ -11,7 +11,7 @@ import pytest
 from detailflow_jax import tasks
 from detailflow_jax.config import load_config
 from detailflow_jax.models import layers
-from detailflow_jax.models.generator import drop_labels
+from detailflow_jax.models.layers import drop_labels
 from detailflow_jax.tasks import generator as generator_task
 from detailflow_jax.tasks import optim
 from detailflow_jax.tasks import tokenizer as tokenizer_task

@@ -9,6 +9,7 @@ from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear
 from detailflow_jax.convert.settings import Settings, count_layers, dimension
 from detailflow_jax.models.flowar import SIZES, FlowARConfig
+from detailflow_jax.ops import rotary
 from detailflow_jax.ops import scales as grids
 
 
@@ -94,7 +95,9 @@ SIGNS = ("diffusion_pos_embed_learned", "flownet.input_proj.weight")
 def buffers(config: FlowARConfig) -> dict[str, np.ndarray]:
     """The derived buffers that strict loading asks for, by published name."""
     found = {"mask": np.where(config.mask(), 0.0, -np.inf).astype(np.float32)[None, None]}
-    own, head = (_frequencies(dim) for dim in (config.width // config.num_heads, config.head_dim))
+    own, head = (
+        rotary.frequencies(dim) for dim in (config.width // config.num_heads, config.head_dim)
+    )
     stacks = [(name, config.first_depth, own) for name in _ROTARY[:1]]
     stacks += [(name, config.second_depth, own) for name in _ROTARY[1:]]
     names = _HEAD_ROTARY if config.head.crosses else _HEAD_ROTARY[:1]
@@ -102,11 +105,6 @@ def buffers(config: FlowARConfig) -> dict[str, np.ndarray]:
     for name, depth, frequencies in stacks:
         found |= {f"{name.format(i)}.rope.freqs": frequencies for i in range(depth)}
     return found
-
-
-def _frequencies(head_dim: int) -> np.ndarray:
-    exponent = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
-    return np.float32(1.0) / np.float32(10_000.0) ** exponent
 
 
 def infer_config(

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from detailflow_jax import sharding
 from detailflow_jax.config import write_atomically
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.samples import write_npz
@@ -74,7 +74,7 @@ class ChunkFolder:
                     progress.update(min(step, stop - at))
                 for kind in kinds:
                     write_npz(self._file(kind, start), _joined([part[kind] for part in parts]))
-        wait_for_all(f"{self.path.name}: {description}")
+        sharding.sync_processes(f"{self.path.name}: {description}")
 
     def parts(self, kind: str, name: str) -> Iterator[np.ndarray]:
         """One array, chunk by chunk in the order of the images.
@@ -117,12 +117,6 @@ class ChunkFolder:
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def wait_for_all(name: str) -> None:
-    """Returns once every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _check_same(path: pathlib.Path, old: dict, new: dict) -> None:

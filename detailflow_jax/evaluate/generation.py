@@ -16,9 +16,9 @@ import jax
 import numpy as np
 import scipy.special
 
-from detailflow_jax import pictures
+from detailflow_jax import pictures, sharding
 from detailflow_jax.config import write_atomically
-from detailflow_jax.evaluate.chunks import ChunkFolder, wait_for_all
+from detailflow_jax.evaluate.chunks import ChunkFolder
 from detailflow_jax.evaluate.distances import (
     NEIGHBOUR,
     frechet_distance,
@@ -219,7 +219,7 @@ def sample_setting(
             shape = (sweep.num_samples, side, side, 3)
             write_samples(archive, shape, folder.parts("images", "arr_0"))
             folder.remove_kind("images")
-        wait_for_all(archive.name)
+        sharding.sync_processes(archive.name)
     return folder
 
 

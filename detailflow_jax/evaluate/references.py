@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from detailflow_jax import data
-from detailflow_jax.evaluate.chunks import ChunkFolder, wait_for_all
+from detailflow_jax import data, sharding
+from detailflow_jax.evaluate.chunks import ChunkFolder
 from detailflow_jax.evaluate.distances import NEIGHBOUR
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor
@@ -214,7 +214,7 @@ def _measure(images, extractor, parts: ChunkFolder, file: pathlib.Path) -> None:
         arrays = {"mu": pool.mean, "sigma": pool.covariance, "features": features}
         write_npz(file, arrays | {"mu_s": spatial.mean, "sigma_s": spatial.covariance})
         parts.remove()
-    wait_for_all(file.name)
+    sharding.sync_processes(file.name)
 
 
 def _rows(parts, chosen: np.ndarray):

@@ -271,12 +271,6 @@ class FlowAR(nn.Module):
         return semantics, self.velocity(x, time, semantics)
 
 
-def drop_labels(key: jax.Array, labels: jax.Array, config: FlowARConfig) -> jax.Array:
-    """Labels int32 [B], each replaced by the null class with probability `class_dropout`."""
-    dropped = jax.random.uniform(key, labels.shape) < config.class_dropout
-    return jnp.where(dropped, config.num_classes, labels)
-
-
 def extend_cache(cache: Any, own: Any, scan: bool) -> Any:
     """The cache with the keys and values of one more scale; None is the empty one."""
     if cache is None:

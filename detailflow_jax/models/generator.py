@@ -181,7 +181,7 @@ class Generator(nn.Module):
         Args:
           codes: int32 [B, N] (or the N - g that are used, N - 1 where c = N) in [0, V).
           labels: int32 [B]; `num_classes` is the null class. Drop them before, with
-            `drop_labels`.
+            `layers.drop_labels`.
 
         Returns:
           float32 [B, N, V]; position p holds the logits of z_{p+1}. Dropout is active when a
@@ -218,12 +218,6 @@ class Generator(nn.Module):
         rope = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.config.rope()), start, length)
         x, keys_values = self.blocks(x, prefix=cache, mask=mask, rope=rope)
         return self.to_logits(x), keys_values
-
-
-def drop_labels(key: jax.Array, labels: jax.Array, config: GeneratorConfig) -> jax.Array:
-    """Replace a label by the null class with probability `class_dropout`: int32 [B]."""
-    dropped = jax.random.bernoulli(key, config.class_dropout, labels.shape)
-    return jnp.where(dropped, config.num_classes, labels)
 
 
 def empty_cache(config: GeneratorConfig, batch: int) -> Any:

@@ -248,6 +248,15 @@ class Stack(nn.Module):
         return x, own
 
 
+def drop_labels(key: jax.Array, labels: jax.Array, config: Any) -> jax.Array:
+    """Labels int32 [B], each with probability `config.class_dropout` the null class instead.
+
+    `config.num_classes` is the null class (classifier-free guidance).
+    """
+    dropped = jax.random.bernoulli(key, config.class_dropout, labels.shape)
+    return jnp.where(dropped, config.num_classes, labels)
+
+
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of scanned stacks (`layers`) as those of unrolled ones (`layers_i`), recursively.
 

@@ -5,6 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def frequencies(head_dim: int, theta: float = 10_000.0) -> np.ndarray:
+    """theta^(-4k/head_dim), k < head_dim/4: float32, made as PyTorch makes them.
+
+    Raises:
+      ValueError: a head dimension that is no multiple of 4.
+    """
+    if head_dim % 4:
+        raise ValueError(f"head_dim={head_dim} must be a multiple of 4 for 2-D rotary positions")
+    exponent = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
+    return np.float32(1.0) / np.float32(theta) ** exponent
+
+
 def group_rotary_table(
     num_tokens: int, group_size: int, head_dim: int, theta: float = 10_000.0
 ) -> np.ndarray:
@@ -17,12 +29,9 @@ def group_rotary_table(
     Returns:
       float32 [N + 1, head_dim/2, 2] holding (cos, sin); position p >= 1 sits in cell p - 1.
     """
-    if head_dim % 4:
-        raise ValueError(f"head_dim={head_dim} must be a multiple of 4 for 2-D rotary positions")
-    exponent = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
-    frequencies = np.float32(1.0) / np.float32(theta) ** exponent
+    turns = frequencies(head_dim, theta)
     cell = np.arange(num_tokens, dtype=np.float32)
-    angles = [np.outer(cell // group_size, frequencies), np.outer(cell % group_size, frequencies)]
+    angles = [np.outer(cell // group_size, turns), np.outer(cell % group_size, turns)]
     angles = np.concatenate(angles, axis=1)
     table = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     return np.concatenate([np.zeros((1, *table.shape[1:])), table]).astype(np.float32)
@@ -48,11 +57,8 @@ def grid_rotary_table(
     Returns:
       float32 [side^2, head_dim/2, 2] holding (cos, sin), row-major positions.
     """
-    if head_dim % 4:
-        raise ValueError(f"head_dim={head_dim} must be a multiple of 4 for 2-D rotary positions")
-    exponent = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
-    frequencies = np.float32(1.0) / np.float32(theta) ** exponent
-    turn = np.outer(np.arange(side, dtype=np.float32) * np.float32(stretch), frequencies)
+    turns = frequencies(head_dim, theta)
+    turn = np.outer(np.arange(side, dtype=np.float32) * np.float32(stretch), turns)
     rows, columns = np.repeat(turn, side, axis=0), np.tile(turn, (side, 1))
     angles = np.concatenate([rows, columns], axis=1)
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)

@@ -17,9 +17,9 @@ from detailflow_jax.models.flowar import (
     FlowAR,
     FlowARConfig,
     check_vae,
-    drop_labels,
     example,
 )
+from detailflow_jax.models.layers import drop_labels
 from detailflow_jax.models.vae import VAE, Posterior, VAEConfig
 from detailflow_jax.ops import flow
 from detailflow_jax.ops import images as pixels
@@ -186,14 +186,7 @@ def make(config) -> Task:
         (loss, by_scale), grads = optim.gradients(
             mean_loss, state.params, rows, dropout_key, config.accumulate
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema=optim.average(state.ema, params, state.step, config.ema),
-        )
+        new = optim.updated(state, optimizer, grads, config.ema)
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads)}
         return new, metrics | by_scale | {"latent_std": jnp.std(latents)}
 

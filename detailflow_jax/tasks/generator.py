@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from detailflow_jax.models.generator import SIZES, Generator, GeneratorConfig, drop_labels
+from detailflow_jax.models.generator import SIZES, Generator, GeneratorConfig
+from detailflow_jax.models.layers import drop_labels
 from detailflow_jax.tasks import Task, TrainState, optim
 
 
@@ -90,14 +91,7 @@ def make(config) -> Task:
         (loss, means), grads = optim.gradients(
             mean_loss, state.params, (inputs, targets, labels), dropout_key, config.accumulate
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema=optim.average(state.ema, params, state.step, config.ema),
-        )
+        new = optim.updated(state, optimizer, grads, config.ema)
         metrics = {
             "loss": loss,
             "gradient_norm": optax.global_norm(grads),

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from detailflow_jax.tasks import TrainState
+
 
 def schedule(optim, total_steps: int) -> optax.Schedule:
     """Linear warm-up from `warmup_start` x lr, then cosine to `final` x lr."""
@@ -94,6 +96,18 @@ def gradients(loss: Loss, params: Any, rows: Any, key: jax.Array, parts: int = 1
 def _together(batch: int, x: jax.Array) -> jax.Array:
     """[parts] means -> their mean; [parts, B / parts, ...] rows -> [B, ...] in their old order."""
     return jnp.mean(x) if x.ndim == 1 else x.swapaxes(0, 1).reshape(batch, *x.shape[2:])
+
+
+def updated(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, ema):
+    """The state after one update of all its parameters: step, params, opt_state and average."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        ema=average(state.ema, params, state.step, ema),
+    )
 
 
 def start_average(params: Any, ema) -> Any:

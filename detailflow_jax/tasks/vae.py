@@ -108,14 +108,7 @@ def make(config) -> Task:
             return sum(terms.values()), by_name | watched
 
         (loss, means), grads = optim.gradients(total, state.params, images, key, config.accumulate)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema=optim.average(state.ema, params, state.step, config.ema),
-        )
+        new = optim.updated(state, optimizer, grads, config.ema)
         return new, means | {"loss": loss, "gradient_norm": optax.global_norm(grads)}
 
     return Task(init, plan, train_step, functools.partial(figures, model))
