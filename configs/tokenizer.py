@@ -7,12 +7,14 @@ Variants:
 
 The published runs start their encoder from SigLIP2 and align with it, so they need its weights:
 `--config.init_from.encoder` and `--config.teacher.path` (docs/checkpoints.md). Their perceptual and
-adversarial terms need VGG16, LPIPS and DINO (`python -m detailflow_jax.weights tokenizer`) and are
-off until they are asked for: `--config.loss.perceptual=1.0 --config.loss.adversarial=0.2`.
+adversarial terms need VGG16, LPIPS and DINO. `python -m detailflow_jax.weights tokenizer` lists all
+of these.
 
-Options, after a second colon: `runlocal` shrinks the networks, batch and run so that a variant can
-be tried anywhere, with random weights and without perceptual and adversarial terms unless they are
-switched on; `batch_size=N` and `epochs=N` scale the schedule along.
+Options, after a second colon: `plain` leaves alignment, perceptual and adversarial terms off, so
+that no other network's weights are needed, with lower quality; `runlocal` shrinks the networks,
+batch and run so that a variant can be tried anywhere, with random weights and without perceptual
+and adversarial terms unless they are switched on; `batch_size=N` and `epochs=N` scale the schedule
+along.
 """
 
 from ml_collections import ConfigDict
@@ -27,9 +29,11 @@ TOKENS = {"detailflow_16": 128, "detailflow_32": 256, "detailflow_64": 512}
 def get_config(arg: str = "digits") -> ConfigDict:
     """The configuration of a variant; see the module's docstring for `arg`."""
     variant, options = decode_variant(
-        arg, [*TOKENS, "digits"], runlocal=False, batch_size=0, epochs=0.0
+        arg, [*TOKENS, "digits"], runlocal=False, plain=False, batch_size=0, epochs=0.0
     )
     config = _digits(options) if variant == "digits" else _published(variant, options)
+    if options.plain:
+        config.loss.update(align=0.0, perceptual=0.0, adversarial=0.0)
     if options.runlocal:
         _shrink(config)
     return config
@@ -53,12 +57,17 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "num_threads": 0,  # that make the batches ahead, in each worker; 0: one a batch
         "worker_buffer": 1,  # finished batches that each worker keeps
         "scaled_decode": False,  # decode large JPEGs at a fraction of their size
+        "dynamic": {  # input resolution; sizes up to model.image_size
+            "probability": 0.0,  # of a batch of another size, of so many tokens as decode to it
+            "sizes": (128, 192),  # one of them, uniformly
+            "multiple": 8,  # of images, in batches of larger sizes; of the devices that split one
+        },
     }
     config.model = {
         "image_size": 256,
         "num_tokens": TOKENS[variant],
         "group_size": 8,
-        "causal_num": placeholder(int),  # None: one group
+        "causal_num": placeholder(int),  # None: one group; 0: none, the first group is parallel too
         "codebook_size": 8192,
         "codebook_dim": 8,
         "resolution_power": 1.5,
@@ -78,7 +87,9 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
             "patch_size": 16,
             "table_side": 16,
         },
+        "causal_encoder": True,  # False: its queries see each other (needs loss.correction=False)
         "teacher_width": 1152,
+        "repa_layer": 0,  # for loss.repa, such as 1: after so many blocks of the decoder
         "dtype": "bfloat16",
         "scan": True,
         "remat": "none",
@@ -130,9 +141,10 @@ def _loss() -> dict:
         "commitment": 0.25,
         "entropy": 0.0,
         "align": 1.0,
-        "perceptual": 0.0,  # LPIPS over VGG16
+        "repa": 0.0,  # of a decoder layer with the teacher; published switch 0.5, with repa_layer 1
+        "perceptual": 1.0,  # LPIPS over VGG16
         "perceptual_ramp": 10_000,  # steps in which it grows from 0
-        "adversarial": 0.0,  # of the generator; 0: no discriminator
+        "adversarial": 0.2,  # of the generator; 0: no discriminator
         "full_probability": 0.8,  # share of batches that reconstruct from all tokens
         "correction": True,  # the self-correcting second pass
         "noise_per_sample": True,  # False: one noise position for the whole batch, as published
@@ -175,6 +187,7 @@ def _digits(options: ConfigDict) -> ConfigDict:
     config.data.update(
         source="digits", image_size=32, min_scale=0.9, flip=False, num_workers=0, prefetch=2
     )
+    config.data.dynamic.sizes = (16,)
     config.model.update(
         image_size=32,
         num_tokens=16,

@@ -5,13 +5,15 @@ Variants:
   digits   scikit-learn's handwritten digits, minutes on a CPU: 8 x 8 latents of 4 channels
 
 The published KL-16 loads as it is (`df.load_vae`, docs/checkpoints.md). Of `kl16` below, the
-network (`config.model`) is the published one, its scale factor included, and the weight of the KL
-is the LDM family's; optimizer, length and average are choices of this project. Published
-autoencoders are trained with perceptual and adversarial terms as well; `config.loss` has their
-places, and with mean squared error alone reconstructions come out softer.
+network (`config.model`) is the published one, its scale factor included; the weights of KL,
+perceptual and adversarial terms, and PatchGAN with its adaptive weight, are the LDM family's;
+optimizer, length and average are choices of this project. The perceptual term needs VGG16 and
+LPIPS (`python -m detailflow_jax.weights vae`).
 
-Options, after a second colon: `runlocal` shrinks the network, batch and run so that a variant can
-be tried anywhere; `batch_size=N` and `epochs=N` scale the schedule along.
+Options, after a second colon: `plain` leaves the perceptual and adversarial terms off, so that no
+other network's weights are needed, with softer reconstructions; `runlocal` shrinks the network,
+batch and run so that a variant can be tried anywhere, without these terms unless they are switched
+on; `batch_size=N` and `epochs=N` scale the schedule along.
 """
 
 from ml_collections import ConfigDict
@@ -25,9 +27,11 @@ IMAGENET_IMAGES = 1_281_167
 def get_config(arg: str = "digits") -> ConfigDict:
     """The configuration of a variant; see the module's docstring for `arg`."""
     variant, options = decode_variant(
-        arg, ["kl16", "digits"], runlocal=False, batch_size=0, epochs=0.0
+        arg, ["kl16", "digits"], runlocal=False, plain=False, batch_size=0, epochs=0.0
     )
     config = _digits(options) if variant == "digits" else _kl16(options)
+    if options.plain:
+        config.loss.update(perceptual=0.0, adversarial=0.0)
     if options.runlocal:
         _shrink(config)
     return config
@@ -66,13 +70,44 @@ def _kl16(options: ConfigDict) -> ConfigDict:
         "image_channels": 3,
         "dtype": "bfloat16",
     }
-    # Where a new run takes weights from, a workdir or a published checkpoint; None: from scratch.
-    config.init_from = {"model": placeholder(str)}
+    config.init_from = {  # where a new run takes weights from; None: from scratch
+        "model": placeholder(str),  # a whole autoencoder: a workdir or a published checkpoint
+        "discriminator": placeholder(str),  # the trained part of one, of a published checkpoint
+    }
     config.loss = {
         "mse": 1.0,
         "kl": 1e-6,  # of sums over an image, as is the reconstruction
-        "perceptual": 0.0,
-        "adversarial": 0.0,
+        "perceptual": 1.0,  # LPIPS over VGG16
+        "perceptual_ramp": 0,  # steps in which it grows from 0
+        "adversarial": 0.5,  # times the adaptive weight; 0: no discriminator
+    }
+    config.perceptual = {  # LPIPS, frozen; None: where `python -m detailflow_jax.weights` says
+        "path": placeholder(str),  # a whole LPIPS, or VGG16 of torchvision
+        "linear": placeholder(str),  # beside VGG16, LPIPS's weights over it
+        "random": False,  # True: random weights, to try the code only
+    }
+    config.discriminator = {  # see configs/tokenizer.py
+        "kind": "patchgan",  # or "dino", which needs weights
+        "path": placeholder(str),
+        "random": False,
+        "loss": "hinge",
+        "start_step": 50_000,
+        "weight": 1.0,
+        "lecam": 0.0,
+        "lecam_decay": 0.999,
+        "consistency": 0.0,
+        "augment": False,
+        "adaptive": True,
+        "dino": {
+            "width": 384,
+            "depth": 12,
+            "num_heads": 6,
+            "patch_size": 16,
+            "image_size": 224,
+            "read_blocks": (2, 5, 8, 11),
+            "kernel_size": 9,
+        },
+        "patchgan": {"channels": 64, "num_layers": 3},
     }
     config.optim = {
         "lr": 1e-4 * batch_size / 256,
@@ -84,6 +119,9 @@ def _kl16(options: ConfigDict) -> ConfigDict:
         "weight_decay": 0.0,
         "clip": 1.0,
     }
+    # Its schedule begins with its first update.
+    config.discriminator.optim = config.optim.copy_and_resolve_references()
+    config.discriminator.optim.warmup_steps = 0
     config.ema = {"decay": 0.9999, "warmup": False}
     watch(config, log_every=100, figures_every=5000, checkpoint_every=5000)
     return config
@@ -108,8 +146,11 @@ def _digits(options: ConfigDict) -> ConfigDict:
         dtype="float32",
     )
     # Strong enough for a smooth latent space: what a generator gets slightly wrong stays a digit.
-    config.loss.kl = 5e-3
+    config.loss.update(kl=5e-3, perceptual=0.0, adversarial=0.0)
+    config.discriminator.update(start_step=200)
+    config.discriminator.patchgan.update(channels=16, num_layers=2)
     config.optim.update(lr=2e-3, warmup_steps=50, final=0.05)
+    config.discriminator.optim.update(lr=2e-4, final=0.05)
     config.ema.update(decay=0.99, warmup=True)
     watch(config, log_every=50, figures_every=500, checkpoint_every=500)
     return config
@@ -120,6 +161,10 @@ def _shrink(config: ConfigDict) -> None:
     config.batch_size = min(config.batch_size, 8)
     config.total_steps = 20
     config.model.update(channels=8, res_blocks=1, norm_groups=8)
+    config.loss.update(perceptual=0.0, adversarial=0.0)
+    config.perceptual.random = config.discriminator.random = True
+    config.discriminator.start_step = 5
+    config.discriminator.patchgan.channels = 8
     config.optim.warmup_steps = 5
     config.data.update(num_workers=0)
     watch(config, log_every=5, figures_every=20, checkpoint_every=10)

@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import mesh_utils, multihost_utils
@@ -171,6 +172,47 @@ def create_sharded(init: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Me
     """Runs `init` so that each device makes only its part; returns the state without its boxes."""
     shardings = state_shardings(jax.eval_shape(init, key), mesh)
     return jax.jit(lambda key: _unboxed(init(key)), out_shardings=shardings)(key)
+
+
+def left_whole(state: PyTree, above: int = 2**20) -> dict[str, int]:
+    """{name: bytes} of arrays above `above` bytes that fsdp leaves whole on every device.
+
+    Args:
+        state: arrays, or `abstract_state`, with `NamedSharding`s.
+    """
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        placement, size = leaf.sharding, bytes_a_device(leaf)
+        split = any("fsdp" in _axes(entry) for entry in placement.spec)
+        if placement.mesh.shape["fsdp"] > 1 and size > above and not split:
+            shape = ",".join(map(str, leaf.shape))
+            found[f"{jax.tree_util.keystr(path, simple=True, separator='/')} [{shape}]"] = size
+    return found
+
+
+def bytes_a_device(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array on each device that holds a part of it."""
+    item = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+    return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * item
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def jit_step(train_step: Callable, state: PyTree) -> Callable:
+    """The compiled form of a task's train step, for a state that is placed as `state` is.
+
+    Args:
+        train_step: (state, batch, plan, variant=) -> (state, metrics).
+        state: `abstract_state`.
+    """
+    return jax.jit(
+        train_step,
+        static_argnames="variant",  # One compilation a variant.
+        donate_argnums=0,  # The new state takes the memory of the old one.
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+    )
 
 
 # --------------------------------------------------------------------------------------- the batch

@@ -27,7 +27,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -163,9 +163,9 @@ def train(
             watchdog=watchdog,
             started=started,
         )
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+        train_step = sharding.jit_step(task.train_step, abstract_state)
         try:
-            state = run_steps(run, task, state, step, shardings)
+            state = run_steps(run, task, train_step, state, step)
         except Diverged as error:
             raise Diverged(f"{error}; {_last_good(checkpoints)}") from error
         logging.info("finished %d steps in %.0f s", config.total_steps, progress.seconds)
@@ -173,16 +173,10 @@ def train(
 
 
 def run_steps(
-    run: "Run", task: Task, state: TrainState, step: int, shardings: TrainState
+    run: "Run", task: Task, train_step: Callable, state: TrainState, step: int
 ) -> TrainState:
     """The loop. The host never waits for the devices but to log, draw or save."""
     config, first = run.config, step + 1
-    train_step = jax.jit(
-        task.train_step,
-        static_argnames="variant",  # One compilation a variant.
-        donate_argnums=0,  # The new state takes the memory of the old one.
-        out_shardings=(shardings, None),
-    )
     _check_first(task, run.feed)
     while step < config.total_steps:
         run.watchdog.beat(f"step {step + 1}")
@@ -329,6 +323,15 @@ def _log_start(config: ConfigDict, mesh: Mesh, state: TrainState, step: int) -> 
     overview = parameter_overview.get_parameter_overview(state.params, include_stats="sharding")
     logging.debug("parameters:\n%s", overview)
     logging.info("%s parameters", f"{parameter_overview.count_parameters(state.params):,}")
+    if whole := sharding.left_whole(state):
+        logging.warning(
+            "config.mesh.fsdp=%d divides no width of %d arrays above 1 MiB: each device holds %.0f "
+            "MiB of them whole, such as %s; another size of the axis would split them",
+            mesh.shape["fsdp"],
+            len(whole),
+            sum(whole.values()) / 2**20,
+            max(whole, key=whole.get),
+        )
     if step:
         logging.info("resuming after step %d of %d", step, config.total_steps)
 

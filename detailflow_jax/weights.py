@@ -127,7 +127,10 @@ RECIPES = {
         ),
     ),
     "generator": (),
-    "vae": (),
+    "vae": (
+        Need("vgg16", "perceptual loss", "config.perceptual.path", _VGG_OFF),
+        Need("lpips", "perceptual loss", "config.perceptual.linear", _VGG_OFF),
+    ),
     "flowar": (
         Need(
             "kl16",
@@ -143,7 +146,7 @@ RECIPES = {
         Need("lpips", "LPIPS", "--lpips", "--without lpips"),
     ),
 }
-"""What needs what; `generator` and `vae` need nothing."""
+"""What needs what; `generator` needs nothing."""
 
 
 def folder() -> pathlib.Path:

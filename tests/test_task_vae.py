@@ -1,9 +1,13 @@
 """Training of the autoencoder: its terms, its steps, going on from a checkpoint, refusals."""
 
+import itertools
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_adversarial import FAST_TO_COMPILE
 
 import detailflow_jax as df
 from detailflow_jax import sharding, tasks
@@ -11,6 +15,7 @@ from detailflow_jax.checkpoint import Checkpoints
 from detailflow_jax.config import load_config, write_config
 from detailflow_jax.convert import CheckpointError
 from detailflow_jax.models.vae import VAEConfig
+from detailflow_jax.tasks import adversarial
 from detailflow_jax.tasks import vae as vae_task
 
 
@@ -43,6 +48,8 @@ def start(task):
     state = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
     params = jax.tree_util.tree_map_with_path(draw, state.params)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+    if held := zeros.extra.get("discriminator"):
+        held["params"] = jax.tree_util.tree_map_with_path(draw, held["params"])
     return zeros.replace(params=params, ema=params)
 
 
@@ -133,6 +140,42 @@ def test_restored_from_a_checkpoint_it_ends_with_the_same_bits(trained, images, 
         df.load_tokenizer(tmp_path)
 
 
+def test_perceptual_and_adversarial_terms(images, monkeypatch):
+    """A ramp, a start that compiles nothing anew, and the adaptive weight of the family."""
+
+    def distance(network, params, reconstruction, target):
+        assert reconstruction.shape == target.shape == (4, 16, 16, 3)
+        return jnp.mean(jnp.abs(reconstruction - target))
+
+    monkeypatch.setattr(adversarial, "perceptual_loss", distance)
+    monkeypatch.setattr(adversarial, "perceptual_init", lambda network, key: {})
+    config = tiny()
+    config.loss.update(perceptual=2.0, perceptual_ramp=2, adversarial=0.5)
+    config.discriminator.start_step = 3
+    config.discriminator.patchgan.update(channels=4, num_layers=1)
+    config.discriminator.optim.lr = 1e-3
+    task = tasks.make_task(config)
+    step = jax.jit(task.train_step, static_argnames="variant", compiler_options=FAST_TO_COMPILE)
+    state, metrics, held = jax.tree.map(jnp.asarray, start(task)), [], []
+    for _ in range(6):
+        held.append(jax.device_get(state.extra["discriminator"]["params"]))
+        state, found = step(state, images, {}, variant=None)
+        metrics.append({name: float(value) for name, value in found.items()})
+    assert step._cache_size() == 1 and np.isfinite([list(m.values()) for m in metrics]).all()
+    assert metrics[0]["loss/perceptual"] == 0
+    assert 1.5 < metrics[2]["loss/perceptual"] / metrics[1]["loss/perceptual"] < 2.5
+    moved = [
+        any((x != y).any() for x, y in zip(*map(jax.tree.leaves, pair), strict=True))
+        for pair in itertools.pairwise(held)
+    ]
+    assert moved == [False, False, False, True, True]
+    assert [m["loss/adversarial"] != 0 for m in metrics] == [False] * 3 + [True] * 3
+    assert metrics[4]["adversarial_weight"] not in (0, 0.5)
+    for found in metrics:
+        terms = sum(value for name, value in found.items() if name.startswith("loss/"))
+        assert found["loss"] == pytest.approx(terms, rel=1e-5)
+
+
 def test_the_published_network_is_the_default_one():
     config = load_config("configs/vae.py:kl16")
     assert vae_task.model_config(config.model) == VAEConfig(dtype="bfloat16")
@@ -149,8 +192,9 @@ def test_runlocal(variant):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"loss.perceptual": 1.0}, r"config\.loss\.perceptual=1\.0.*not available.*perceptual=0"),
-        ({"loss.adversarial": 0.5}, r"config\.loss\.adversarial=0\.5"),
+        ({"data.image_size": 8, "loss.perceptual": 1.0}, "are of 8 px, LPIPS needs 16"),
+        ({"discriminator.patchgan.num_layers": 3, "loss.adversarial": 0.5}, "16 px.*24 at least"),
+        ({"loss.adversarial": 0.5, "accumulate": 2}, r"accumulate=2.*config\.loss\.adversarial=0"),
         ({"data.image_size": 15}, r"image_size=15 is no multiple of the autoencoder's stride 2"),
         ({"model.scale_factor": 0.0}, r"scale_factor=0\.0; expected more than 0"),
         ({"model.norm_groups": 3}, "4 channels wide, not a multiple of norm_groups=3"),

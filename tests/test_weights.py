@@ -28,7 +28,7 @@ def test_everything_missing(folder, capsys):
     out = capsys.readouterr().out
     for name, one in WEIGHTS.items():
         assert f"MISSING    {folder / one.file}" in out and one.source in out, name
-    assert "no weights needed: generator, vae" in out
+    assert "no weights needed: generator" in out
     for field in ("config.teacher.path", "config.loss.perceptual=0", "config.loss.adversarial=0"):
         assert field in out
     assert f"missing or damaged: {', '.join(weights.wanted_by(list(weights.RECIPES)))}" in out

@@ -62,7 +62,9 @@ def _shrink_batch(share: float, program: Program, config: ConfigDict) -> list[st
     flag = "--batch_size" if program.name == "sampler" else "--config.batch_size"
     changes = [f"{flag}={batch} leaves less on each chip (now {program.images})"]
     parts = 2 ** math.ceil(-math.log2(share))
-    if "accumulate" in config and program.name == "train" and not program.images % (parts * rows):
+    whole = config.get("loss", {}).get("adversarial")  # its batch norm wants the batch at once
+    divides = not program.images % (parts * rows)
+    if "accumulate" in config and program.name == "train" and divides and not whole:
         changes.insert(
             0,
             f"--config.accumulate={parts * config.accumulate} computes the same batch in parts, "

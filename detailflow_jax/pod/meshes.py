@@ -1,6 +1,5 @@
 """The mesh to compile for: the configuration's, the command line's, or one that fits."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -31,14 +30,7 @@ def choose(
     if asked == "auto":
         return auto(config, what, topology, devices)
     sizes = parse(asked) if asked else config.mesh.to_dict()
-    try:
-        return sharding.make_mesh(sizes, devices)
-    except NotImplementedError as error:  # JAX: an axis that is not a product of physical ones.
-        shape = "x".join(map(str, topology.shape))
-        raise ConfigError(
-            f"the mesh {sizes} cannot be laid on the {shape} chips of {topology.name}: give sizes "
-            "that are products of its sides"
-        ) from error
+    return sharding.make_mesh(sizes, devices)
 
 
 def parse(text: str) -> dict[str, int]:
@@ -66,11 +58,11 @@ def auto(
     devices: Sequence[jax.Device],
     tensor: int = 1,
 ) -> Mesh:
-    """The mesh with the best fsdp axis that can be laid on the devices; see `rank_fsdp`."""
-    for fsdp in rank_fsdp(config, what, topology, tensor):
-        with contextlib.suppress(NotImplementedError):
-            return sharding.make_mesh({"data": -1, "fsdp": fsdp, "tensor": tensor}, devices)
-    raise ConfigError(f"tensor={tensor} does not divide the {topology.chips} chips")
+    """The mesh with the best fsdp axis; see `rank_fsdp`."""
+    if topology.chips % tensor:
+        raise ConfigError(f"tensor={tensor} does not divide the {topology.chips} chips")
+    fsdp = rank_fsdp(config, what, topology, tensor)[0]
+    return sharding.make_mesh({"data": -1, "fsdp": fsdp, "tensor": tensor}, devices)
 
 
 def rank_fsdp(config: ConfigDict, what: str, topology: Topology, tensor: int = 1) -> list[int]:

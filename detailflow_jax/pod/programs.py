@@ -22,8 +22,6 @@ from detailflow_jax import sharding
 from detailflow_jax.config import ConfigError
 from detailflow_jax.tasks import Task, TrainState, make_task
 
-PyTree = Any
-
 
 class DoesNotFit(Exception):
     """The compiler needs more memory than a chip has.
@@ -65,7 +63,7 @@ class Program:
     @property
     def state_bytes(self) -> int:
         """Bytes that the arguments take on each chip."""
-        return sum(bytes_per_chip(leaf) for leaf in jax.tree.leaves(self.arguments))
+        return sum(sharding.bytes_a_device(leaf) for leaf in jax.tree.leaves(self.arguments))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +88,7 @@ def state_bytes(config: ConfigDict, what: str, mesh: Mesh | AbstractMesh) -> int
     """
     state = sharding.abstract_state(_task(config).init, jax.random.key(0), mesh)
     kept = state if what == "train" else state.params
-    return sum(bytes_per_chip(leaf) for leaf in jax.tree.leaves(kept))
-
-
-def bytes_per_chip(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an abstract array on each device that holds a part of it."""
-    item = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-    return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * item
+    return sum(sharding.bytes_a_device(leaf) for leaf in jax.tree.leaves(kept))
 
 
 # ------------------------------------------------------------------------------------- the programs
@@ -112,18 +104,13 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Program:
     task = _task(config)
     state = _abstract_state(task, mesh)
     variant, plan, note = _usual_plan(task)
-    step = jax.jit(
-        task.train_step,
-        static_argnames="variant",
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
-    )
+    step = sharding.jit_step(task.train_step, state)
     whole = NamedSharding(mesh, PartitionSpec())
     plan = jax.tree.map(lambda x: _abstract(np.shape(x), np.asarray(x).dtype, whole), plan)
     arguments = state, _abstract_batch(config, mesh), plan
     static = {"variant": variant}
     return Program(
-        "train", step, arguments, static, mesh, config.batch_size, note, _left_whole(state)
+        "train", step, arguments, static, mesh, config.batch_size, note, sharding.left_whole(state)
     )
 
 
@@ -147,7 +134,9 @@ def sampler_program(config: ConfigDict, mesh: Mesh, batch_size: int, cfg_scale: 
     note = f"{note}, guidance {cfg_scale:g}"
     arguments = params, labels, keys, guidance
     step = jax.jit(run)
-    return Program("sampler", step, arguments, {}, mesh, batch_size, note, _left_whole(params))
+    return Program(
+        "sampler", step, arguments, {}, mesh, batch_size, note, sharding.left_whole(params)
+    )
 
 
 def _generator_sampler(config: ConfigDict, guided: bool) -> tuple[Callable, int, str]:
@@ -209,22 +198,6 @@ def _abstract_state(task: Task, mesh: Mesh) -> TrainState:
     key = jax.random.key(0)  # Outside of the mesh: its devices can compute nothing.
     with sharding.use(mesh):
         return sharding.abstract_state(task.init, key, mesh)
-
-
-def _left_whole(state: PyTree) -> dict[str, int]:
-    """{name: bytes} of arrays above 1 MiB that stay whole though there is an fsdp axis."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        placement, size = leaf.sharding, bytes_per_chip(leaf)
-        split = any("fsdp" in _axes(entry) for entry in placement.spec)
-        if placement.mesh.shape["fsdp"] > 1 and size > 2**20 and not split:
-            shape = ",".join(map(str, leaf.shape))
-            found[f"{jax.tree_util.keystr(path, simple=True, separator='/')} [{shape}]"] = size
-    return found
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

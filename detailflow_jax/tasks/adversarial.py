@@ -1,13 +1,14 @@
 """Perceptual and adversarial terms of a reconstruction: what a task adds to its own losses.
 
 The generator's and the discriminator's update are one program. Before the discriminator's start
-both are skipped by `lax.cond`, on the step as data: nothing is compiled anew when they begin.
+both are skipped, on the step as data: nothing is compiled anew when they begin.
 
 Shapes: B batch, n rows of reconstructions, a multiple of B; S decoded side. Images are float32
 [-1, 1].
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,22 @@ def _gathered(params: Any) -> Any:
     return jax.tree.map(lambda x: nn.with_logical_constraint(x, (None,) * x.ndim), params)
 
 
+def _either(started: jax.Array, active: Callable[[], Any], idle: Callable[[], Any]) -> Any:
+    """`active()` once `started`, before that `idle()`; the same arrays from both.
+
+    XLA runs a convolution inside of a conditional some ten times slower on a CPU. So there both
+    are computed, from the first step on, and one is taken.
+    """
+
+    def both():
+        return jax.tree.map(functools.partial(jnp.where, started), active(), idle())
+
+    def one():
+        return jax.lax.cond(started, active, idle)
+
+    return jax.lax.platform_dependent(cpu=both, default=one)
+
+
 def _by_batch(images: jax.Array) -> jax.Array:
     return nn.with_logical_constraint(images, ("batch", None, None, None))
 
@@ -63,7 +80,7 @@ def perceptual_network(config, smallest: int, dtype: Any) -> lpips.LPIPS | None:
         return None
     if smallest < lpips.SMALLEST:
         raise ValueError(
-            f"config.loss.perceptual={config.loss.perceptual}: the fewest tokens decode to "
+            f"config.loss.perceptual={config.loss.perceptual}: the smallest images are of "
             f"{smallest} px, LPIPS needs {lpips.SMALLEST} at least; set config.loss.perceptual=0"
         )
     return lpips.LPIPS(dtype)
@@ -92,7 +109,9 @@ def perceptual_loss(
 
 
 def network_config(config, c: Any) -> discriminator.DinoConfig | discriminator.PatchGANConfig:
-    """The network of `config.discriminator`; `c` has the dtype, scan and remat of the task's own.
+    """The network of `config.discriminator`.
+
+    `c` has the dtype of the task's own network, and its scan and remat where it knows of them.
 
     Raises:
       ValueError: no such kind.
@@ -101,9 +120,8 @@ def network_config(config, c: Any) -> discriminator.DinoConfig | discriminator.P
     if d.kind == "patchgan":
         return discriminator.PatchGANConfig(**d.patchgan.to_dict(), dtype=c.dtype)
     if d.kind == "dino":
-        return discriminator.DinoConfig(
-            **d.dino.to_dict(), dtype=c.dtype, scan=c.scan, remat=c.remat
-        )
+        stack = {name: getattr(c, name) for name in ("scan", "remat") if hasattr(c, name)}
+        return discriminator.DinoConfig(**d.dino.to_dict(), dtype=c.dtype, **stack)
     raise ValueError(f"config.discriminator.kind={d.kind!r} is not one of {', '.join(KINDS)}")
 
 
@@ -112,7 +130,7 @@ def make(config, c: Any, smallest: int) -> "Adversary | None":
 
     Args:
       config: of the task.
-      c: of the task's network: `image_size`, `dtype`, `scan`, `remat`.
+      c: of the task's network; see `network_config`.
       smallest: the smallest side of an image that it will be given.
 
     Raises:
@@ -139,7 +157,7 @@ def make(config, c: Any, smallest: int) -> "Adversary | None":
         )
     if d.kind == "patchgan" and smallest < 3 * 2**network.num_layers:
         raise ValueError(
-            f"the fewest tokens decode to {smallest} px: PatchGAN with "
+            f"the smallest images are of {smallest} px: PatchGAN with "
             f"config.discriminator.patchgan.num_layers={network.num_layers} needs "
             f"{3 * 2**network.num_layers} at least; take fewer layers"
         )
@@ -148,7 +166,7 @@ def make(config, c: Any, smallest: int) -> "Adversary | None":
         weight=config.loss.adversarial,
         network=discriminator.make(network),
         optimizer=optim.optimizer(d.optim, max(config.total_steps - d.start_step, 1)),
-        image_size=c.image_size,
+        smallest=smallest,
     )
 
 
@@ -163,18 +181,18 @@ class Adversary:
       weight: of the generator's adversarial loss.
       network: the discriminator's pure functions.
       optimizer: of the discriminator; its schedule begins when the discriminator does.
-      image_size: of the task.
+      smallest: the smallest side of an image that it is given.
     """
 
     config: Any
     weight: float
     network: discriminator.Discriminator
     optimizer: optax.GradientTransformation
-    image_size: int
+    smallest: int
 
     def init(self, key: jax.Array) -> tuple[dict[str, Any], Any]:
         """(what it holds, the frozen parameters), random; in boxes that name axes."""
-        params, state, frozen = self.network.init(key, self.image_size)
+        params, state, frozen = self.network.init(key, self.smallest)
         params = named(params)
         held = {
             "params": params,
@@ -253,7 +271,7 @@ class Adversary:
         def idle():
             return jnp.zeros(()), jnp.zeros_like(fakes), held["state"]
 
-        return jax.lax.cond(step >= self.config.start_step, active, idle)
+        return _either(step >= self.config.start_step, active, idle)
 
     def _losses(self, params, held, frozen, pair, key):
         """(sum, (metrics, state, LeCAM averages)) for a pair of real and fake images."""
@@ -290,5 +308,5 @@ class Adversary:
             shapes = jax.eval_shape(active)[1]
             return held, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        held, metrics = jax.lax.cond(step >= self.config.start_step, active, idle)
+        held, metrics = _either(step >= self.config.start_step, active, idle)
         return held, {f"discriminator/{name}": value for name, value in metrics.items()}

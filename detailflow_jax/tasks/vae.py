@@ -1,8 +1,11 @@
 """Training of the KL autoencoder: reconstruction from a sample of the posterior, and its KL.
 
+Perceptual and adversarial terms are in `tasks/adversarial.py`.
+
 Shapes: B batch, R image side, C latent channels, h = w = R / stride.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from detailflow_jax.models import lpips
 from detailflow_jax.models.vae import VAE, VAEConfig
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.tasks import Task, TrainState, optim
+from detailflow_jax.ops.adversarial import ramp
+from detailflow_jax.tasks import Task, TrainState, adversarial, optim
 
 
 def model_config(model) -> VAEConfig:
@@ -21,8 +26,8 @@ def model_config(model) -> VAEConfig:
     return VAEConfig(**model.to_dict())
 
 
-def all_losses(model: VAE, images: jax.Array, key: jax.Array, *, loss):
-    """Every loss term of one batch, inside `VAE.apply`.
+def all_losses(model: VAE, images: jax.Array, key: jax.Array, *, loss, perceptual=None):
+    """Every loss term of one batch but the adversarial one, inside `VAE.apply`.
 
     Reconstruction and KL are both sums over an image, divided by its number of values: so
     `loss.kl` weighs them as the LDM family does, and does not depend on the image's size.
@@ -32,9 +37,11 @@ def all_losses(model: VAE, images: jax.Array, key: jax.Array, *, loss):
       images: float32 [B, R, R, 3] in [-1, 1].
       key: of the posterior's sample.
       loss: the `loss` part of the config.
+      perceptual: (reconstruction, images) -> scalar, weight included, or None.
 
     Returns:
-      {name: scalar}, weights included, and what to watch, {name: scalar}.
+      {name: scalar}, weights included; what to watch, {name: scalar}; the reconstruction,
+      float32 [B, R, R, 3].
     """
     posterior = model.encode(images)
     latents = model.scale(posterior.sample(key))
@@ -44,74 +51,145 @@ def all_losses(model: VAE, images: jax.Array, key: jax.Array, *, loss):
         "mse": loss.mse * jnp.mean(jnp.square(reconstruction - images)),
         "kl": loss.kl * kl / images[0].size,
     }
-    # Perceptual (LPIPS) and adversarial terms join here: both compare `reconstruction` with
-    # `images`.
+    if perceptual is not None:
+        terms["perceptual"] = perceptual(reconstruction, images)
     watched = {
         "kl": kl,  # nats an image
         "psnr": jnp.mean(pixels.psnr(reconstruction, images)),
         "latent_std": jnp.std(latents),  # about 1 where `scale_factor` is right
     }
-    return terms, watched
-
-
-def _check(config, c: VAEConfig) -> None:
-    """Refuses what cannot be trained.
-
-    Raises:
-      ValueError: a loss term that is not there, or images that the stride does not divide.
-    """
-    for name in ("perceptual", "adversarial"):
-        if config.loss[name]:
-            raise ValueError(
-                f"config.loss.{name}={config.loss[name]}: this term is not available for the "
-                f"autoencoder; set config.loss.{name}=0"
-            )
-    if config.data.image_size % c.stride:
-        raise ValueError(
-            f"config.data.image_size={config.data.image_size} is no multiple of the autoencoder's "
-            f"stride {c.stride}, given by the {len(c.multipliers)} levels of "
-            "config.model.multipliers"
-        )
+    return terms, watched, reconstruction
 
 
 def make(config) -> Task:
-    """The autoencoder task of a config (see `configs/vae.py` for its fields)."""
-    c = model_config(config.model)
-    _check(config, c)
-    model = VAE(c)
-    optimizer = optim.optimizer(config.optim, config.total_steps)
+    """The autoencoder task of a config (see `configs/vae.py` for its fields).
 
-    def init(key: jax.Array) -> TrainState:
+    Raises:
+      ValueError: images that the stride does not divide, or terms that cannot be.
+    """
+    c = model_config(config.model)
+    side = config.data.image_size
+    if side % c.stride:
+        raise ValueError(
+            f"config.data.image_size={side} is no multiple of the autoencoder's stride "
+            f"{c.stride}, given by the {len(c.multipliers)} levels of config.model.multipliers"
+        )
+    trainer = Trainer(
+        config=config,
+        model=VAE(c),
+        vgg=adversarial.perceptual_network(config, side, jnp.dtype(c.dtype)),
+        adversary=adversarial.make(config, c, side),
+        optimizer=optim.optimizer(config.optim, config.total_steps),
+    )
+    return Task(trainer.init, trainer.plan, trainer.train_step, trainer.figures)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+    """The functions of a `Task` over what a config makes of the autoencoder.
+
+    Attributes:
+      config: of the task.
+      model: the network.
+      vgg: frozen, of the perceptual term, or None.
+      adversary: None where there is no adversarial term.
+      optimizer: of the network.
+    """
+
+    config: Any
+    model: VAE
+    vgg: lpips.LPIPS | None
+    adversary: adversarial.Adversary | None
+    optimizer: optax.GradientTransformation
+
+    def init(self, key: jax.Array) -> TrainState:
+        """See `Task`."""
+        c = self.model.config
         # The parameters' shapes do not depend on the images' size.
         example = jnp.zeros((1, c.stride, c.stride, c.image_channels))
-        params = model.init(key, example)["params"]
+        params = self.model.init(key, example)["params"]
+        extra, frozen = {}, {}
+        if self.vgg is not None:
+            frozen["lpips"] = adversarial.perceptual_init(self.vgg, jax.random.fold_in(key, 1))
+        if self.adversary is not None:
+            held = self.adversary.init(jax.random.fold_in(key, 2))
+            extra["discriminator"], frozen["dino"] = held
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init(params),
-            ema=optim.start_average(params, config.ema),
+            opt_state=self.optimizer.init(params),
+            ema=optim.start_average(params, self.config.ema),
+            extra=extra,
+            frozen=frozen,
         )
 
-    def plan(step: int) -> tuple[None, dict[str, np.ndarray]]:
-        del step  # nothing is decided on the host: one program for every step
+    def plan(self, step: int) -> tuple[None, dict[str, np.ndarray]]:
+        """See `Task`. Nothing is decided on the host: one program for every step."""
+        del step
         return None, {}
 
-    def train_step(state: TrainState, batch, plan, *, variant=None):
+    def train_step(self, state: TrainState, batch, plan, *, variant=None):
+        """See `Task`."""
         del plan, variant
         images = pixels.to_float(batch["image"])
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        if self.adversary is not None:
+            return self._adversarial_step(state, images, key)
 
         def total(params, images, key):
-            losses = functools.partial(all_losses, images=images, key=key, loss=config.loss)
-            terms, watched = model.apply({"params": params}, method=losses)
-            by_name = {f"loss/{name}": value for name, value in terms.items()}
-            return sum(terms.values()), by_name | watched
+            terms, watched, _ = self._forward(state, params, images, key)
+            return sum(terms.values()), _by_name(terms) | watched
 
-        (loss, means), grads = optim.gradients(total, state.params, images, key, config.accumulate)
-        new = optim.updated(state, optimizer, grads, config.ema)
-        return new, means | {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+        (_, found), grads = optim.gradients(
+            total, state.params, images, key, self.config.accumulate
+        )
+        return self._update(state, grads, found)
 
-    return Task(init, plan, train_step, functools.partial(figures, model))
+    def _forward(self, state: TrainState, params: Any, images: jax.Array, key: jax.Array):
+        """`all_losses` with other parameters."""
+        loss, perceptual = self.config.loss, None
+        if self.vgg is not None:
+            weight = loss.perceptual * ramp(state.step, 0, loss.perceptual_ramp)
+            frozen = state.frozen["lpips"]
+
+            def perceptual(x, y):
+                return weight * adversarial.perceptual_loss(self.vgg, frozen, x, y)
+
+        losses = functools.partial(
+            all_losses, images=images, key=key, loss=loss, perceptual=perceptual
+        )
+        return self.model.apply({"params": params}, method=losses)
+
+    def _adversarial_step(self, state: TrainState, images: jax.Array, key: jax.Array):
+        def loss(params):
+            terms, watched, reconstruction = self._forward(state, params, images, key)
+            return (sum(terms.values()), reconstruction), (terms, watched)
+
+        grads, (terms, watched), term, held, metrics = self.adversary.gradients(
+            loss,
+            state.params,
+            held=state.extra["discriminator"],
+            frozen=state.frozen["dino"],
+            target=images,
+            step=state.step,
+            key=jax.random.fold_in(key, 1),
+            last_kernel=lambda grads: grads["decoder"]["conv_out"]["kernel"],
+        )
+        new, found = self._update(state, grads, _by_name(terms | term) | watched)
+        return new.replace(extra=state.extra | {"discriminator": held}), found | metrics
+
+    def _update(self, state: TrainState, grads: Any, found: dict[str, jax.Array]):
+        new = optim.updated(state, self.optimizer, grads, self.config.ema)
+        loss = sum(value for name, value in found.items() if name.startswith("loss/"))
+        return new, found | {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+
+    def figures(self, state: TrainState, batch) -> dict[str, np.ndarray]:
+        """Pictures of the first 8 images of a batch; see `figures`."""
+        return figures(self.model, state, batch)
+
+
+def _by_name(terms: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {f"loss/{name}": value for name, value in terms.items()}
 
 
 def figures(model: VAE, state: TrainState, batch, draws: int = 4) -> dict[str, np.ndarray]:
