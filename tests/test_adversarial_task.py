@@ -14,7 +14,6 @@ from test_adversarial import FAST_TO_COMPILE
 
 from detailflow_jax import sharding, tasks, train
 from detailflow_jax.checkpoint import Checkpoints
-from detailflow_jax.config import load_config
 from detailflow_jax.convert import CheckpointError, mapping, start
 from detailflow_jax.convert import discriminator as disc_names
 from detailflow_jax.convert import lpips as lpips_names
