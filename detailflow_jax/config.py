@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 T = TypeVar("T")
 
@@ -32,6 +33,7 @@ MAY_DIFFER = (
     "keep_checkpoints",
     "tensorboard",
     "stall_seconds",
+    "score",
     "accumulate",
     "mesh",
     "data.prefetch",
@@ -208,6 +210,16 @@ def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_
     config.accumulate = 1  # parts of a batch that are computed one after another, to save memory
     config.stall_seconds = 600  # warn, naming the step, when none has ended for so long; 0: never
     config.tensorboard = True
+    config.score = {  # a score of a few images, of raw and averaged weights (evaluate/training.py)
+        "every": 0,  # steps; 0: never
+        "reference": "",  # an .npz, a folder of pictures, tfds:NAME:SPLIT, digits:test
+        "num_samples": 1024,  # FID of so few compares with itself only
+        "batch_size": 64,
+        "decoder": "",  # of a generator's samples: the tokenizer, or VAE
+        "cfg_scale": 1.5,
+        "features": True,  # FID and its kin, by Inception; False: PSNR and SSIM alone
+        "inception": placeholder(str),  # None: where `python -m detailflow_jax.weights` says
+    }
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1}
 
 

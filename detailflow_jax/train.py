@@ -43,12 +43,14 @@ from detailflow_jax.config import (
     ConfigError,
     check_fields,
     check_same,
+    flatten,
     hold_workdir,
     load_config,
     write_config,
 )
 from detailflow_jax.convert.start import load_into
 from detailflow_jax.data import make_iterator
+from detailflow_jax.evaluate.training import Scorer, make_scorer
 from detailflow_jax.feed import DataError, Feed
 from detailflow_jax.metrics import Averages, Diverged, MetricWriter, Progress, run_log
 from detailflow_jax.tasks import Task, TrainState, make_task
@@ -68,12 +70,19 @@ LOOP_FIELDS = {
     "accumulate": int,  # parts of a batch, one after another
     "stall_seconds": int,  # 0: no warning
     "tensorboard": bool,
+    "score.every": int,  # 0: never
+    "score.num_samples": int,
+    "score.batch_size": int,
     "mesh.data": int,
     "mesh.fsdp": int,
     "mesh.tensor": int,
     "mesh.slices": int,
 }
-AT_LEAST_ONE = ("total_steps", "batch_size", "log_every", "keep_checkpoints", "accumulate")
+AT_LEAST_ONE = (
+    *("total_steps", "batch_size", "log_every", "keep_checkpoints", "accumulate"),
+    *("score.num_samples", "score.batch_size"),
+)
+AT_LEAST_ZERO = ("seed", "figures_every", "checkpoint_every", "stall_seconds", "score.every")
 
 
 class Preempted(SystemExit):
@@ -143,6 +152,7 @@ def train(
             logging.info("this run is finished: nothing is left to do in %s", workdir)
             return state
         state = _with_weights(config, state, fresh=restored is None)
+        scorer = _scorer(config, mesh, workdir)
 
         # -------------------------------------------------------------------------------- steps
         writer = MetricWriter(workdir, tensorboard=config.tensorboard, step=step)
@@ -161,6 +171,7 @@ def train(
             progress=stack.enter_context(progress),
             stop=stop,
             watchdog=watchdog,
+            scorer=scorer,
             started=started,
         )
         train_step = sharding.jit_step(task.train_step, abstract_state)
@@ -196,8 +207,9 @@ def run_steps(
 
         last = step == config.total_steps
         leave = run.stop.requested(step) and not last
-        if last or _due(config.log_every, step):
-            run.log(step)
+        scores = run.score(step, state) if _due(config.score.every, step) else {}
+        if last or scores or _due(config.log_every, step):
+            run.log(step, scores)
         with run.progress.pause():
             if last or _due(config.figures_every, step):
                 figures = task.figures(state, batch)
@@ -225,6 +237,7 @@ class Run:
     progress: Progress
     stop: "StopRequest"
     watchdog: Watchdog
+    scorer: Scorer | None
     started: float
     programs: dict[Hashable, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
@@ -239,13 +252,22 @@ class Run:
             logging.info("compiled variant %s in %.1f s", variant, time.perf_counter() - start)
         return self.programs[variant]
 
-    def log(self, step: int) -> None:
-        """Waits for the steps so far, then reports their means."""
+    def score(self, step: int, state: TrainState) -> dict[str, float]:
+        """Scores of a few images; they do not lower the rate."""
+        self.watchdog.beat(f"the scores of step {step}")
+        with self.progress.pause():
+            scores = self.scorer(state)
+        logging.info("step %d  %s", step, "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        return scores
+
+    def log(self, step: int, scores: dict[str, float]) -> None:
+        """Waits for the steps so far, then reports their means, and the scores of this one."""
         means = self.averages.take_means()
         skipped = self.feed.skipped
         if skipped is not None:
             means["skipped"] = skipped
-        self.writer.scalars(step, means | self.progress.report(step, means["loss"]))
+        rate = self.progress.report(step, means["loss"])
+        self.writer.scalars(step, means | scores | rate)
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves, after making sure that every loss so far, and the state, is finite."""
@@ -264,12 +286,11 @@ class Run:
 def check_run(config: ConfigDict, workdir: str) -> None:
     """Checks the loop's fields, and that the workdir is not of another configuration."""
     check_fields(config, LOOP_FIELDS)
-    for name in AT_LEAST_ONE:
-        if config[name] < 1:
-            raise ConfigError(f"config.{name}={config[name]}: expected at least 1")
-    for name in ("seed", "figures_every", "checkpoint_every", "stall_seconds"):
-        if config[name] < 0:
-            raise ConfigError(f"config.{name}={config[name]}: expected at least 0")
+    values = flatten(config)
+    for least, names in ((1, AT_LEAST_ONE), (0, AT_LEAST_ZERO)):
+        for name in names:
+            if values[name] < least:
+                raise ConfigError(f"config.{name}={values[name]}: expected at least {least}")
     check_same(config, workdir)
 
 
@@ -304,6 +325,13 @@ def _with_weights(config: ConfigDict, state: TrainState, *, fresh: bool) -> Trai
     try:
         return load_into(config, state, fresh=fresh)
     except ValueError as error:  # What a file is not, or is not good for.
+        raise ConfigError(str(error)) from error
+
+
+def _scorer(config: ConfigDict, mesh: Mesh, workdir: str) -> Scorer | None:
+    try:
+        return make_scorer(config, mesh, workdir)
+    except ValueError as error:  # Weights or images that are not there.
         raise ConfigError(str(error)) from error
 
 

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from detailflow_jax import weights
-from detailflow_jax.evaluate import __main__ as evaluate
+from detailflow_jax.evaluate import networks
 from detailflow_jax.weights import WEIGHTS, WeightsError
 
 
@@ -91,12 +91,12 @@ def test_the_usual_place_without_the_variable(monkeypatch):
 
 def test_evaluation_reads_the_usual_places(folder, monkeypatch):
     with pytest.raises(WeightsError, match=r"--inception.*--without rfid"):
-        evaluate.load_extractor(None, 8)
+        networks.load_extractor(None, 8)
     with pytest.raises(WeightsError, match=r"vgg16-397923af\.pth.*--lpips.*--without lpips"):
-        evaluate.load_perceptual(None)
+        networks.load_perceptual(None)
     put(folder, "vgg16")
     with pytest.raises(WeightsError, match=r"vgg\.pth.*--without lpips"):
-        evaluate.load_perceptual(None)
+        networks.load_perceptual(None)
     put(folder, "lpips")
     read = []
 
@@ -104,8 +104,8 @@ def test_evaluation_reads_the_usual_places(folder, monkeypatch):
         read.extend(files)
         return {}, []
 
-    monkeypatch.setattr(evaluate.lpips_weights, "load", load)
-    evaluate.load_perceptual(None)
+    monkeypatch.setattr(networks.lpips_weights, "load", load)
+    networks.load_perceptual(None)
     assert read == [weights.expected("vgg16"), weights.expected("lpips")]
-    evaluate.load_perceptual([str(folder / "vgg.pth")])  # a whole LPIPS is one file
+    networks.load_perceptual([str(folder / "vgg.pth")])  # a whole LPIPS is one file
     assert read[2:] == [folder / "vgg.pth"]

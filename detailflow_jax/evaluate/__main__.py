@@ -18,17 +18,15 @@ from typing import Any
 
 import jax
 
-from detailflow_jax import api, distributed, weights
+from detailflow_jax import api, distributed
 from detailflow_jax.checkpoint import CheckpointError as RunError
 from detailflow_jax.config import ConfigError
-from detailflow_jax.convert import inception as inception_weights
-from detailflow_jax.convert import lpips as lpips_weights
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.evaluate import features, generation, reconstruction, references
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.models import Reconstructor, Sampler
-from detailflow_jax.evaluate.samples import hash_file, open_samples
-from detailflow_jax.models.lpips import LPIPS
+from detailflow_jax.evaluate.networks import load_extractor, load_perceptual
+from detailflow_jax.evaluate.samples import open_samples
 
 KINDS = {
     "detailflow": (
@@ -136,40 +134,6 @@ def numbers(text: str | None, kind: Callable[[str], Any], option: str) -> list:
         raise EvaluationError(
             f"cannot read {option} {text!r}: expected numbers with commas between them"
         ) from error
-
-
-# ------------------------------------------------------------------------------------- the networks
-
-
-def load_extractor(path: str | None, batch_size: int) -> features.FeatureExtractor:
-    """The Inception network of published numbers, from its usual file.
-
-    Raises:
-      WeightsError: the file is not there; the text says where people get it.
-      CheckpointError: it is damaged or another network.
-    """
-    # Samples cannot do without it; of the scores of reconstructions only rFID needs it.
-    without = "for reconstructions, --without rfid"
-    file = weights.locate("inception", path=path, field="--inception", without=without)
-    params, _ = inception_weights.load(file)
-    return features.FeatureExtractor(
-        features.inception(params, hash_file(file)), batch_size=batch_size
-    )
-
-
-def load_perceptual(paths: Sequence[str] | None) -> reconstruction.Perceptual:
-    """LPIPS as a compiled function, from the files named or from the two usual ones.
-
-    Raises:
-      WeightsError: they are not there; the text says where people get them.
-      CheckpointError: they are damaged or something else.
-    """
-    paths = paths or [weights.expected("vgg16"), weights.expected("lpips")]
-    locate = functools.partial(weights.locate, field="--lpips", without="--without lpips")
-    files = [locate("lpips" if i else "vgg16", path=path) for i, path in enumerate(paths)]
-    params, _ = lpips_weights.load(*files)
-    network = LPIPS(precision=jax.lax.Precision.HIGHEST)
-    return functools.partial(jax.jit(lambda p, x, y: network.apply({"params": p}, x, y)), params)
 
 
 # ------------------------------------------------------------------------------------- the commands

@@ -19,9 +19,7 @@ from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import split_count
 from detailflow_jax.ops import correction, interpolation
 from detailflow_jax.ops import images as pixels
-
-DECODERS = {"generator": "tokenizer", "flowar": "vae"}
-"""Kind of a generating model -> kind of what makes images of its samples."""
+from detailflow_jax.tasks.inference import DECODERS
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from detailflow_jax import sharding
 from detailflow_jax.config import ConfigError
-from detailflow_jax.tasks import Task, TrainState, make_task
+from detailflow_jax.tasks import Task, TrainState, inference, make_task
 
 
 class DoesNotFit(Exception):
@@ -120,59 +120,25 @@ def sampler_program(config: ConfigDict, mesh: Mesh, batch_size: int, cfg_scale: 
     Raises:
       ConfigError: the task has no sampler, or the batch and the mesh do not go together.
     """
-    if config.task not in SAMPLERS:
+    if config.task not in inference.DECODERS:
         raise ConfigError(
-            f"config.task={config.task!r} has no sampler: expected one of {', '.join(SAMPLERS)}"
+            f"config.task={config.task!r} has no sampler: expected one of "
+            f"{', '.join(inference.DECODERS)}"
         )
     sharding.check_batch_size(batch_size, mesh)
-    run, guidance, note = SAMPLERS[config.task](config, cfg_scale != 1.0)
+    sampling = inference.sampling(config, cfg_scale)
     params = _abstract_state(_task(config), mesh).params
     rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     labels = _abstract((batch_size,), jnp.int32, rows)
     keys = _abstract((batch_size,), jax.random.key(0).dtype, rows)
-    guidance = _abstract((guidance,), jnp.float32, NamedSharding(mesh, PartitionSpec()))
-    note = f"{note}, guidance {cfg_scale:g}"
+    whole = NamedSharding(mesh, PartitionSpec())
+    guidance = _abstract(sampling.guidance.shape, jnp.float32, whole)
+    note = f"{sampling.note}, guidance {cfg_scale:g}"
     arguments = params, labels, keys, guidance
-    step = jax.jit(run)
+    step = jax.jit(sampling.run)
     return Program(
         "sampler", step, arguments, {}, mesh, batch_size, note, sharding.left_whole(params)
     )
-
-
-def _generator_sampler(config: ConfigDict, guided: bool) -> tuple[Callable, int, str]:
-    from detailflow_jax.models import sampler
-    from detailflow_jax.models.generator import Generator
-    from detailflow_jax.tasks import generator as task
-
-    network = Generator(task.model_config(config.model))
-    num_tokens = network.config.num_tokens
-    options = sampler.SamplingOptions(num_tokens, guided=guided)
-
-    def run(params, labels, keys, scales):
-        one = jnp.float32(1.0)
-        return sampler.sample(network, params, labels, keys, scales, one, one, options=options)
-
-    return run, num_tokens, f"{num_tokens} tokens"
-
-
-def _flowar_sampler(config: ConfigDict, guided: bool) -> tuple[Callable, int, str]:
-    from detailflow_jax.models import flow_sampler
-    from detailflow_jax.models.flowar import FlowAR
-    from detailflow_jax.tasks import flowar as task
-
-    network, steps = FlowAR(task.model_config(config.model)), 25
-    scales = len(network.config.scales)
-    times = flow_sampler.flow_times(scales, steps)
-    options = flow_sampler.FlowSamplingOptions(times, guided=guided, guidance_high=0.9)
-
-    def run(params, labels, keys, factors):
-        return flow_sampler.sample(network, params, labels, keys, factors, options=options)
-
-    return run, scales, f"{scales} scales of {steps} flow steps"
-
-
-# Each: (config, guided) -> (params, labels [B], keys [B], guidance [G]) -> samples, G, and a note.
-SAMPLERS = {"generator": _generator_sampler, "flowar": _flowar_sampler}
 
 
 def _task(config: ConfigDict) -> Task:
