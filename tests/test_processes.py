@@ -22,6 +22,8 @@ import toy_task
 from detailflow_jax import distributed, extract_codes, generate, sharding, train
 from detailflow_jax.checkpoint import Checkpoints, restore_params, save_params
 from detailflow_jax.config import load_config, write_config
+from detailflow_jax.evaluate import training
+from detailflow_jax.evaluate.features import FeatureExtractor, FeatureNetwork
 from detailflow_jax.feed import Feed
 from detailflow_jax.tasks import TrainState, make_task
 
@@ -124,6 +126,10 @@ def test_the_run_goes_on_in_one_process_and_ends_as_if_nothing_had_happened(one)
     a, b = ([json.loads(line) for line in run] for run in lines)
     assert [line["step"] for line in a] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([x["loss"] for x in a], [x["loss"] for x in b], rtol=1e-5)
+    # Those of the first steps were made by two processes.
+    scores = [[x["score/ema/fid_of_11"] for x in lines if x["step"] % 4 == 0] for lines in (a, b)]
+    assert len(scores[0]) == STEPS // 4
+    np.testing.assert_allclose(*scores, rtol=1e-3)
 
 
 def test_figures_are_those_of_one_process(one):
@@ -315,6 +321,17 @@ def look(folder: pathlib.Path) -> dict:
     }
 
 
+def thumbnails(path: str | None, batch_size: int, **_) -> FeatureExtractor:
+    """In Inception's place: the colours of an image's sixteenths."""
+
+    def apply(params, images):
+        parts = images.astype(np.float32).reshape(len(images), 4, 8, 4, 8, 3).mean((2, 4))
+        parts = parts.reshape(len(images), -1)
+        return {"pool": parts, "spatial": parts, "logits": parts}
+
+    return FeatureExtractor(FeatureNetwork(apply, {}, "thumbnails"), batch_size=batch_size)
+
+
 def work(folder: pathlib.Path) -> int:
     distributed.start()
     count = jax.process_count()
@@ -330,7 +347,10 @@ def work(folder: pathlib.Path) -> int:
     if code := generate.main([*samples, f"--out={folder}/samples_{count}"]):
         return code
     arguments = [*GENERATOR, f"--config.data.source=codes:{folder}/codes_2"]
-    arguments += [f"--config.total_steps={STEPS}"]
+    arguments += [f"--config.total_steps={STEPS}", "--config.score.every=4"]
+    arguments += ["--config.score.num_samples=11", "--config.score.batch_size=8"]
+    arguments += ["--config.score.reference=digits:test", f"--config.score.decoder={folder}/tok"]
+    training.load_extractor = thumbnails
     if count == 2:
         take = Feed.take
         Feed.take = lambda self: (time.sleep(0.1), take(self))[1]  # Time for a signal.

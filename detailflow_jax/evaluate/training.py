@@ -25,7 +25,7 @@ from detailflow_jax.convert import load
 from detailflow_jax.evaluate import generation, image_quality
 from detailflow_jax.evaluate.distances import frechet_distance
 from detailflow_jax.evaluate.errors import EvaluationError
-from detailflow_jax.evaluate.features import FeatureExtractor, split_count
+from detailflow_jax.evaluate.features import FeatureExtractor, local_mesh, split_count
 from detailflow_jax.evaluate.models import as_uint8
 from detailflow_jax.evaluate.moments import Moments
 from detailflow_jax.evaluate.networks import load_extractor
@@ -52,7 +52,8 @@ def make_scorer(config: ConfigDict, mesh: Mesh, workdir: str) -> "Scorer | None"
         )
     kind = GenerationScorer if config.task in inference.DECODERS else ReconstructionScorer
     try:
-        return kind(config, mesh, workdir)
+        with sharding.use(local_mesh()):
+            return kind(config, mesh, workdir)
     except (EvaluationError, FileNotFoundError) as error:
         raise ConfigError(f"config.score: {error}") from error
 
@@ -62,6 +63,7 @@ class Scorer:
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self.config, self.mesh, s = config, mesh, config.score
+        self.local = local_mesh()  # of this process, for what each computes by itself
         parts = split_count(mesh)
         self.batch_size = -(-min(s.batch_size, s.num_samples) // parts) * parts
         self.extractor: FeatureExtractor | None = None
@@ -84,7 +86,7 @@ class Scorer:
         found, kinds = {}, {"raw": state.params, "ema": state.ema}
         for kind, params in kinds.items():
             if params is not None:
-                with sharding.use(self.mesh):
+                with sharding.use(self.local):
                     values, count = self.score(params)
                 found |= {
                     f"score/{kind}/{name}_of_{count}": float(value)
@@ -104,7 +106,8 @@ class Scorer:
                 jax.make_array_from_callback(x.shape, place, x.__getitem__)
                 for x in (x[start : start + size] for x in padded)
             ]
-            images = sharding.to_host(function(*batch))
+            with sharding.use(self.mesh):
+                images = sharding.to_host(function(*batch))
             parts.append(as_uint8(images, f"images from {start} on"))
         return np.concatenate(parts)[:count]
 
