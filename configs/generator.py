@@ -53,7 +53,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "multiple_of": 256,
         "num_tokens": num_tokens,
         "group_size": 8,
-        "causal_num": placeholder(int),  # None: one group
+        "causal_num": placeholder(int),  # None: one group; 0: the first group in parallel as well
         "codebook_size": 8192,
         "num_classes": 1000,
         "class_dropout": 0.1,

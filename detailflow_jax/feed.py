@@ -1,6 +1,8 @@
 """Batches on their way to the devices, one ahead of the step that runs."""
 
 import copy
+import functools
+import math
 from typing import Any
 
 import jax
@@ -31,6 +33,11 @@ class Feed:
         self._skipped: int | None = None  # By this process, in this part of the run.
         self._skipped_before = 0
 
+    @functools.cached_property
+    def _blocks(self) -> int:
+        """How many processes read rows of their own."""
+        return sharding.batch_share(self._mesh)[1]
+
     def __enter__(self):
         return self
 
@@ -54,7 +61,7 @@ class Feed:
             return None
         skipped = int(sharding.gather_processes(np.array([self._skipped])).sum())
         if jax.process_count() > 1:  # Some may read the same rows.
-            skipped = skipped * sharding.batch_share(self._mesh)[1] // jax.process_count()
+            skipped = skipped * self._blocks // jax.process_count()
         return self._skipped_before + skipped
 
     def prefetch(self) -> None:
@@ -72,8 +79,19 @@ class Feed:
         except Exception as error:  # A reader can raise anything.
             raise DataError(f"cannot read the next batch: {error}") from error
         skipped = batch.pop("skipped", None)
+        self._check_rows(batch)
         state = copy.deepcopy(self._iterator.get_state())
         self._ahead = sharding.global_batch(batch, self._mesh), state, skipped
+
+    def _check_rows(self, batch: dict[str, np.ndarray]) -> None:
+        rows = len(next(iter(batch.values()))) * self._blocks
+        parts = math.prod(self._mesh.shape[axis] for axis in sharding.BATCH)
+        if rows % parts:
+            raise DataError(
+                f"a batch of {rows} rows cannot be split over data x fsdp = {parts} of the mesh: "
+                f"config.batch_size, and config.data.dynamic.multiple where batches differ in size,"
+                f" must be multiples of {parts}"
+            )
 
     def peek(self) -> dict[str, jax.Array]:
         """The next batch, which stays the next one."""

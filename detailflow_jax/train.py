@@ -53,6 +53,7 @@ from detailflow_jax.data import make_iterator
 from detailflow_jax.evaluate.training import Scorer, make_scorer
 from detailflow_jax.feed import DataError, Feed
 from detailflow_jax.metrics import Averages, Diverged, MetricWriter, Progress, run_log
+from detailflow_jax.ops.input_sizes import input_sizes
 from detailflow_jax.tasks import Task, TrainState, make_task
 from detailflow_jax.watchdog import Watchdog
 
@@ -126,7 +127,8 @@ def train(
         stop = stack.enter_context(StopRequest())
         watchdog = stack.enter_context(Watchdog(config.stall_seconds))
         mesh = sharding.make_mesh(config.mesh)
-        sharding.check_batch_size(config.batch_size, mesh)
+        for size in _batch_sizes(config):
+            sharding.check_batch_size(size, mesh)
         sharding.sync_processes("started")
         stack.enter_context(sharding.use(mesh))
         task, iterator = _task_and_data(config, task, iterator, mesh)
@@ -292,6 +294,15 @@ def check_run(config: ConfigDict, workdir: str) -> None:
             if values[name] < least:
                 raise ConfigError(f"config.{name}={values[name]}: expected at least {least}")
     check_same(config, workdir)
+
+
+def _batch_sizes(config: ConfigDict) -> set[int]:
+    """Every number of images that a batch can have."""
+    try:
+        sizes = input_sizes(config.get("data", {}), config.batch_size, config.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return {config.batch_size, *(sizes.images(x) for x in (sizes.possible if sizes else ()))}
 
 
 def _task_and_data(

@@ -203,7 +203,7 @@ def test_overrides_that_cannot_be(tmp_path, name, overrides, message):
         ("tokenizer_a", {"codebook_embed_dim": "8"}, "codebook_embed_dim='8'.*say 8"),
         ("tokenizer_a", {"enc_patch_size": 16}, "enc_patch_size=16.*say 8"),
         ("tokenizer_a", {"encoder_model": "siglip2_base"}, "'siglip2_base', 12 layers.*say 3"),
-        ("tokenizer_a", {"causal_encoder": False}, "causal_encoder=False, so its queries see"),
+        ("tokenizer_a", {"causal_encoder": "no"}, "causal_encoder='no'; expected true or false"),
         ("tokenizer_a", {"causal_decoder": True}, "causal_decoder=True"),
         ("tokenizer_a", {"group_size": [4]}, r"group_size=\[4\]; expected int"),
         ("tokenizer_a", {"max_image_size": 10**9}, "image_size=1000000000; expected int from 1"),

@@ -108,6 +108,7 @@ def test_names_of_the_wide_layout():
         ("tokenizer", dataclasses.replace(TokenizerConfig(), encoder=ViTConfig(depth=16))),
         ("vae", VAEConfig()),
         *SMALL,
+        ("generator", dataclasses.replace(SMALL_GENERATOR, causal_num=0)),
         *(("generator", GeneratorConfig(**size)) for size in SIZES.values()),
     ],
 )

@@ -19,7 +19,7 @@ settings = hypothesis.settings(max_examples=50, deadline=None)
 def groups(draw, most=12):
     """(N, g, c) that belong together."""
     size, count = draw(st.integers(1, 6)), draw(st.integers(1, most))
-    return size * count, size, size * draw(st.integers(1, count))
+    return size * count, size, size * draw(st.integers(0, count))
 
 
 # ------------------------------------------------------------------------------------------ masks
@@ -50,7 +50,7 @@ def test_group_mask_follows_the_rule(sizes):
         ((8, 0, 4), "group_size=0"),
         ((8, 4, 6), "causal_num=6"),
         ((8, 4, 12), "causal_num=12"),
-        ((8, 4, 0), "causal_num=0"),
+        ((8, 4, -4), "causal_num=-4"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, named):
@@ -91,6 +91,15 @@ SMALL = ResolutionMap(64, 32, 4, 8, 8)
 def test_counts_without_meaning_are_refused(count):
     with pytest.raises(ValueError, match=f"num_tokens={count} .*1..8.*multiples of 4 up to 32"):
         SMALL.resolution(count)
+
+
+def test_without_causal_tokens_only_whole_groups_count():
+    found = ResolutionMap(64, 32, 4, 0, 8)
+    assert found.token_counts == tuple(range(4, 33, 4))
+    with pytest.raises(ValueError, match=r"num_tokens=1 .* counts are multiples of 4 up to 32"):
+        found.resolution(1)
+    rng = np.random.default_rng(0)
+    assert {found.draw_count(rng, 0.0) for _ in range(200)} == set(range(4, 29, 4))
 
 
 def test_a_size_that_no_count_decodes_to_is_refused():
@@ -227,6 +236,8 @@ def test_guidance_scales():
     gradual = filters.guidance_scales(1.5, 16, 4, 8, gradual=True)
     np.testing.assert_allclose(gradual, 1.5 * np.repeat([1, 1, 3 / 5, 2 / 5], 4), rtol=1e-6)
     assert gradual.dtype == np.float32
+    none_causal = filters.guidance_scales(1.5, 16, 4, 0, gradual=True)
+    np.testing.assert_allclose(none_causal, 1.5 * np.repeat([5, 4, 3, 2], 4) / 5, rtol=1e-6)
 
 
 @settings

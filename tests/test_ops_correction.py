@@ -14,14 +14,14 @@ N, G, C = 16, 4, 8  # tokens, group, causal
 # ------------------------------------------------------------------------------------------ spans
 
 
-def draw(token_count, *, per_sample=True, seed=0, batch=2000):
+def draw(token_count, *, per_sample=True, seed=0, batch=2000, causal_num=C):
     span = correction.draw_span(
         jax.random.key(seed),
         batch,
         jnp.int32(token_count),
         num_tokens=N,
         group_size=G,
-        causal_num=C,
+        causal_num=causal_num,
         per_sample=per_sample,
     )
     assert span.start.shape == span.stop.shape == (batch,)
@@ -58,6 +58,19 @@ def test_noise_among_many_tokens_spares_the_last_group(token_count):
 def test_a_single_token_is_never_perturbed():
     start, stop = draw(1)
     assert (start == N).all() and (stop == N).all()
+
+
+@pytest.mark.parametrize("token_count", [G, 2 * G, N])
+def test_without_causal_tokens_noise_strikes_whole_groups(token_count):
+    """c = 0: m ~ U[0, t - g) as ever; in one group alone there is nothing to correct."""
+    start, stop = draw(token_count, causal_num=0)
+    if token_count == G:
+        assert (start == N).all() and (stop == N).all()
+        return
+    found = chances(start)
+    assert set(found) == set(range(0, token_count - G, G))
+    np.testing.assert_array_equal(stop - start, G)
+    assert max(abs(share - G / (token_count - G)) for share in found.values()) < 0.06
 
 
 def test_one_position_for_the_batch():

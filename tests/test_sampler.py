@@ -88,6 +88,13 @@ CASES = {
     # name: changed fields of the network, guided, further token counts to ask for
     "one group causal": ({}, True, []),
     "two groups causal": ({"causal_num": 8}, False, [3, 12]),
+    "none causal": ({"causal_num": 0}, True, [4, 12]),
+    "none causal, no groups either": (
+        {"num_tokens": 6, "group_size": 1, "causal_num": 0},
+        True,
+        [],
+    ),
+    "none causal, one group": ({"num_tokens": 4, "causal_num": 0, "scan": False}, False, []),
     "all causal": ({"causal_num": 16}, True, []),
     "groups of one": ({"num_tokens": 6, "group_size": 1}, True, []),
     "one kv head": ({"num_kv_heads": 1, "group_size": 2, "causal_num": 4}, True, []),
@@ -107,6 +114,13 @@ def test_cache_equals_recomputation(case):
         got = run_sampler(config, params, labels, options)
         assert got.dtype == np.int32
         np.testing.assert_array_equal(got, want[:, :count])
+
+
+def test_groups_of_one_have_no_table_without_rows():
+    """They read no special embedding, and a checkpoint refuses an array of no rows."""
+    params = random_params(dataclasses.replace(TINY, group_size=1))
+    assert "special_embedding" not in params
+    assert all(leaf.size for leaf in jax.tree.leaves(params))
 
 
 # --------------------------------------------------------------------- what a sample depends on

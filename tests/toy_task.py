@@ -36,6 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1},
             "accumulate": 1,
             "stall_seconds": 0,
+            "score": {"every": 0, "num_samples": 1, "batch_size": 1},
             "model": {"dropout": 0.1},
             "optim": {"lr": 1e-2},
             "nan_at": -1,  # The step whose loss is NaN.

@@ -11,6 +11,7 @@ from detailflow_jax.convert.settings import Settings, count_layers, dimension
 from detailflow_jax.models.generator import SIZES, GeneratorConfig
 
 _LAYER, _OURS = "layers.{}", "blocks/layers"
+_SPECIAL = "spe_tok_embeddings.special_embeddings.weight"
 
 TABLE = (
     Entry("cls_embedding.embedding_table.weight", ("class_embedding/embedding",)),
@@ -29,7 +30,7 @@ TABLE = (
     Entry(f"{_LAYER}.ffn_norm.weight", (f"{_OURS}/ffn_norm/scale",)),
     Entry("norm.weight", ("final_norm/scale",)),
     Entry("output.weight", ("output/kernel",), transpose=True),
-    Entry("spe_tok_embeddings.special_embeddings.weight", ("special_embedding/embedding",)),
+    Entry(_SPECIAL, ("special_embedding/embedding",)),
 )
 
 SKIPPED = ("freqs_cis", "mask", "group_causal_mask")
@@ -42,9 +43,8 @@ _BLOCK = {(size["depth"], size["width"]): size["num_heads"] for size in SIZES.va
 
 
 def buffers(config: GeneratorConfig) -> dict[str, np.ndarray]:
-    """The buffers that strict loading asks for besides: none."""
-    del config
-    return {}
+    """What strict loading asks for besides: in groups of one, a table of no special embeddings."""
+    return {_SPECIAL: np.zeros((0, config.width), np.float32)} if config.group_size == 1 else {}
 
 
 def infer_config(
@@ -78,13 +78,13 @@ def infer_config(
     s.by_shape("depth", count_layers(tensors, "layers."), ["n_layer"])
     classes = size("cls_embedding.embedding_table.weight", 0) - 1  # the last is the null class
     s.by_shape("num_classes", classes, ["num_classes"])
-    group = size("spe_tok_embeddings.special_embeddings.weight", 0) + 1
+    group = size(_SPECIAL, 0) + 1
     s.by_shape("group_size", group, ["group_size"])
     _heads(s, rows=size("layers.0.attention.wqkv.weight", 0))
     _hidden(s, size("layers.0.feed_forward.w1.weight", 0))
     why = "as in DetailFlow-16; pass num_tokens=256 or 512 if it is of another tokenizer"
     s.told("num_tokens", int, ["block_size"], default=128, why=why)
-    s.told("causal_num", int)
+    s.told("causal_num", int, signed=True)  # zero has a meaning; the network refuses the rest
     rates = ["class_dropout", "token_dropout", "residual_dropout"]
     try:
         return GeneratorConfig(**s.rest([*rates, "dtype", "scan", "remat"])), s.notices

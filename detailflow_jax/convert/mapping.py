@@ -181,7 +181,8 @@ def from_published(
     _check_covered(wanted, flat)
     skip = tuple(skip)
     names = {tensor.name for tensor in wanted}
-    rest = [name for name in tensors if name not in names]
+    # A tensor of no numbers needs no parameter to go to.
+    rest = [name for name in tensors if name not in names and 0 not in tensors[name].shape]
     report = Report(
         loaded=[tensor.name for tensor in wanted if tensor.name in tensors],
         missing=[tensor.name for tensor in wanted if tensor.name not in tensors],

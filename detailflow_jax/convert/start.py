@@ -199,7 +199,7 @@ def _placed(current: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, 
 
 
 def read_whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of a whole network, but for the projection for alignment where it has none."""
+    """Parameters of a whole network, but for the projections for alignment that it lacks."""
     names = KINDS[kind].names
     if is_workdir(path):
         tensors, source = mapping.to_published(names.TABLE, load(kind, path).params), path
@@ -208,8 +208,9 @@ def read_whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any
         _tell(read.notices)
         tensors, source = read.tensors, read.source
     check_kind(kind, tensors, source)
-    aligned = f"{tokenizer.ALIGNMENT}0.weight" in tensors
-    wanted = {k: x for k, x in params.items() if aligned or not k.startswith("align_layers")}
+    optional = {"align_layers": tokenizer.ALIGNMENT, "repa_layers": tokenizer.REPA}
+    absent = tuple(k for k, name in optional.items() if f"{name}0.weight" not in tensors)
+    wanted = {k: x for k, x in params.items() if not k.startswith(absent)}
     return _read(names.TABLE, _fitted(names.TABLE, tensors, wanted), wanted, source, names.SKIPPED)
 
 

@@ -13,6 +13,7 @@ from detailflow_jax.models.siglip import ViTConfig
 from detailflow_jax.models.tokenizer import TokenizerConfig
 
 ALIGNMENT = "global_token_proj."
+REPA = "projection."
 _USAGE = "quantize.codebook_used"
 _USAGE_LENGTH = 65_536
 
@@ -31,12 +32,15 @@ TABLE = (
     *linear(f"{ALIGNMENT}0", "align_layers_0"),
     *linear(f"{ALIGNMENT}2", "align_layers_1"),
     *linear(f"{ALIGNMENT}4", "align_layers_2"),
+    *linear(f"{REPA}0", "repa_layers_0"),
+    *linear(f"{REPA}2", "repa_layers_1"),
+    *linear(f"{REPA}4", "repa_layers_2"),
     Entry("quantize.embedding.weight", ("codebook",)),
 )
 
-SKIPPED = ("repa_model.", ALIGNMENT, "projection.", _USAGE)
-"""The frozen teacher, the projections for alignment (of the first code, where it is not asked for,
-and of the decoder's features), a usage counter."""
+SKIPPED = ("repa_model.", ALIGNMENT, REPA, _USAGE)
+"""The frozen teacher, the projections for alignment where they are not asked for (of the first code
+and of the decoder's tokens), a usage counter."""
 
 TEACHER = siglip.trunk("repa_model.visual_model", "")
 """The frozen alignment teacher inside a training checkpoint."""
@@ -74,7 +78,7 @@ def infer_config(
       CheckpointError: a contradiction, a value that nothing tells, an unknown override.
     """
     s = Settings(source, published, overrides)
-    s.only("causal_encoder", True, "so its queries see each other")
+    s.fields["causal_encoder"] = _causal_encoder(s)
     s.only("causal_decoder", False, "so its decoder is causal")
     s.only("codebook_l2_norm", True, "so its codes are not normalised")
     heads = {part: s.overrides.pop(f"{part}_num_heads", None) for part in ("encoder", "decoder")}
@@ -85,7 +89,7 @@ def infer_config(
     tokens = d(tensors, "encoder.latent_tokens", 1, 3, source)
     s.by_shape("num_tokens", tokens, ["num_latent_tokens"])
     s.told("group_size", int, default=8, why="as in every published model")
-    s.told("causal_num", int)
+    s.told("causal_num", int, signed=True)  # 0 has a meaning; the network refuses less
     s.told(
         "image_size",
         int,
@@ -94,11 +98,19 @@ def infer_config(
         why="the size that the position table was made for",
     )
     s.told("resolution_power", float, ["degradation_power"], default=1.5)
-    fields = s.rest(["teacher_width", "dtype", "scan", "remat"])
+    fields = s.rest(["teacher_width", "repa_layer", "dtype", "scan", "remat"])
     try:
         return TokenizerConfig(**fields, **trunks), s.notices
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
+
+
+def _causal_encoder(s: Settings) -> bool:
+    """The override, the published field, or True."""
+    value = s.overrides.pop("causal_encoder", s.published.get("causal_encoder", True))
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{s.source}: causal_encoder={value!r}", expected="true or false")
+    return value
 
 
 def _trunk(part: str, s: Settings, tensors: Mapping[str, Any], num_heads: int | None) -> ViTConfig:
@@ -144,9 +156,9 @@ def describe(config: TokenizerConfig) -> tuple[dict[str, Any], dict[str, Any], l
         "num_latent_tokens": config.num_tokens,
         "group_size": config.group_size,
         "causal_num": config.causal_num,
-        "causal_encoder": True,
+        "causal_encoder": config.causal_encoder,
         "causal_decoder": False,
-        "correction_training": True,
+        "correction_training": True,  # Else the published network lacks `refine_conv`.
         "global_token_loss_weight": 0.0,  # Else it builds, and asks the file for, the teacher.
     }
     extra = {

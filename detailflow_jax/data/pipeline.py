@@ -4,6 +4,9 @@ Position p of the endless stream is one example, fixed by the seed: which record
 shuffled anew) and which random numbers. Batch k holds the positions [k B, (k+1) B), and process
 i of P reads the i-th block of B / P of them, so the global batch is the same array for every
 number of processes and worker processes, and a run resumes exactly from its batch index.
+
+With dynamic input resolution the size of batch k's images is a function of (seed, k) too. A batch
+of fewer, larger images takes the first of its B positions and passes over the others.
 """
 
 import functools
@@ -24,6 +27,7 @@ from detailflow_jax.data.transforms import (
     longest_short_side,
     training_crop,
 )
+from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
 
 _MAX_SKIPS = 64  # Broken records in a row after which the data, not the record, are at fault.
 _reported: set[str] = set()  # Broken records already named in this process's log.
@@ -62,13 +66,24 @@ class ReadableSource:
 
 
 class _ProcessBlock(grain.MapDataset):
-    """The `process_index`-th of `process_count` equal blocks of every `batch_size` elements."""
+    """The `process_index`-th of `process_count` equal blocks of every batch.
 
-    def __init__(self, parent, batch_size: int, process_index: int, process_count: int):
+    All blocks are as long here as those of a whole batch of `batch_size`. Where `sizes` give a
+    batch fewer images, the rest of its block is None, which reads nothing.
+    """
+
+    def __init__(
+        self,
+        parent,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+        sizes: InputSizes | None,
+    ):
         super().__init__(parent)
-        self._batch_size = batch_size
+        self._batch_size, self._sizes = batch_size, sizes
+        self._process_index, self._process_count = process_index, process_count
         self._block = batch_size // process_count
-        self._start = process_index * self._block
 
     def __len__(self) -> int:
         return len(self._parent) // self._batch_size * self._block
@@ -77,7 +92,21 @@ class _ProcessBlock(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         batch, row = divmod(index, self._block)
-        return self._parent[batch * self._batch_size + self._start + row]
+        rows = self._block
+        if self._sizes is not None:
+            rows = self._sizes.images(self._sizes.size(batch)) // self._process_count
+        if row >= rows:
+            return None
+        return self._parent[batch * self._batch_size + self._process_index * rows + row]
+
+
+def _stack_rows(examples: Sequence[dict | None]) -> dict:
+    rows = [example for example in examples if example is not None]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _with_size(position: int, example: dict, sizes: InputSizes) -> dict:
+    return {**example, "size": sizes.size(position // sizes.batch_size)}
 
 
 class _WorkerIterator(grain.DatasetIterator):
@@ -119,8 +148,8 @@ class _WorkerIterator(grain.DatasetIterator):
             self._running = None
 
 
-def _training_view(example: dict, rng: np.random.Generator, **crop) -> dict:
-    image = training_crop(example["image"], rng=rng, **crop)
+def _training_view(example: dict, rng: np.random.Generator, size: int, **crop) -> dict:
+    image = training_crop(example["image"], example.get("size", size), rng=rng, **crop)
     return {"image": image, "label": np.int32(example["label"]), "skipped": example["skipped"]}
 
 
@@ -142,8 +171,8 @@ def _training_latents(
     return {"moments": np.concatenate(scaled, axis=-1), "label": np.int32(example["label"])}
 
 
-def _open(data: Mapping):
-    """(source, random map) of a data configuration."""
+def _open(data: Mapping, largest: int | None):
+    """(source, random map) of a data configuration; `largest` is the side of the largest crop."""
     kind, _, rest = data["source"].partition(":")
     if kind == "codes":
         return CodeSource(rest), _training_codes
@@ -172,7 +201,7 @@ def _open(data: Mapping):
     )
     source = make_source(data["source"], data.get("split"), data.get("data_dir"))
     scaled = data.get("scaled_decode", False)
-    reduce_to = longest_short_side(crop, size, min_scale) if scaled else None
+    reduce_to = longest_short_side(crop, largest, min_scale) if scaled else None
     return ReadableSource(source, reduce_to), view
 
 
@@ -190,7 +219,8 @@ def make_iterator(
         data: `config.data`: source, split, image_size, crop, min_scale, max_scale, flip,
             data_dir for images; source "codes:DIR" for codes; source "latents:DIR" and flip (take
             the image or its mirror; default True) for latents. Optional for images: scaled_decode
-            (decode large JPEGs at a fraction of their size, docs/imagenet.md). For all:
+            (decode large JPEGs at a fraction of their size, docs/imagenet.md), dynamic (batches of
+            other sizes: probability, sizes, multiple; `ops.input_sizes`). For all:
             num_workers (processes, 0 for none); worker_buffer (finished batches that each keeps,
             default 1); prefetch (batches in the making, in each worker); num_threads (that make
             them, 0: one a batch).
@@ -199,31 +229,49 @@ def make_iterator(
 
     Returns:
         Iterator of this process's b = B / process_count rows:
-        {"image": uint8 [b, R, R, 3], "label": int32 [b], "skipped": int32 [b]} or
+        {"image": uint8 [b, R, R, 3], "label": int32 [b], "skipped": int32 [b]}, R and b of the
+        step where `dynamic` is on, or
         {"codes": int32 [b, N, 3], "label": int32 [b]} or {"moments": float32 [b, h, w, 2C], mean
         and log-variance of scaled latents, "label": int32 [b]}. `get_state` and `set_state` are
         exact, with any number of worker processes, and `grain.checkpoint.CheckpointSave` takes it.
 
     Raises:
         ValueError: a batch that the processes do not divide, an unknown source or crop, and
-            what `make_source`, `CodeSource` and `LatentSource` raise.
+            what `make_source`, `CodeSource`, `LatentSource` and `InputSizes` raise.
     """
+    sizes = _check_batches(data, batch_size, seed, process_index, process_count)
+    source, random_map = _open(data, sizes.possible[-1] if sizes else data.get("image_size"))
+    if not len(source):
+        raise ValueError(f"data source {data['source']!r} holds no examples")
+    # Seeds are derived here: those that Grain derives depend on the depth of the pipeline.
+    shuffle_seed, map_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
+    dataset = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat()
+    if sizes:
+        dataset = dataset.map_with_index(functools.partial(_with_size, sizes=sizes))
+    # Before the cut into processes, so that the random numbers follow the global position.
+    dataset = dataset.random_map(random_map, seed=map_seed)
+    dataset = _ProcessBlock(dataset, batch_size, process_index, process_count, sizes)
+    together = _stack_rows if sizes else None
+    return _start(dataset.batch(batch_size // process_count, batch_fn=together), data)
+
+
+def _check_batches(
+    data: Mapping, batch_size: int, seed: int, process_index: int, process_count: int
+) -> InputSizes | None:
+    """The sizes of the batches, None where all are alike; refuses what processes cannot share."""
     if batch_size <= 0 or batch_size % process_count:
         raise ValueError(
             f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} of {process_count} processes")
-    source, random_map = _open(data)
-    if not len(source):
-        raise ValueError(f"data source {data['source']!r} holds no examples")
-    # Seeds are derived here: those that Grain derives depend on the depth of the pipeline.
-    shuffle_seed, map_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
-    dataset = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat()
-    # Before the cut into processes, so that the random numbers follow the global position.
-    dataset = dataset.random_map(random_map, seed=map_seed)
-    dataset = _ProcessBlock(dataset, batch_size, process_index, process_count)
-    return _start(dataset.batch(batch_size // process_count), data)
+    sizes = input_sizes(data, batch_size, seed)
+    if sizes and sizes.multiple % process_count:
+        raise ValueError(
+            f"config.data.dynamic.multiple={sizes.multiple} must be a multiple of the "
+            f"{process_count} processes, which share every batch"
+        )
+    return sizes
 
 
 def _start(batches: grain.MapDataset, data: Mapping) -> grain.DatasetIterator:

@@ -3,6 +3,7 @@
 Shapes: B batch, T positions, N tokens, g group, c causal tokens, V codes, D width.
 Sequence of length N: [class, z_1 .. z_c, s_1 .. s_{g-1}, z_{c+1} .. z_{N-g}] with s the special
 embeddings; position p predicts z_{p+1}, without a further shift (facts of the published model).
+With c = 0 the first group is predicted in parallel as well, from [class, s_1 .. s_{g-1}].
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from detailflow_jax.models import layers
-from detailflow_jax.ops import masks, rotary
+from detailflow_jax.ops import masks, resolution, rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class GeneratorConfig:
     multiple_of: int = 256
     num_tokens: int = 128
     group_size: int = 8
-    causal_num: int | None = None  # None: one group
+    causal_num: int | None = None  # None: one group; 0: not even the first group is causal
     codebook_size: int = 8192
     num_classes: int = 1000
     class_dropout: float = 0.1
@@ -44,7 +45,7 @@ class GeneratorConfig:
     @property
     def causal(self) -> int:
         """c, the number of tokens that are generated one by one."""
-        return self.causal_num or self.group_size
+        return self.group_size if self.causal_num is None else self.causal_num
 
     @property
     def kv_heads(self) -> int:
@@ -73,7 +74,7 @@ class GeneratorConfig:
         if not (single or grouped):
             raise ValueError(
                 f"num_tokens={num_tokens} is not valid for this generator; valid counts are "
-                f"1..{self.causal}, then multiples of {self.group_size} up to {self.num_tokens}"
+                + resolution.describe_counts(self.num_tokens, self.group_size, self.causal)
             )
 
 
@@ -166,7 +167,10 @@ class Generator(nn.Module):
 
     def embed_special(self, batch: int):
         """The g - 1 special embeddings for a batch: [B, g - 1, D]."""
-        special = self.special_embedding.embedding.astype(self.config.dtype)
+        c = self.config
+        if c.group_size == 1:  # Not touched, there is no table: checkpoints refuse one of no rows.
+            return jnp.zeros((batch, 0, c.width), c.dtype)
+        special = self.special_embedding.embedding.astype(c.dtype)
         return jnp.broadcast_to(special, (batch, *special.shape))
 
     def to_logits(self, x):

@@ -1,8 +1,8 @@
 """Sampling codes: the whole loop is one jitted program with a key/value cache.
 
 The class token gives z_1, then tokens come one by one to z_c; [z_c, s_1 .. s_{g-1}] gives the next
-group, and every group the next (paper section 3.4). The published sampler recomputes the whole
-prefix at each step; the group mask makes caching exact.
+group, and every group the next (paper section 3.4). With c = 0 the class stands for z_c. The
+published sampler recomputes the whole prefix at each step; the group mask makes caching exact.
 
 Shapes: B samples, n tokens asked for, g group, c causal, V codes; R = B rows, or 2B under guidance
 (of each sample the conditional row, then the null row).
@@ -116,7 +116,9 @@ def sample(
     codes = jnp.zeros((len(labels), c.num_tokens), jnp.int32)
     carry = codes, empty_cache(c, len(classes))
 
-    carry = program.advance(carry, jnp.int32(0), program.apply("embed_class", classes))
+    last = program.apply("embed_class", classes)
+    if c.causal:
+        carry = program.advance(carry, jnp.int32(0), last)
 
     def one(i, carry):
         previous = jax.lax.dynamic_slice_in_dim(carry[0], i - 1, 1, axis=1)
@@ -124,8 +126,9 @@ def sample(
 
     carry = jax.lax.fori_loop(1, min(n, c.causal), one, carry)
     if n > c.causal:
-        last = carry[0][:, c.causal - 1 : c.causal]
-        last = program.apply("embed_codes", program.rows(last))
+        if c.causal:
+            last = carry[0][:, c.causal - 1 : c.causal]
+            last = program.apply("embed_codes", program.rows(last))
         special = program.apply("embed_special", len(classes))
         x = jnp.concatenate([last, special], axis=1)
         carry = program.advance(carry, jnp.int32(c.causal), x)

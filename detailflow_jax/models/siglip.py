@@ -49,10 +49,28 @@ class Block(nn.Module):
         return nn.with_logical_constraint(x + y, ("batch", "length", "embed_act")), keys_values
 
 
+class TappedBlock(Block):
+    """A block that hands on, beside its tokens, the first P of those that block `tap` made.
+
+    Its x is (tokens [B, T, D], tapped tokens [B, P, D], how many blocks came before). The tapped
+    ones are carried, not collected: a scan would collect the tokens of every layer.
+    """
+
+    tap: int = 0
+
+    def __call__(self, x, prefix, mask, rope):
+        tokens, tapped, count = x
+        tokens, keys_values = super().__call__(tokens, prefix, mask, rope)
+        count = count + 1
+        tapped = jnp.where(count == self.tap, tokens[:, : tapped.shape[1]], tapped)
+        return (tokens, tapped, count), keys_values
+
+
 class VisionTransformer(nn.Module):
     """Patch embedding, position table, blocks and final norm, each usable on its own.
 
-    `embed_patches=False` leaves the patch embedding out (the decoder's trunk has none).
+    `embed_patches=False` leaves the patch embedding out (the decoder's trunk has none). `tap`, from
+    1 to L, is the block whose tokens `run_tapped` gives.
     """
 
     config: ViTConfig
@@ -60,6 +78,7 @@ class VisionTransformer(nn.Module):
     scan: bool = True
     remat: str = "none"
     embed_patches: bool = True
+    tap: int = 0
 
     def setup(self):
         c = self.config
@@ -71,7 +90,10 @@ class VisionTransformer(nn.Module):
             (c.table_side**2, c.width),
         )
         options = {"num_heads": c.num_heads, "mlp_dim": c.mlp_dim, "dtype": self.dtype}
-        self.blocks = layers.Stack(Block, options, c.depth, scan=self.scan, remat=self.remat)
+        block = Block
+        if self.tap:
+            block, options = TappedBlock, options | {"tap": self.tap}
+        self.blocks = layers.Stack(block, options, c.depth, scan=self.scan, remat=self.remat)
         self.final_norm = layers.layer_norm()
 
     def positions(self, height: int, width: int) -> jax.Array:
@@ -91,8 +113,14 @@ class VisionTransformer(nn.Module):
 
     def run(self, tokens: jax.Array, *, prefix=None, mask=None) -> jax.Array:
         """The blocks and the final norm over ready tokens: float32 [B, T, D]."""
-        tokens, _ = self.blocks(tokens, prefix=prefix, mask=mask)
-        return self.final_norm(tokens)
+        return self.run_tapped(tokens, 0, prefix=prefix, mask=mask)[0]
+
+    def run_tapped(self, tokens: jax.Array, length: int, *, prefix=None, mask=None):
+        """(`run`, the first `length` tokens after block `tap` [B, length, D], or None)."""
+        x = (tokens, tokens[:, :length], jnp.int32(0)) if self.tap else tokens
+        x, _ = self.blocks(x, prefix=prefix, mask=mask)
+        tokens, tapped, _ = x if self.tap else (x, None, None)
+        return self.final_norm(tokens), tapped
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] in [-1, 1] -> patch features after the final norm, [B, P, D]."""

@@ -18,6 +18,7 @@ from detailflow_jax.ops import correction, masks, patches, quantization, resolut
 
 PUBLISHED_ENCODER = ViTConfig(depth=12)
 PUBLISHED_DECODER = ViTConfig(width=768, depth=12, num_heads=12, mlp_dim=3072)
+REPA_WIDTH = 2048  # hidden, of the projection of the decoder's tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,24 +28,33 @@ class TokenizerConfig:
     image_size: int = 256
     num_tokens: int = 128
     group_size: int = 8
-    causal_num: int | None = None  # None: one group
+    causal_num: int | None = None  # None: one group; 0: the first group is bidirectional too
     codebook_size: int = 8192
     codebook_dim: int = 8
     resolution_power: float = 1.5
     encoder: ViTConfig = PUBLISHED_ENCODER
     decoder: ViTConfig = PUBLISHED_DECODER
+    causal_encoder: bool = True  # False: every query sees every query (the paper's baseline)
     teacher_width: int = 0  # of the alignment teacher; 0: no projection for alignment
+    repa_layer: int = 0  # after so many decoder blocks its tokens are aligned too; 0: never
     dtype: str = "float32"
     scan: bool = True
     remat: str = "none"
 
     def __post_init__(self):
         masks.check_groups(self.num_tokens, self.group_size, self.causal)
+        if not 0 <= self.repa_layer <= self.decoder.depth:
+            raise ValueError(
+                f"repa_layer={self.repa_layer} is not one of the {self.decoder.depth} decoder "
+                "blocks, counted from 1 (0: none)"
+            )
+        if self.repa_layer and not self.teacher_width:
+            raise ValueError(f"repa_layer={self.repa_layer} needs teacher_width, the teacher's")
 
     @property
     def causal(self) -> int:
         """c, the number of tokens that are generated one by one."""
-        return self.causal_num or self.group_size
+        return self.group_size if self.causal_num is None else self.causal_num
 
     @property
     def resolutions(self) -> resolution.ResolutionMap:
@@ -86,17 +96,20 @@ class Encoder(nn.Module):
         return self.trunk.encode_patches(images)
 
     def read(self, patch_kv, queries):
-        """Queries [B, N, D] over the patch stream -> hidden states after the final norm."""
-        c = self.config
-        num_patches = jax.tree.leaves(patch_kv)[0].shape[-3]
-        among = masks.group_mask(c.num_tokens, c.group_size, c.causal)
-        mask = np.concatenate([np.ones((c.num_tokens, num_patches), bool), among], axis=1)
-        queries = (queries + self.latent_positions).astype(c.dtype)
-        return self.trunk.run(queries, prefix=patch_kv, mask=mask[None, None])
+        """Queries [B, n, D], n <= N, over the patch stream -> hidden states, normed at the end."""
+        c, length = self.config, queries.shape[1]
+        mask = None
+        if c.causal_encoder:
+            num_patches = jax.tree.leaves(patch_kv)[0].shape[-3]
+            among = masks.group_mask(c.num_tokens, c.group_size, c.causal)[:length, :length]
+            mask = np.concatenate([np.ones((length, num_patches), bool), among], axis=1)[None, None]
+        queries = (queries + self.latent_positions[:length]).astype(c.dtype)
+        return self.trunk.run(queries, prefix=patch_kv, mask=mask)
 
-    def first_queries(self, batch: int):
-        """The learned queries of the clean pass: [B, N, D]."""
-        return jnp.broadcast_to(self.latent_tokens, (batch, *self.latent_tokens.shape))
+    def first_queries(self, batch: int, length: int | None = None):
+        """The first n (default all) learned queries of the clean pass: [B, n, D]."""
+        queries = self.latent_tokens[:length]
+        return jnp.broadcast_to(queries, (batch, *queries.shape))
 
 
 class Decoder(nn.Module):
@@ -109,10 +122,13 @@ class Decoder(nn.Module):
         """Projected codes [B, N, D] -> float32 image of height x width patches.
 
         `num_tokens` (int32 scalar or [B], data) hides the codes from n on; None shows all.
+
+        Returns:
+          the image, and the grid's tokens after block `repa_layer`, [B, P, D], or None.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         trunk = VisionTransformer(
-            c.decoder, dtype, c.scan, c.remat, embed_patches=False, name="trunk"
+            c.decoder, dtype, c.scan, c.remat, embed_patches=False, tap=c.repa_layer, name="trunk"
         )
         mask_token = _table(self, "mask_token", 1, c.decoder.width)
         latent_positions = _table(self, "latent_positions", c.num_tokens, c.decoder.width)
@@ -127,17 +143,33 @@ class Decoder(nn.Module):
             shown = jnp.arange(length) < jnp.reshape(num_tokens, (-1, 1))
             mask = jnp.pad(shown, ((0, 0), (height * width, 0)), constant_values=True)
             mask = mask[:, None, None, :]
-        hidden = trunk.run(tokens.astype(dtype), mask=mask)[:, : height * width]
+        hidden, tapped = trunk.run_tapped(tokens.astype(dtype), height * width, mask=mask)
+        hidden = hidden[:, : height * width]
         pixels = layers.dense(
             c.decoder.patch_size**2 * 3, ("embed", "pixels"), dtype=dtype, name="to_pixels"
         )(hidden.astype(dtype))
-        return patches.unpatchify(pixels.astype(jnp.float32), c.decoder.patch_size, height, width)
+        pixels = pixels.astype(jnp.float32)
+        return patches.unpatchify(pixels, c.decoder.patch_size, height, width), tapped
 
 
 def _unit_codebook(key, shape, dtype=jnp.float32):
     """Uniform in +-1/V, then L2-normalised, as published."""
     bound = 1.0 / shape[0]
     return quantization.normalize(jax.random.uniform(key, shape, dtype, -bound, bound))
+
+
+def _projection(axis: str, widths: tuple[int, ...], dtype) -> list[nn.Dense]:
+    """The dense layers of an MLP whose input bears the logical name `axis`."""
+    return [
+        layers.dense(w, (axis, "mlp") if i == 0 else ("mlp", "embed"), dtype=dtype)
+        for i, w in enumerate(widths)
+    ]
+
+
+def _project(mlp: list[nn.Dense], x: jax.Array) -> jax.Array:
+    for i, layer in enumerate(mlp):
+        x = layer(nn.silu(x) if i else x)
+    return x
 
 
 class Pair(typing.NamedTuple):
@@ -176,10 +208,10 @@ class Tokenizer(nn.Module):
         )
         if c.teacher_width:
             widths = (1024, 1024, c.teacher_width)
-            self.align_layers = [
-                layers.dense(w, ("code", "mlp") if i == 0 else ("mlp", "embed"), dtype=f32)
-                for i, w in enumerate(widths)
-            ]
+            self.align_layers = _projection("code", widths, f32)
+        if c.repa_layer:
+            widths = (REPA_WIDTH, REPA_WIDTH, c.teacher_width)
+            self.repa_layers = _projection("embed", widths, jnp.dtype(c.dtype))
 
     # ---- encoding -------------------------------------------------------------------------
 
@@ -187,10 +219,10 @@ class Tokenizer(nn.Module):
         """Images -> the patch stream's keys and values, shared by both encoder passes."""
         return self.encoder.encode_patches(images)[1]
 
-    def first_pass(self, patch_kv):
-        """Clean latents: normalised z, float32 [B, N, d]."""
+    def first_pass(self, patch_kv, num_tokens: int | None = None):
+        """Clean latents of the first n tokens (default all): normalised z, float32 [B, n, d]."""
         batch = jax.tree.leaves(patch_kv)[0].shape[-4]
-        hidden = self.encoder.read(patch_kv, self.encoder.first_queries(batch))
+        hidden = self.encoder.read(patch_kv, self.encoder.first_queries(batch, num_tokens))
         return quantization.normalize(self.quant_conv(hidden))
 
     def second_pass(self, patch_kv, span: correction.Span, shown):
@@ -199,14 +231,15 @@ class Tokenizer(nn.Module):
         Args:
           patch_kv: from `encode_patches`.
           span: the noise; codes before its end are shown.
-          shown: normalised codes [B, N, d]: clean before the span, noisy inside.
+          shown: normalised codes [B, n, d], n <= N: clean before the span, noisy inside.
 
         Returns:
-          normalised z, float32 [B, N, d]; only positions from span.stop on are meant to be used.
+          normalised z, float32 [B, n, d]; only positions from span.stop on are meant to be used.
         """
+        length = shown.shape[1]
         shown = self.refine_conv(jax.lax.stop_gradient(shown))
-        later = correction.after(span, self.config.num_tokens)[..., None]
-        queries = jnp.where(later, self.encoder.refined_tokens, shown)
+        later = correction.after(span, length)[..., None]
+        queries = jnp.where(later, self.encoder.refined_tokens[:length], shown)
         return quantization.normalize(self.quant_conv(self.encoder.read(patch_kv, queries)))
 
     def encode_pair(self, images, span: correction.Span, choice) -> "Pair":
@@ -215,11 +248,11 @@ class Tokenizer(nn.Module):
         Args:
           images: [B, H, W, 3] in [-1, 1].
           span: where noise strikes.
-          choice: int32 [B, N], the perturbed token's rank among the nearest codes; used inside
-            the span only.
+          choice: int32 [B, n], the perturbed token's rank among the nearest codes; used inside
+            the span only. The image is encoded in so many tokens, n <= N.
         """
         patch_kv = self.encode_patches(images)
-        z = self.first_pass(patch_kv)
+        z = self.first_pass(patch_kv, choice.shape[1])
         distances = self.distances(z)
         clean = quantization.nearest_codes(distances)
         noisy = correction.splice(span, clean, correction.near_code(distances, choice), clean)
@@ -243,9 +276,9 @@ class Tokenizer(nn.Module):
             ),
         )
 
-    def encode(self, images):
-        """Images [B, H, W, 3] in [-1, 1] -> codes, int32 [B, N]."""
-        z = self.first_pass(self.encode_patches(images))
+    def encode(self, images, num_tokens: int | None = None):
+        """Images [B, H, W, 3] in [-1, 1] -> the first n codes (default all), int32 [B, n]."""
+        z = self.first_pass(self.encode_patches(images), num_tokens)
         return quantization.nearest_codes(self.distances(z))
 
     # ---- quantizing -----------------------------------------------------------------------
@@ -260,10 +293,7 @@ class Tokenizer(nn.Module):
 
     def align(self, first_code):
         """The first quantised code [B, d] in the teacher's feature space: [B, teacher_width]."""
-        x = first_code
-        for i, layer in enumerate(self.align_layers):
-            x = layer(nn.silu(x) if i else x)
-        return x
+        return _project(self.align_layers, first_code)
 
     # ---- decoding -------------------------------------------------------------------------
 
@@ -275,6 +305,18 @@ class Tokenizer(nn.Module):
           size: side in pixels, a multiple of the decoder's patch (static: one compile a size).
           num_tokens: hide tokens from this count on (data), so that one program serves many counts.
         """
+        return self._decode(latents, size, num_tokens)[0]
+
+    def decode_tapped(self, latents, size: int, num_tokens=None):
+        """`decode`, and the grid's tokens after block `repa_layer` in the teacher's space.
+
+        Returns:
+          images, and [B, P, teacher_width], one a patch.
+        """
+        images, tapped = self._decode(latents, size, num_tokens)
+        return images, _project(self.repa_layers, tapped)
+
+    def _decode(self, latents, size: int, num_tokens):
         side, rest = divmod(size, self.config.decoder.patch_size)
         if rest or side < 1:
             raise ValueError(
@@ -297,4 +339,5 @@ class Tokenizer(nn.Module):
         self.second_pass(patch_kv, span, codes)
         if self.config.teacher_width:
             self.align(codes[:, 0])
-        return self.decode(codes, self.config.image_size)
+        decode = self.decode_tapped if self.config.repa_layer else self.decode
+        return decode(codes, self.config.image_size)

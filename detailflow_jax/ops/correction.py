@@ -44,6 +44,8 @@ def draw_span(
 ) -> Span:
     """m ~ U[0, t) for t <= c, else U[0, t - g); nothing is perturbed when t = 1.
 
+    Nor when t = g and c = 0: no group is left that could correct for the first one.
+
     Args:
       key: PRNG key.
       batch: B.
@@ -58,7 +60,8 @@ def draw_span(
     position = jnp.minimum((uniform * limit).astype(jnp.int32), limit - 1)
     span = span_of(jnp.broadcast_to(position, (batch,)), group_size, causal_num)
     silent = no_span(batch, num_tokens)
-    return Span(*(jnp.where(token_count == 1, n, s) for s, n in zip(span, silent, strict=True)))
+    is_silent = (token_count == 1) | (limit < 1)
+    return Span(*(jnp.where(is_silent, n, s) for s, n in zip(span, silent, strict=True)))
 
 
 def inside(span: Span, num_tokens: int) -> jax.Array:

@@ -6,6 +6,12 @@ import functools
 import numpy as np
 
 
+def describe_counts(num_tokens: int, group_size: int, causal_num: int) -> str:
+    """The valid token counts in words, for messages."""
+    groups = f"multiples of {group_size} up to {num_tokens}"
+    return f"1..{causal_num}, then {groups}" if causal_num else groups
+
+
 @dataclasses.dataclass(frozen=True)
 class ResolutionMap:
     """Token counts and the resolutions they stand for.
@@ -18,7 +24,8 @@ class ResolutionMap:
       image_size: R, the full resolution in pixels.
       num_tokens: N.
       group_size: g; counts above `causal_num` come in multiples of g.
-      causal_num: c, tokens generated one by one; counts up to c are all valid.
+      causal_num: c, tokens generated one by one; counts up to c are all valid. 0: multiples of g
+        only.
       patch_size: of the decoder.
       power: a.
     """
@@ -62,7 +69,7 @@ class ResolutionMap:
         if num_tokens not in self.token_counts:
             raise ValueError(
                 f"num_tokens={num_tokens} is not valid for this model; valid counts are "
-                f"1..{self.causal_num}, then multiples of {self.group_size} up to {self.num_tokens}"
+                + describe_counts(self.num_tokens, self.group_size, self.causal_num)
             )
 
     def round_up(self, num_tokens: int) -> int:

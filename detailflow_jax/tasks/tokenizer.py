@@ -1,12 +1,14 @@
 """Training of the tokenizer: coarse-to-fine reconstruction, self-correction, alignment.
 
-Perceptual and adversarial terms are in `tasks/adversarial.py`.
+What is drawn for a step is in `tasks/tokenizer_plan.py`, perceptual and adversarial terms in
+`tasks/adversarial.py`.
 
-Shapes: B batch, N tokens, R image side, S decoded side.
+Shapes: B batch, N tokens (fewer where the input is smaller), R image side, S decoded side.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -14,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from detailflow_jax.models import siglip
+from detailflow_jax.models import lpips, siglip
 from detailflow_jax.models.tokenizer import Pair, Tokenizer, TokenizerConfig
 from detailflow_jax.ops import correction, interpolation, quantization
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops.adversarial import ramp
-from detailflow_jax.tasks import Task, TrainState, adversarial, optim
+from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
+from detailflow_jax.tasks import Task, TrainState, adversarial, optim, tokenizer_figures
+from detailflow_jax.tasks.tokenizer_figures import group_counts
+from detailflow_jax.tasks.tokenizer_plan import draw_count, draw_noise, tokens_by_size
 
 USAGE_WINDOW = 65_536
 
@@ -33,25 +38,6 @@ def model_config(model) -> TokenizerConfig:
     for part in ("encoder", "decoder"):
         fields[part] = siglip.ViTConfig(**fields[part])
     return TokenizerConfig(**fields)
-
-
-def draw_noise(key: jax.Array, config: TokenizerConfig, loss, batch: int, token_count: jax.Array):
-    """Noise spans [B] and ranks [B, N] among the nearest codes for self-correction."""
-    position_key, choice_key = jax.random.split(key)
-    if not loss.correction:
-        span = correction.no_span(batch, config.num_tokens)
-    else:
-        span = correction.draw_span(
-            position_key,
-            batch,
-            token_count,
-            num_tokens=config.num_tokens,
-            group_size=config.group_size,
-            causal_num=config.causal,
-            per_sample=loss.noise_per_sample,
-        )
-    top = min(loss.noise_top, config.codebook_size)
-    return span, jax.random.randint(choice_key, (batch, config.num_tokens), 0, top)
 
 
 def latents_to_decode(model, pair: Pair, span: correction.Span) -> jax.Array:
@@ -91,6 +77,24 @@ def alignment_loss(model, first_code: jax.Array, target: jax.Array) -> jax.Array
     return -jnp.mean(jnp.sum(predicted * quantization.normalize(target, 1e-8), axis=-1))
 
 
+def repa_loss(predicted: jax.Array, patches: jax.Array) -> jax.Array:
+    """-mean cosine of projected decoder tokens and the teacher's patch features, over patches.
+
+    Args:
+      predicted: [nB, p * p, D] of B images, n times.
+      patches: [B, P * P, D]; brought to the p x p grid by antialiased bilinear interpolation.
+    """
+    batch, length, width = patches.shape
+    have, want = (round(n**0.5) for n in (length, predicted.shape[1]))
+    if have != want:
+        matrix = interpolation.antialiased_bilinear_matrix(have, want)
+        grid = patches.reshape(batch, have, have, width)
+        patches = interpolation.apply_matrices(grid, matrix, matrix).reshape(batch, -1, width)
+    predicted = predicted.reshape(-1, *patches.shape)  # so that the features need no copies
+    cosine = quantization.normalize(predicted, 1e-8) * quantization.normalize(patches, 1e-8)
+    return -jnp.mean(jnp.sum(cosine, axis=-1))
+
+
 def all_losses(
     model,
     images,
@@ -102,6 +106,7 @@ def all_losses(
     size,
     token_count,
     teacher_mean,
+    patch_features=None,
     perceptual=None,
 ):
     """Every loss term of one batch, inside `Tokenizer.apply`.
@@ -110,12 +115,11 @@ def all_losses(
       model: the bound Tokenizer.
       images: float32 [B, R, R, 3] in [-1, 1].
       target: float32 [B, S, S, 3], the image as `token_count` tokens should give it.
-      span: noise spans.
-      choice: int32 [B, N] ranks among the nearest codes.
+      span, choice: where noise strikes; int32 [B, N] ranks among the nearest codes.
       loss: the `loss` part of the config.
-      size: S, static.
-      token_count: how many tokens are decoded (data).
-      teacher_mean: float32 [B, D] or None.
+      size, token_count: S, static; how many tokens are decoded (data).
+      teacher_mean: float32 [B, D] or None: the teacher's, for alignment.
+      patch_features: float32 [B, P, D] or None: the teacher's, for REPA.
       perceptual: (reconstruction, target) -> scalar, factor included, or None.
 
     Returns:
@@ -123,8 +127,12 @@ def all_losses(
     """
     pair = model.encode_pair(images, span, choice)
     latents = latents_to_decode(model, pair, span)
-    reconstruction = model.decode(latents, size, token_count)
+    decode = model.decode if patch_features is None else model.decode_tapped
+    reconstruction = decode(latents, size, token_count)
     terms = quantizer_losses(model, pair, span, loss)
+    if patch_features is not None:
+        reconstruction, tapped = reconstruction
+        terms["repa"] = loss.repa * repa_loss(tapped, patch_features)
     if perceptual is not None:
         terms["perceptual"] = perceptual(reconstruction, target)
     target = jnp.concatenate([target, target])
@@ -135,12 +143,18 @@ def all_losses(
 
 
 def _teacher(config, c: TokenizerConfig) -> siglip.VisionTransformer | None:
-    """The frozen network that the first code is aligned with, if the config asks for one."""
-    if not config.loss.align:
+    """The frozen network that codes or decoder tokens are aligned with, if any are to be."""
+    names = [name for name in ("align", "repa") if config.loss.get(name)]
+    if not names:
         return None
     if not c.teacher_width or "teacher" not in config:
         raise ValueError(
-            "config.loss.align > 0 needs config.teacher and config.model.teacher_width"
+            f"config.loss.{names[0]} > 0 needs config.teacher and config.model.teacher_width"
+        )
+    if "repa" in names and not c.repa_layer:
+        raise ValueError(
+            "config.loss.repa > 0 needs config.model.repa_layer, the block of the decoder whose "
+            f"tokens are aligned, 1 to {c.decoder.depth}"
         )
     fields = config.teacher.to_dict()
     path, random = fields.pop("path", None), fields.pop("random", False)
@@ -149,8 +163,8 @@ def _teacher(config, c: TokenizerConfig) -> siglip.VisionTransformer | None:
             "config.teacher.path is not set: the alignment loss needs the weights of its teacher. "
             "Name those of google/siglip2-so400m-patch16-naflex (a folder or model.safetensors, or "
             "hf:google/siglip2-so400m-patch16-naflex to download them), or switch alignment off "
-            "with config.loss.align=0; config.teacher.random=True takes a random teacher, to try "
-            "the code only (`python -m detailflow_jax.weights tokenizer` lists what a run needs)"
+            f"with config.loss.{names[0]}=0; config.teacher.random=True takes a random teacher, to "
+            "try the code only; `python -m detailflow_jax.weights tokenizer` lists what a run needs"
         )
     teacher = siglip.ViTConfig(**fields)
     if teacher.width != c.teacher_width:
@@ -176,80 +190,111 @@ def _trained_parts(config, params: Any) -> Any:
 def make(config) -> Task:
     """The tokenizer task of a config (see `configs/tokenizer.py` for its fields)."""
     c = model_config(config.model)
-    model, teacher = Tokenizer(c), _teacher(config, c)
-    smallest = c.resolutions.decoded_size(1)
-    vgg = adversarial.perceptual_network(config, smallest, jnp.dtype(c.dtype))
-    adversary = adversarial.make(config, c, smallest)
-    optimizer = optim.optimizer(config.optim, config.total_steps)
-    example = jnp.zeros((1, c.image_size, c.image_size, 3))
+    if config.loss.correction and not c.causal_encoder:
+        raise ValueError(
+            "config.model.causal_encoder=False: the second pass of self-correction shows codes to "
+            "queries that come later, and here every query sees all; set "
+            "config.loss.correction=False or config.model.causal_encoder=True"
+        )
     _trained_parts(config, dict.fromkeys(TRAIN_ONLY["decoder"]))
+    smallest = c.resolutions.decoded_size(c.resolutions.token_counts[0])
+    sizes = input_sizes(config.data, config.batch_size, config.seed)
+    trainer = Trainer(
+        config=config,
+        model=Tokenizer(c),
+        teacher=_teacher(config, c),
+        vgg=adversarial.perceptual_network(config, smallest, jnp.dtype(c.dtype)),
+        adversary=adversarial.make(config, c, smallest),
+        optimizer=optim.optimizer(config.optim, config.total_steps),
+        sizes=sizes,
+        tokens=tokens_by_size(config, c, sizes),
+    )
+    return Task(trainer.init, trainer.plan, trainer.train_step, trainer.figures)
 
-    def init(key: jax.Array) -> TrainState:
-        params = model.init(key, example)["params"]
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Trainer:
+    """The functions of a `Task` over what a config makes of the tokenizer.
+
+    Attributes:
+      config: of the task.
+      model: the network.
+      teacher: frozen, of alignment, or None.
+      vgg: frozen, of the perceptual term, or None.
+      adversary: None where there is no adversarial term.
+      optimizer: of the trained parts of the network.
+      sizes: dynamic input resolution, or None.
+      tokens: input side -> how many tokens encode it.
+    """
+
+    config: Any
+    model: Tokenizer
+    teacher: siglip.VisionTransformer | None
+    vgg: lpips.LPIPS | None
+    adversary: adversarial.Adversary | None
+    optimizer: optax.GradientTransformation
+    sizes: InputSizes | None
+    tokens: dict[int, int]
+
+    def init(self, key: jax.Array) -> TrainState:
+        """See `Task`."""
+        c, config = self.model.config, self.config
+        example = jnp.zeros((1, c.image_size, c.image_size, 3))
+        params = self.model.init(key, example)["params"]
         extra, frozen = {"window": jnp.full((USAGE_WINDOW,), -1, jnp.int32)}, {}
-        if teacher is not None:
-            frozen["teacher"] = teacher.init(jax.random.fold_in(key, 1), example)["params"]
-        if vgg is not None:
-            frozen["lpips"] = adversarial.perceptual_init(vgg, jax.random.fold_in(key, 2))
-        if adversary is not None:
-            extra["discriminator"], frozen["dino"] = adversary.init(jax.random.fold_in(key, 3))
+        if self.teacher is not None:
+            frozen["teacher"] = self.teacher.init(jax.random.fold_in(key, 1), example)["params"]
+        if self.vgg is not None:
+            frozen["lpips"] = adversarial.perceptual_init(self.vgg, jax.random.fold_in(key, 2))
+        if self.adversary is not None:
+            held = self.adversary.init(jax.random.fold_in(key, 3))
+            extra["discriminator"], frozen["dino"] = held
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init(_trained_parts(config, params)),
+            opt_state=self.optimizer.init(_trained_parts(config, params)),
             ema=optim.start_average(params, config.ema),
             extra=extra,
             frozen=frozen,
         )
 
-    def plan(step: int) -> tuple[int, dict[str, np.ndarray]]:
-        rng = np.random.default_rng((config.seed, step))
-        count = c.resolutions.draw_count(rng, config.loss.full_probability)
-        size, low = c.resolutions.decoded_size(count), c.resolutions.resolution(count)
-        matrix = interpolation.degradation_matrix(c.image_size, low, size)
-        return size, {"token_count": np.int32(count), "degrade": matrix}
+    def plan(self, step: int) -> tuple[Hashable, dict[str, np.ndarray]]:
+        """See `Task`. The variant is the decoded side; (input side, decoded side) if both vary."""
+        resolutions = self.model.config.resolutions
+        side = self.sizes.size(step) if self.sizes else resolutions.image_size
+        rng = np.random.default_rng((self.config.seed, step))
+        most = self.tokens[side]
+        count = draw_count(resolutions, rng, self.config.loss.full_probability, most)
+        size = resolutions.decoded_size(count)
+        low = side if count == most else resolutions.resolution(count)
+        matrix = interpolation.degradation_matrix(side, low, size)
+        variant = (side, size) if self.sizes else size
+        return variant, {"token_count": np.int32(count), "degrade": matrix}
 
-    def perceptual(state: TrainState):
-        """The perceptual term of `all_losses`, at its weight for this step."""
-        if vgg is None:
-            return None
-        weight = config.loss.perceptual * ramp(state.step, 0, config.loss.perceptual_ramp)
-        params = state.frozen["lpips"]
-        return lambda x, y: weight * adversarial.perceptual_loss(vgg, params, x, y)
+    def train_step(self, state: TrainState, batch, plan, *, variant: Hashable):
+        """See `Task`.
 
-    def train_step(state: TrainState, batch, plan, *, variant: int):
+        Raises:
+          ValueError: images of another size than the variant's.
+        """
+        config, c = self.config, self.model.config
+        side, size = variant if self.sizes else (c.image_size, variant)
         images = pixels.to_float(batch["image"])
+        if images.shape[1:3] != (side, side):
+            raise ValueError(
+                f"the step expects images of {side} x {side} px, the batch has "
+                f"{images.shape[1]} x {images.shape[2]}; see config.data.image_size"
+            )
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        span, choice = draw_noise(key, c, config.loss, len(images), plan["token_count"])
+        count = plan["token_count"]
+        span, choice = draw_noise(key, c, config.loss, len(images), count, self.tokens[side])
         target = interpolation.apply_matrices(images, plan["degrade"], plan["degrade"])
         rows = images, target, span, choice
-
-        def forward(params, rows):
-            images, target, span, choice = rows
-            teacher_mean = None
-            if teacher is not None:
-                features = siglip.teacher_features(teacher, state.frozen["teacher"], images)
-                teacher_mean = jnp.mean(features, axis=1)
-            losses = functools.partial(
-                all_losses,
-                images=images,
-                target=target,
-                span=span,
-                choice=choice,
-                loss=config.loss,
-                size=variant,
-                token_count=plan["token_count"],
-                teacher_mean=teacher_mean,
-                perceptual=perceptual(state),
-            )
-            # What is not trained is taken as it is: no gradient is computed for it.
-            params = state.params | params
-            return model.apply({"params": params}, method=losses)
-
+        forward = functools.partial(self._forward, state, size, count)
         trained = _trained_parts(config, state.params)
-        if adversary is not None:
+        if self.adversary is not None:
             loss = functools.partial(forward, rows=rows)
-            return _adversarial_step(state, trained, loss, target, key)
+            return self._adversarial_step(state, trained, loss, target, key)
 
         def total(params, rows, key):
             del key  # nothing else is random
@@ -258,14 +303,46 @@ def make(config) -> Task:
 
         (_, terms), grads = optim.gradients(total, trained, rows, key, config.accumulate)
         triplet = terms.pop("triplet")
-        return _update(state, trained, grads, terms, triplet)
+        return self._update(state, trained, grads, terms, triplet)
 
-    def _adversarial_step(state: TrainState, trained: Any, forward: Callable, target, key):
+    def _forward(self, state: TrainState, size: int, token_count: jax.Array, params: Any, rows):
+        """`all_losses` of some rows with other values for the trained parameters."""
+        loss = self.config.loss
+        images, target, span, choice = rows
+        features = teacher_mean = None
+        if self.teacher is not None:
+            features = siglip.teacher_features(self.teacher, state.frozen["teacher"], images)
+            teacher_mean = jnp.mean(features, axis=1) if loss.align else None
+        losses = functools.partial(
+            all_losses,
+            images=images,
+            target=target,
+            span=span,
+            choice=choice,
+            loss=loss,
+            size=size,
+            token_count=token_count,
+            teacher_mean=teacher_mean,
+            patch_features=features if loss.get("repa") else None,
+            perceptual=self._perceptual(state),
+        )
+        # What is not trained is taken as it is: no gradient is computed for it.
+        return self.model.apply({"params": state.params | params}, method=losses)
+
+    def _perceptual(self, state: TrainState) -> Callable | None:
+        """The perceptual term of `all_losses`, at its weight for this step."""
+        if self.vgg is None:
+            return None
+        loss, params = self.config.loss, state.frozen["lpips"]
+        weight = loss.perceptual * ramp(state.step, 0, loss.perceptual_ramp)
+        return lambda x, y: weight * adversarial.perceptual_loss(self.vgg, params, x, y)
+
+    def _adversarial_step(self, state: TrainState, trained: Any, forward: Callable, target, key):
         def loss(params):
             terms, (triplet, reconstruction) = forward(params)
             return (sum(terms.values()), reconstruction), (terms, triplet)
 
-        grads, (terms, triplet), term, held, metrics = adversary.gradients(
+        grads, (terms, triplet), term, held, metrics = self.adversary.gradients(
             loss,
             trained,
             held=state.extra["discriminator"],
@@ -275,71 +352,30 @@ def make(config) -> Task:
             key=jax.random.fold_in(key, 1),
             last_kernel=lambda grads: grads["decoder"]["to_pixels"]["kernel"],
         )
-        new, common = _update(state, trained, grads, terms | term, triplet)
+        new, common = self._update(state, trained, grads, terms | term, triplet)
         return new.replace(extra=new.extra | {"discriminator": held}), common | metrics
 
-    def _update(state: TrainState, trained: Any, grads: Any, terms: dict, triplet: jax.Array):
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    def _update(self, state: TrainState, trained: Any, grads: Any, terms: dict, triplet: jax.Array):
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
         params = state.params | optax.apply_updates(trained, updates)
         window = quantization.remember_codes(state.extra["window"], triplet[..., 0])
         metrics = {f"loss/{name}": value for name, value in terms.items()}
         metrics["loss"] = sum(terms.values())
         metrics["gradient_norm"] = optax.global_norm(grads)
-        metrics["codebook_usage"] = quantization.codebook_usage(window, c.codebook_size)
+        metrics["codebook_usage"] = quantization.codebook_usage(
+            window, self.model.config.codebook_size
+        )
         new = state.replace(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
-            ema=optim.average(state.ema, params, state.step, config.ema),
+            ema=optim.average(state.ema, params, state.step, self.config.ema),
             extra=state.extra | {"window": window},
         )
         return new, metrics
 
-    return Task(init, plan, train_step, functools.partial(figures, model))
-
-
-def figures(model: Tokenizer, state: TrainState, batch) -> dict[str, np.ndarray]:
-    """Pictures of the first 8 images of a batch, uint8 [H, W, 3].
-
-    `reconstructions`: originals above reconstructions. `coarse_to_fine`: a row an image, decoded
-    from 1 group, 2 groups, ... all tokens, and the original.
-    """
-    images = pixels.to_float(jnp.asarray(batch["image"][:8]))
-    codes = _encode(model, state.params, images)
-    strip = decode_progressively(model, state.params, codes, group_counts(model.config))
-    show = pixels.to_uint8(jnp.concatenate([strip, images[None]]))
-    pair = jnp.stack([show[-1], show[-2]])
-    return {
-        "reconstructions": pixels.tile(pair),
-        "coarse_to_fine": pixels.tile(jnp.swapaxes(show, 0, 1)),
-    }
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(model: Tokenizer, params: Any, images: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, images, method="encode")
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _decode(model: Tokenizer, params: Any, codes: jax.Array, size: int, num_tokens: jax.Array):
-    return model.apply({"params": params}, codes, size, num_tokens, method="decode_codes")
-
-
-def group_counts(config: TokenizerConfig, most: int = 16) -> list[int]:
-    """At most `most` token counts of whole groups, evenly spread, the last one N."""
-    groups = config.num_tokens // config.group_size
-    picked = np.unique(np.linspace(1, groups, min(groups, most)).round().astype(int))
-    return [int(n) * config.group_size for n in picked]
-
-
-def decode_progressively(model: Tokenizer, params: Any, codes, counts) -> jax.Array:
-    """The first n codes for every n in `counts`, enlarged to full size: [counts, B, R, R, 3]."""
-    resolutions, full = model.config.resolutions, model.config.image_size
-    return jnp.stack(
-        [
-            interpolation.enlarge(
-                _decode(model, params, codes, resolutions.decoded_size(n), jnp.int32(n)), full
-            )
-            for n in counts
-        ]
-    )
+    def figures(self, state: TrainState, batch) -> dict[str, jax.Array]:
+        """Pictures of the first 8 images of a batch; see `tokenizer_figures.draw`."""
+        images = jnp.asarray(batch["image"][:8])
+        counts = group_counts(self.model.config, tokens=self.tokens[images.shape[1]])
+        return tokenizer_figures.draw(self.model, state.params, images, counts)

@@ -1,0 +1,91 @@
+"""What is drawn for a step of the tokenizer: input size, token count, noise.
+
+Shapes: B batch, n tokens of the step, N when the input has full size.
+"""
+
+import jax
+import numpy as np
+
+from detailflow_jax.models.tokenizer import TokenizerConfig
+from detailflow_jax.ops import correction
+from detailflow_jax.ops.input_sizes import InputSizes
+from detailflow_jax.ops.resolution import ResolutionMap
+
+
+def tokens_by_size(config, c: TokenizerConfig, sizes: InputSizes | None) -> dict[int, int]:
+    """Input side in pixels -> how many tokens an image of it has (inverse resolution map).
+
+    Args:
+      config: of the task.
+      c: of the network.
+      sizes: dynamic input resolution; None: all inputs have the network's `image_size`.
+
+    Raises:
+      ValueError: a size without a token count, off the encoder's patches or above the network's, or
+        a batch that `config.accumulate` does not divide; the text names the field.
+    """
+    if sizes is None:
+        return {c.image_size: c.num_tokens}
+    found = {}
+    for size in sizes.possible:
+        field = "image_size" if size == sizes.usual else "dynamic.sizes"
+        where = f"config.data.{field}: {size} px"
+        if size > c.image_size:
+            raise ValueError(
+                f"{where} is above config.model.image_size={c.image_size}, the largest size there "
+                "is; make that larger, or leave this size out"
+            )
+        if size % c.encoder.patch_size:
+            raise ValueError(
+                f"{where} is not a multiple of the encoder's patch, {c.encoder.patch_size} px"
+            )
+        images = sizes.images(size)
+        if images % config.accumulate:
+            raise ValueError(
+                f"{where} comes in batches of {images}, not a multiple of config.accumulate="
+                f"{config.accumulate}; let it divide config.data.dynamic.multiple"
+            )
+        try:
+            found[size] = c.resolutions.best_count(size)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return found
+
+
+def draw_count(
+    resolutions: ResolutionMap, rng: np.random.Generator, full_probability: float, most: int
+) -> int:
+    """`ResolutionMap.draw_count` for an input of `most` tokens instead of N."""
+    if rng.random() < full_probability or most <= resolutions.group_size:
+        return most
+    return resolutions.round_up(int(rng.integers(1, most - resolutions.group_size + 1)))
+
+
+def draw_noise(
+    key: jax.Array,
+    c: TokenizerConfig,
+    loss,
+    batch: int,
+    token_count: jax.Array,
+    num_tokens: int | None = None,
+):
+    """Noise spans [B] and ranks [B, n] among the nearest codes for self-correction.
+
+    `num_tokens` is n, by default all N.
+    """
+    num_tokens = num_tokens or c.num_tokens
+    position_key, choice_key = jax.random.split(key)
+    if not loss.correction:
+        span = correction.no_span(batch, num_tokens)
+    else:
+        span = correction.draw_span(
+            position_key,
+            batch,
+            token_count,
+            num_tokens=num_tokens,
+            group_size=c.group_size,
+            causal_num=c.causal,
+            per_sample=loss.noise_per_sample,
+        )
+    top = min(loss.noise_top, c.codebook_size)
+    return span, jax.random.randint(choice_key, (batch, num_tokens), 0, top)
