@@ -326,14 +326,27 @@ class Discriminator:
         Returns:
           logits [B, positions], and the state after this forward.
         """
-        inputs = images
-        if self.trunk is not None:
-            inputs = augment.random_view(key, images, self.trunk.config.image_size)
-            inputs = self.trunk.apply({"params": frozen}, inputs)
+        features = self.read(frozen, self.view(key, images))
+        return self.judge(params, state, features, train=train)
+
+    def view(self, key: jax.Array | None, images: jax.Array) -> jax.Array:
+        """Images as the network takes them: of any size for PatchGAN, a random view for DINO."""
+        if self.trunk is None:
+            return images
+        return augment.random_view(key, images, self.trunk.config.image_size)
+
+    def read(self, frozen, views: jax.Array) -> Any:
+        """What the trained part judges, of each image by itself: DINO's features, or the image."""
+        if self.trunk is None:
+            return views
+        return self.trunk.apply({"params": frozen}, views)
+
+    def judge(self, params, state, features: Any, *, train: bool) -> tuple[jax.Array, Any]:
+        """Logits of what `read` gave, and the state after this forward; see `logits`."""
         variables = {"params": params, **state}
         if not train:
-            return self.network.apply(variables, inputs, train=False), state
-        logits, new = self.network.apply(variables, inputs, train=True, mutable=list(state))
+            return self.network.apply(variables, features, train=False), state
+        logits, new = self.network.apply(variables, features, train=True, mutable=list(state))
         return logits, new
 
 

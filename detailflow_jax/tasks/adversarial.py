@@ -247,21 +247,24 @@ class Adversary:
         )
         return gradient, aux, {"adversarial": weight * judged}, held, metrics | judgement
 
-    def _logits(self, params, state, frozen, images, key, policy=augment.WEAK):
+    def _view(self, images, key, policy=augment.WEAK):
         augment_key, view_key = jax.random.split(key)
         if self.config.augment:
             images = augment.diff_augment(augment_key, images, policy)
+        return self.network.view(view_key, images)
+
+    def _read(self, frozen, views):
         if "patch_embed" in frozen:
             frozen = frozen | {"patch_embed": _gathered(frozen["patch_embed"])}
-        return self.network.logits(
-            _gathered(params), state, frozen, images, train=True, key=view_key
-        )
+        return self.network.read(frozen, views)
 
     def _judge(self, held, frozen, fakes, step, key):
         """(generator's loss, its gradient with respect to `fakes`, state after the forward)."""
 
         def loss(fakes):
-            logits, state = self._logits(held["params"], held["state"], frozen, fakes, key)
+            features = self._read(frozen, self._view(fakes, key))
+            params = _gathered(held["params"])
+            logits, state = self.network.judge(params, held["state"], features, train=True)
             return adversarial.generator_loss(self.config.loss, logits), state
 
         def active():
@@ -278,8 +281,17 @@ class Adversary:
         c, state, logits = self.config, held["state"], []
         policies = [augment.WEAK] * 2 + [augment.STRONG] * 2 * bool(c.consistency)
         keys = jax.random.split(key, len(policies))
-        for i, policy in enumerate(policies):
-            out, state = self._logits(params, state, frozen, pair[i % 2], keys[i], policy)
+        views = [self._view(pair[i % 2], keys[i], policy) for i, policy in enumerate(policies)]
+        # One pass of the frozen part for all. An image's views lie side by side, so that no row
+        # moves to another device; batch statistics are of one set of views at a time.
+        together = _by_batch(jnp.stack(views, axis=1).reshape(-1, *views[0].shape[1:]))
+        features = jax.tree.map(
+            lambda x: x.reshape(len(views[0]), len(views), *x.shape[1:]),
+            self._read(frozen, together),
+        )
+        for i in range(len(views)):
+            one = jax.tree.map(lambda x, i=i: x[:, i], features)
+            out, state = self.network.judge(_gathered(params), state, one, train=True)
             logits.append(out)
         weak, strong = logits[:2], logits[2:]
         terms = {"loss": c.weight * adversarial.discriminator_loss(c.loss, *weak)}
