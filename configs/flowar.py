@@ -17,9 +17,9 @@ a published file; needed for images, and with latents for drawing samples), `run
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from detailflow_jax.config import decode_variant, watch
+from detailflow_jax.config import decode_variant
+from detailflow_jax.config_parts import IMAGENET_IMAGES, imagenet, watch
 
-IMAGENET_IMAGES = 1_281_167
 SIZES = {
     "flowar_s": "FlowAR-S",
     "flowar_b": "FlowAR-B",
@@ -52,22 +52,9 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     steps_per_epoch = IMAGENET_IMAGES // batch_size
     config = ConfigDict({"task": "flowar", "seed": 0, "batch_size": batch_size})
     config.total_steps = int((options.epochs or 400) * steps_per_epoch)
-    config.data = {
-        "source": f"latents:{options.latents or f'runs/{variant}/latents'}",
-        # The rest is for images: short side to 288, then a random crop of 256.
-        "split": "train",
-        "data_dir": "",  # where TFDS keeps its data; empty: $TFDS_DATA_DIR, then TFDS's default
-        "image_size": 256,
-        "crop": "random",
-        "min_scale": 256 / 288,  # the crop's share of the resized short side
-        "max_scale": 256 / 288,
-        "flip": True,
-        "num_workers": 8,
-        "prefetch": 4,
-        "num_threads": 0,  # that make the batches ahead, in each worker; 0: one a batch
-        "worker_buffer": 1,  # finished batches that each worker keeps
-        "scaled_decode": False,  # decode large JPEGs at a fraction of their size
-    }
+    # All but the source is for images: short side to 288, then a random crop of 256.
+    config.data = imagenet(min_scale=256 / 288, max_scale=256 / 288)
+    config.data.source = f"latents:{options.latents or f'runs/{variant}/latents'}"
     config.model = {
         "size": SIZES[variant],
         # None: those of the size

@@ -20,9 +20,9 @@ along.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from detailflow_jax.config import decode_variant, watch
+from detailflow_jax.config import decode_variant
+from detailflow_jax.config_parts import IMAGENET_IMAGES, adam, discriminator, imagenet, lpips, watch
 
-IMAGENET_IMAGES = 1_281_167
 TOKENS = {"detailflow_16": 128, "detailflow_32": 256, "detailflow_64": 512}
 
 
@@ -44,28 +44,45 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     steps_per_epoch = IMAGENET_IMAGES // batch_size
     config = ConfigDict({"task": "tokenizer", "seed": 0, "batch_size": batch_size})
     config.total_steps = int((options.epochs or 250) * steps_per_epoch)
-    config.data = {
-        "source": "tfds:imagenet2012",
-        "split": "train",
-        "data_dir": "",  # where TFDS keeps its data; empty: $TFDS_DATA_DIR, then TFDS's default
-        "image_size": 256,
-        "crop": "random",
-        "min_scale": 0.8,  # the crop's share of the resized short side: U[0.8, 1]
-        "flip": True,
-        "num_workers": 8,
-        "prefetch": 4,
-        "num_threads": 0,  # that make the batches ahead, in each worker; 0: one a batch
-        "worker_buffer": 1,  # finished batches that each worker keeps
-        "scaled_decode": False,  # decode large JPEGs at a fraction of their size
-        "dynamic": {  # input resolution; sizes up to model.image_size
-            "probability": 0.0,  # of a batch of another size, of so many tokens as decode to it
-            "sizes": (128, 192),  # one of them, uniformly
-            "multiple": 8,  # of images, in batches of larger sizes; of the devices that split one
-        },
+    config.data = imagenet(min_scale=0.8)  # the crop's share of the resized short side: U[0.8, 1]
+    config.data.dynamic = {  # input resolution; sizes up to model.image_size
+        "probability": 0.0,  # of a batch of another size, of so many tokens as decode to it
+        "sizes": (128, 192),  # one of them, uniformly
+        "multiple": 8,  # of images, in batches of larger sizes; of the devices that split one
     }
-    config.model = {
+    config.model = _model(TOKENS[variant])
+    config.init_from = {  # where a new run takes weights from; None: from scratch
+        "model": placeholder(str),  # a whole tokenizer: a workdir or a published checkpoint
+        "encoder": placeholder(str),  # SigLIP2, for the encoder's first layers, as published
+        "discriminator": placeholder(str),  # the trained part of one, of a published checkpoint
+    }
+    config.train_only = "all"  # "decoder": fine-tune it, with a frozen encoder and codebook
+    config.teacher = {  # frozen; the whole of SigLIP2-so400m
+        "path": placeholder(str),  # such as hf:google/siglip2-so400m-patch16-naflex
+        "random": False,  # True: random weights, to try the code only
+        "width": 1152,
+        "depth": 27,
+        "num_heads": 16,
+        "mlp_dim": 4304,
+        "patch_size": 16,
+        "table_side": 16,
+    }
+    config.loss = _loss()
+    config.perceptual = lpips()
+    config.discriminator = discriminator("dino")
+    config.optim = adam(1e-4 * batch_size / 256, steps_per_epoch)
+    # Its schedule begins with its first update; it has none of its own as published.
+    config.discriminator.optim = config.optim.copy_and_resolve_references()
+    config.discriminator.optim.warmup_steps = 0
+    config.ema = {"decay": 0.0, "warmup": False}  # decay 0: no average, as published
+    watch(config, log_every=100, figures_every=5000, checkpoint_every=5000)
+    return config
+
+
+def _model(num_tokens: int) -> dict:
+    return {
         "image_size": 256,
-        "num_tokens": TOKENS[variant],
+        "num_tokens": num_tokens,
         "group_size": 8,
         "causal_num": placeholder(int),  # None: one group; 0: none, the first group is parallel too
         "codebook_size": 8192,
@@ -94,45 +111,6 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "scan": True,
         "remat": "none",
     }
-    config.init_from = {  # where a new run takes weights from; None: from scratch
-        "model": placeholder(str),  # a whole tokenizer: a workdir or a published checkpoint
-        "encoder": placeholder(str),  # SigLIP2, for the encoder's first layers, as published
-        "discriminator": placeholder(str),  # the trained part of one, of a published checkpoint
-    }
-    config.train_only = "all"  # "decoder": fine-tune it, with a frozen encoder and codebook
-    config.teacher = {  # frozen; the whole of SigLIP2-so400m
-        "path": placeholder(str),  # such as hf:google/siglip2-so400m-patch16-naflex
-        "random": False,  # True: random weights, to try the code only
-        "width": 1152,
-        "depth": 27,
-        "num_heads": 16,
-        "mlp_dim": 4304,
-        "patch_size": 16,
-        "table_side": 16,
-    }
-    config.loss = _loss()
-    config.perceptual = {  # LPIPS, frozen; None: where `python -m detailflow_jax.weights` says
-        "path": placeholder(str),  # a whole LPIPS, or VGG16 of torchvision
-        "linear": placeholder(str),  # beside VGG16, LPIPS's weights over it
-        "random": False,  # True: random weights, to try the code only
-    }
-    config.discriminator = _discriminator()
-    config.optim = {
-        "lr": 1e-4 * batch_size / 256,
-        "warmup_steps": steps_per_epoch,
-        "warmup_start": 0.0,
-        "final": 0.1,
-        "b1": 0.9,
-        "b2": 0.95,
-        "weight_decay": 0.0,
-        "clip": 1.0,
-    }
-    # Its schedule begins with its first update; it has none of its own as published.
-    config.discriminator.optim = config.optim.copy_and_resolve_references()
-    config.discriminator.optim.warmup_steps = 0
-    config.ema = {"decay": 0.0, "warmup": False}  # decay 0: no average, as published
-    watch(config, log_every=100, figures_every=5000, checkpoint_every=5000)
-    return config
 
 
 def _loss() -> dict:
@@ -149,32 +127,6 @@ def _loss() -> dict:
         "correction": True,  # the self-correcting second pass
         "noise_per_sample": True,  # False: one noise position for the whole batch, as published
         "noise_top": 50,  # a perturbed token becomes one of its so many nearest codes
-    }
-
-
-def _discriminator() -> dict:
-    return {
-        "kind": "dino",  # or "patchgan", which needs no weights
-        "path": placeholder(str),  # DINO; None: where `python -m detailflow_jax.weights` says
-        "random": False,  # True: a random DINO, to try the code only
-        "loss": "hinge",  # or "vanilla", "non_saturating"
-        "start_step": 40_000,
-        "weight": 0.2,  # of its own loss and LeCAM
-        "lecam": 0.001,
-        "lecam_decay": 0.999,
-        "consistency": 4.0,  # of weak and strong augmentation
-        "augment": True,
-        "adaptive": False,  # adversarial term as large as the reconstruction's, by gradients
-        "dino": {
-            "width": 384,
-            "depth": 12,
-            "num_heads": 6,
-            "patch_size": 16,
-            "image_size": 224,
-            "read_blocks": (2, 5, 8, 11),
-            "kernel_size": 9,
-        },
-        "patchgan": {"channels": 64, "num_layers": 2},
     }
 
 

@@ -19,9 +19,8 @@ on; `batch_size=N` and `epochs=N` scale the schedule along.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from detailflow_jax.config import decode_variant, watch
-
-IMAGENET_IMAGES = 1_281_167
+from detailflow_jax.config import decode_variant
+from detailflow_jax.config_parts import IMAGENET_IMAGES, adam, discriminator, imagenet, lpips, watch
 
 
 def get_config(arg: str = "digits") -> ConfigDict:
@@ -42,20 +41,7 @@ def _kl16(options: ConfigDict) -> ConfigDict:
     steps_per_epoch = IMAGENET_IMAGES // batch_size
     config = ConfigDict({"task": "vae", "seed": 0, "batch_size": batch_size})
     config.total_steps = int((options.epochs or 50) * steps_per_epoch)
-    config.data = {
-        "source": "tfds:imagenet2012",
-        "split": "train",
-        "data_dir": "",  # where TFDS keeps its data; empty: $TFDS_DATA_DIR, then TFDS's default
-        "image_size": 256,
-        "crop": "random",
-        "min_scale": 0.8,  # the crop's share of the resized short side: U[0.8, 1]
-        "flip": True,
-        "num_workers": 8,
-        "prefetch": 4,
-        "num_threads": 0,  # that make the batches ahead, in each worker; 0: one a batch
-        "worker_buffer": 1,  # finished batches that each worker keeps
-        "scaled_decode": False,  # decode large JPEGs at a fraction of their size
-    }
+    config.data = imagenet(min_scale=0.8)  # the crop's share of the resized short side: U[0.8, 1]
     config.model = {  # as published
         "channels": 128,
         "multipliers": (1, 1, 2, 2, 4),  # each level but the last halves the sides
@@ -81,44 +67,18 @@ def _kl16(options: ConfigDict) -> ConfigDict:
         "perceptual_ramp": 0,  # steps in which it grows from 0
         "adversarial": 0.5,  # times the adaptive weight; 0: no discriminator
     }
-    config.perceptual = {  # LPIPS, frozen; None: where `python -m detailflow_jax.weights` says
-        "path": placeholder(str),  # a whole LPIPS, or VGG16 of torchvision
-        "linear": placeholder(str),  # beside VGG16, LPIPS's weights over it
-        "random": False,  # True: random weights, to try the code only
-    }
-    config.discriminator = {  # see configs/tokenizer.py
-        "kind": "patchgan",  # or "dino", which needs weights
-        "path": placeholder(str),
-        "random": False,
-        "loss": "hinge",
-        "start_step": 50_000,
-        "weight": 1.0,
-        "lecam": 0.0,
-        "lecam_decay": 0.999,
-        "consistency": 0.0,
-        "augment": False,
-        "adaptive": True,
-        "dino": {
-            "width": 384,
-            "depth": 12,
-            "num_heads": 6,
-            "patch_size": 16,
-            "image_size": 224,
-            "read_blocks": (2, 5, 8, 11),
-            "kernel_size": 9,
-        },
-        "patchgan": {"channels": 64, "num_layers": 3},
-    }
-    config.optim = {
-        "lr": 1e-4 * batch_size / 256,
-        "warmup_steps": steps_per_epoch,
-        "warmup_start": 0.0,
-        "final": 0.1,
-        "b1": 0.9,
-        "b2": 0.95,
-        "weight_decay": 0.0,
-        "clip": 1.0,
-    }
+    config.perceptual = lpips()
+    config.discriminator = discriminator(
+        "patchgan",
+        start_step=50_000,
+        weight=1.0,
+        lecam=0.0,
+        consistency=0.0,
+        augment=False,
+        adaptive=True,
+        patchgan={"channels": 64, "num_layers": 3},
+    )
+    config.optim = adam(1e-4 * batch_size / 256, steps_per_epoch)
     # Its schedule begins with its first update.
     config.discriminator.optim = config.optim.copy_and_resolve_references()
     config.discriminator.optim.warmup_steps = 0

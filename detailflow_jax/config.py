@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
-from ml_collections.config_dict import placeholder
 
 T = TypeVar("T")
 
@@ -199,28 +198,6 @@ def decode_variant(
             raise ConfigError(f"option {name} needs a value: {name}={options[name]!r}")
         _apply_override(values, f"--config.{name}={text if has_value else 'true'}", "option ")
     return variant, values
-
-
-def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_every: int) -> None:
-    """Adds what every training configuration needs beside its task: cadences and the mesh."""
-    config.log_every = log_every
-    config.figures_every = figures_every
-    config.checkpoint_every = checkpoint_every
-    config.keep_checkpoints = 3
-    config.accumulate = 1  # parts of a batch that are computed one after another, to save memory
-    config.stall_seconds = 600  # warn, naming the step, when none has ended for so long; 0: never
-    config.tensorboard = True
-    config.score = {  # a score of a few images, of raw and averaged weights (evaluate/training.py)
-        "every": 0,  # steps; 0: never
-        "reference": "",  # an .npz, a folder of pictures, tfds:NAME:SPLIT, digits:test
-        "num_samples": 1024,  # FID of so few compares with itself only
-        "batch_size": 64,
-        "decoder": "",  # of a generator's samples: the tokenizer, or VAE
-        "cfg_scale": 1.5,
-        "features": True,  # FID and its kin, by Inception; False: PSNR and SSIM alone
-        "inception": placeholder(str),  # None: where `python -m detailflow_jax.weights` says
-    }
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1}
 
 
 def check_fields(config: ConfigDict, expected: Mapping[str, type | tuple[type, ...]]) -> None:

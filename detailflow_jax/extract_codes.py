@@ -4,7 +4,7 @@
 
 Kill it at any moment and run the same command again: it goes on with the shards that are missing
 and ends with the same bytes, because every random number comes from the seed and the position of
-the image and crop (paper section 3.4).
+the image and crop (the paper's self-correction training).
 """
 
 import argparse

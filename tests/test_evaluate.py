@@ -391,19 +391,26 @@ def test_reconstructions_by_tokens_and_with_noise(tmp_path):
     np.testing.assert_array_equal(corrected[:, :4], noisy[:, :4])
 
     np.savez(tmp_path / "images.npz", data)
-    distance = lambda x, y: jnp.abs(x - y).mean((1, 2, 3))  # noqa: E731
-    rows = reconstruction.evaluate(
-        reconstructor,
-        NpzImages(tmp_path / "images.npz"),
-        tmp_path,
-        counts=[8],
-        groups=[1],
-        perceptual=distance,
-    )
+
+    def scores(distance, fingerprint):
+        return reconstruction.evaluate(
+            reconstructor,
+            NpzImages(tmp_path / "images.npz"),
+            tmp_path,
+            counts=[8],
+            groups=[1],
+            perceptual=reconstruction.Perceptual(distance, fingerprint),
+        )
+
+    rows = scores(lambda x, y: jnp.abs(x - y).mean((1, 2, 3)), "file:1")
     assert [row["name"] for row in rows] == ["8 tokens", "group 1 noisy", "group 1 corrected"]
     assert rows[0]["psnr"] == pytest.approx(float(image_quality.psnr(whole, data).mean()), rel=1e-5)
     assert rows[0]["ssim_range_2"] > rows[0]["ssim"]
     assert rows[0]["lpips"] == pytest.approx(np.abs(whole / 127.5 - data / 127.5).mean(), rel=1e-5)
+    zeros = lambda x, y: jnp.zeros(len(x))  # noqa: E731
+    assert scores(zeros, "file:1") == rows  # resumed: nothing is computed anew
+    with pytest.raises(EvaluationError, match="lpips"):
+        scores(zeros, "file:2")
     with pytest.raises(EvaluationError, match=r"noise groups \[4\]: expected 0 to 3"):
         reconstruction.evaluate(
             reconstructor, NpzImages(tmp_path / "images.npz"), tmp_path, groups=[4]

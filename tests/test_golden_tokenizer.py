@@ -15,7 +15,7 @@ from detailflow_jax.convert import tokenizer as names
 from detailflow_jax.models import siglip
 from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from detailflow_jax.ops import correction, quantization
-from detailflow_jax.tasks import tokenizer as task
+from detailflow_jax.tasks import tokenizer_losses
 
 NOISE = (0, 2, 8, 24)
 DECODED = ((32, 64), (16, 48), (4, 24), (1, 8))  # tokens, pixels
@@ -146,7 +146,7 @@ def teacher_mean(golden):
 
 def losses(model, images, teacher_mean, span, choice):
     """The real training forward, at full resolution from all tokens."""
-    return task.all_losses(
+    return tokenizer_losses.all_losses(
         model,
         images,
         images,
@@ -164,10 +164,10 @@ def forward(golden, teacher_mean):
     """(span, choice) -> the loss terms and what they were made of, in one program."""
 
     def everything(model, images, teacher_mean, span, choice):
-        terms, (triplet, reconstruction) = losses(model, images, teacher_mean, span, choice)
+        terms, (_, reconstruction) = losses(model, images, teacher_mean, span, choice)
         pair = model.encode_pair(images, span, choice)
-        latents = task.latents_to_decode(model, pair, span)
-        return terms, {"index": triplet, "recon": reconstruction, "quant": latents}
+        latents = tokenizer_losses.latents_to_decode(model, pair, span)
+        return terms, {"index": pair.triplet, "recon": reconstruction, "quant": latents}
 
     compiled = jax.jit(functools.partial(golden.model.apply, method=everything))
     return functools.partial(compiled, {"params": golden.params}, golden.images, teacher_mean)
@@ -201,6 +201,18 @@ def test_training_forward_without_noise(golden, forward):
         assert_near(terms[name], golden.arrays[f"clean/{name}"])
     for column in range(3):
         np.testing.assert_array_equal(results["index"][..., column], golden.arrays["indices"])
+
+
+def test_training_forward_without_correction(golden, teacher_mean):
+    """One pass gives what two give where no noise is."""
+    choice = jnp.zeros((2, 32), jnp.int32)
+    run = lambda model, images, mean: losses(model, images, mean, None, choice)  # noqa: E731
+    terms, (codes, reconstruction) = golden.run(run, golden.images, teacher_mean)
+    assert terms.keys() == {"vq", "commit", "entropy", "align", "mse"}
+    for name in ("vq", "commit", "entropy", "align"):
+        assert_near(terms[name], golden.arrays[f"clean/{name}"])
+    np.testing.assert_array_equal(codes, golden.arrays["indices"])
+    assert_near(reconstruction, golden_files.nhwc(golden.arrays["dec_code"]))
 
 
 @pytest.fixture(scope="module")

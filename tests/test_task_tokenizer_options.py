@@ -20,6 +20,7 @@ from detailflow_jax.models import layers, siglip, tokenizer
 from detailflow_jax.ops.input_sizes import input_sizes
 from detailflow_jax.pod import programs
 from detailflow_jax.tasks import tokenizer as tokenizer_task
+from detailflow_jax.tasks import tokenizer_losses
 
 DYNAMIC = {"probability": 0.6, "sizes": (16, 32), "multiple": 2}
 TOKENS = {16: 6, 24: 10, 32: 16}  # by the inverse map
@@ -134,7 +135,7 @@ def repa(narrow):
     span, choice = tokenizer_task.draw_noise(key, model.config, config.loss, 4, jnp.int32(10))
 
     def run(model, images):
-        latents = tokenizer_task.latents_to_decode(
+        latents = tokenizer_losses.latents_to_decode(
             model, model.encode_pair(images, span, choice), span
         )
         return model.decode(latents, 24, jnp.int32(10))

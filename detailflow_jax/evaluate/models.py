@@ -104,7 +104,7 @@ class Reconstructor:
         Args:
           images: uint8 [B, R, R, 3].
           counts: token counts, each "N tokens"; of a VAE none, its one result is "latents".
-          groups: of the self-correction test (paper section 3.4): the group is perturbed, and what
+          groups: of the self-correction test: the group is perturbed, and what
             follows either stays ("group M noisy") or is encoded again ("group M corrected").
           first_index: index of the first image, which its noise depends on.
         """

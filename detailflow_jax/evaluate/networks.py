@@ -39,7 +39,7 @@ def load_extractor(
 
 
 def load_perceptual(paths: Sequence[str] | None) -> reconstruction.Perceptual:
-    """LPIPS as a compiled function, from the files named or from the two usual ones.
+    """LPIPS, compiled, from the files named or from the two usual ones.
 
     Raises:
       WeightsError: they are not there; the text says where people get them.
@@ -50,4 +50,7 @@ def load_perceptual(paths: Sequence[str] | None) -> reconstruction.Perceptual:
     files = [locate("lpips" if i else "vgg16", path=path) for i, path in enumerate(paths)]
     params, _ = lpips_weights.load(*files)
     network = LPIPS(precision=jax.lax.Precision.HIGHEST)
-    return functools.partial(jax.jit(lambda p, x, y: network.apply({"params": p}, x, y)), params)
+    compiled = jax.jit(lambda p, x, y: network.apply({"params": p}, x, y))
+    return reconstruction.Perceptual(
+        functools.partial(compiled, params), "+".join(map(hash_file, files))
+    )

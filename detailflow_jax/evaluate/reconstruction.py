@@ -1,5 +1,6 @@
 """How well a tokenizer or VAE reconstructs: by the number of tokens, and with noise injected."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +17,18 @@ from detailflow_jax.evaluate.models import Reconstructor, decode_enlarged
 from detailflow_jax.evaluate.moments import Moments
 from detailflow_jax.ops import images as pixels
 
-Perceptual = Callable[[jax.Array, jax.Array], jax.Array]
-"""LPIPS: images and originals, float32 [B, R, R, 3] in [-1, 1] -> distance [B]."""
+
+@dataclasses.dataclass(frozen=True)
+class Perceptual:
+    """LPIPS, compiled.
+
+    Attributes:
+      distance: images and originals, float32 [B, R, R, 3] in [-1, 1] -> [B].
+      fingerprint: of its weights; partial results of others are not gone on with.
+    """
+
+    distance: Callable[[jax.Array, jax.Array], jax.Array]
+    fingerprint: str
 
 
 def psnr_by_tokens(tokenizer, images: np.ndarray, counts: Sequence[int]) -> dict[int, float]:
@@ -73,7 +84,7 @@ def evaluate(
         "images": images.fingerprint,
         "noise": [reconstructor.seed, reconstructor.noise_top],
         "network": extractor and extractor.fingerprint,
-        "lpips": perceptual is not None,
+        "lpips": perceptual and perceptual.fingerprint,
     }
     folder = ChunkFolder(out / "reconstruction", total, definition)
 
@@ -107,7 +118,7 @@ def _compare(images, originals, size: int, perceptual: Perceptual | None) -> dic
             "ssim_range_2": image_quality.ssim(x, y, 2.0),
         }
         if perceptual:
-            values["lpips"] = perceptual(pixels.to_float(x), pixels.to_float(y))
+            values["lpips"] = perceptual.distance(pixels.to_float(x), pixels.to_float(y))
         for name, value in values.items():
             found.setdefault(name, []).append(np.asarray(value)[:count])
     return {name: np.concatenate(values) for name, values in found.items()}

@@ -139,7 +139,7 @@ class CrossBlock(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """(noisy data, time, condition) -> velocity (paper section 3.4)."""
+    """(noisy data, time, condition) -> velocity, the paper's spatial adaptive layer norm."""
 
     config: FlowHeadConfig
 

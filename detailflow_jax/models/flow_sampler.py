@@ -207,7 +207,7 @@ def sample(
     *,
     options: FlowSamplingOptions,
 ) -> jax.Array:
-    """Latents for labels, in one program (paper section 3.5 and behaviour of the published code).
+    """Latents for labels, in one program (the paper's inference, as the published code does it).
 
     Args:
       model: the network.

@@ -1,8 +1,9 @@
 """Sampling codes: the whole loop is one jitted program with a key/value cache.
 
 The class token gives z_1, then tokens come one by one to z_c; [z_c, s_1 .. s_{g-1}] gives the next
-group, and every group the next (paper section 3.4). With c = 0 the class stands for z_c. The
-published sampler recomputes the whole prefix at each step; the group mask makes caching exact.
+group, and every group the next (the paper's parallel inference). With c = 0 the class stands for
+z_c. The published sampler recomputes the whole prefix at each step; the group mask makes caching
+exact.
 
 Shapes: B samples, n tokens asked for, g group, c causal, V codes; R = B rows, or 2B under guidance
 (of each sample the conditional row, then the null row).

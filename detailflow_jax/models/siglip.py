@@ -131,7 +131,7 @@ class VisionTransformer(nn.Module):
 def teacher_features(model: VisionTransformer, params: Any, images: jax.Array) -> jax.Array:
     """Patch features after *two* applications of the final norm, as published: [B, P, D].
 
-    The alignment loss compares with their mean over patches (paper section 3.5).
+    The alignment loss compares the first token with their mean over patches.
     """
     once = model.apply({"params": params}, images)
     return model.apply({"params": params}, once, method=lambda m, x: m.final_norm(x))

@@ -243,7 +243,7 @@ class Tokenizer(nn.Module):
         return quantization.normalize(self.quant_conv(self.encoder.read(patch_kv, queries)))
 
     def encode_pair(self, images, span: correction.Span, choice) -> "Pair":
-        """Both passes over an image: clean, and correcting for noise (paper section 3.4).
+        """Both passes over an image, clean and correcting for noise: self-correction training.
 
         Args:
           images: [B, H, W, 3] in [-1, 1].

@@ -1,8 +1,8 @@
 """Self-correction training: where noise strikes, what it does, and what counts afterwards.
 
 A noise span [start, stop) holds one token inside the causal first c, or one whole group later
-(paper section 3.4). Spans are arrays [B]; start = stop = N stands for "no noise", for which every
-weight below reduces to the plain loss. Shapes: B batch, N tokens, V codes.
+(the paper's self-correction training). Spans are arrays [B]; start = stop = N stands for "no
+noise", for which every weight below reduces to the plain loss. Shapes: B batch, N tokens, V codes.
 """
 
 import typing

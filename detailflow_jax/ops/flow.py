@@ -18,7 +18,7 @@ Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def interpolate(data: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
-    """x_t = (1 - t) data + t noise, `time` broadcastable (paper equation 3)."""
+    """x_t = (1 - t) data + t noise, `time` broadcastable (the paper's flow matching)."""
     return (1.0 - time) * data + time * noise
 
 

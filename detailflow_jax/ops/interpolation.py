@@ -62,8 +62,8 @@ def antialiased_bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
 def degradation_matrix(image_size: int, low_size: int, decoded_size: int) -> np.ndarray:
     """Reduce to `low_size` by area, then enlarge to `decoded_size` by bicubic, as one matrix.
 
-    The training target for a short token sequence (paper section 3.3). At full resolution it is
-    the identity. Returns float32 [decoded_size, image_size].
+    The training target for a short token sequence, in the paper a progressively degraded image.
+    At full resolution it is the identity. Returns float32 [decoded_size, image_size].
     """
     down = area_matrix(image_size, low_size).astype(np.float64)
     return _read_only(bicubic_matrix(low_size, decoded_size).astype(np.float64) @ down)

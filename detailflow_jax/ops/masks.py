@@ -22,7 +22,7 @@ def group_mask(num_tokens: int, group_size: int, causal_num: int) -> np.ndarray:
 
     With c = 0 the first group is bidirectional too.
     The same rule serves the encoder's queries and the generator's sequence positions
-    (paper sections 3.2 and 3.4). Returns bool [N, N].
+    (the paper's parallel inference). Returns bool [N, N].
     """
     check_groups(num_tokens, group_size, causal_num)
     i, j = np.ogrid[:num_tokens, :num_tokens]

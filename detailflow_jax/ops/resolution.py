@@ -1,4 +1,4 @@
-"""How many pixels n tokens are worth: the resolution map R(n) (paper section 3.3, equation 4)."""
+"""How many pixels n tokens are worth: the resolution map R(n) (the paper's resolution mapping)."""
 
 import dataclasses
 import functools
@@ -76,8 +76,17 @@ class ResolutionMap:
         """The smallest valid count >= `num_tokens`."""
         return next(n for n in self.token_counts if n >= num_tokens)
 
-    def draw_count(self, rng: np.random.Generator, full_probability: float = 0.8) -> int:
-        """Coarse-to-fine training: all N tokens, or t ~ U[1, N - g] rounded up to a valid count."""
-        if rng.random() < full_probability or self.num_tokens == self.group_size:
-            return self.num_tokens
-        return self.round_up(int(rng.integers(1, self.num_tokens - self.group_size + 1)))
+    def draw_count(
+        self, rng: np.random.Generator, full_probability: float = 0.8, most: int | None = None
+    ) -> int:
+        """Coarse-to-fine training: all tokens, or t ~ U[1, most - g] rounded up to a valid count.
+
+        Args:
+          rng: source of the draw.
+          full_probability: of all tokens.
+          most: how many tokens encode the image, fewer than N for a smaller one; None: N.
+        """
+        most = self.num_tokens if most is None else most
+        if rng.random() < full_probability or most <= self.group_size:
+            return most
+        return self.round_up(int(rng.integers(1, most - self.group_size + 1)))

@@ -1,4 +1,4 @@
-"""The scales of FlowAR: a latent grid seen coarse to fine (paper section 3.2).
+"""The scales of FlowAR: a latent grid seen coarse to fine (the paper's scale design).
 
 Shapes: B batch, S side of the latent grid, K scales of sides i_0 < ... < i_{K-1} = S,
 T = sum of i_k^2 positions, C channels. A scale's positions are row-major; scales follow each other.

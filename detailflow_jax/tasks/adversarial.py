@@ -19,7 +19,7 @@ import optax
 
 from detailflow_jax.models import discriminator, lpips
 from detailflow_jax.ops import adversarial, augment
-from detailflow_jax.tasks import optim
+from detailflow_jax.tasks import TrainState, optim
 
 KINDS = ("dino", "patchgan")
 _SPLIT_FROM = 2**16
@@ -103,6 +103,22 @@ def perceptual_loss(
     times = len(reconstruction) // len(target)
     wanted = tuple(jnp.concatenate([x] * times) for x in wanted)
     return jnp.mean(network.apply(variables, features, wanted, method="compare"))
+
+
+def perceptual_term(
+    loss: Any, network: lpips.LPIPS | None, state: TrainState
+) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """`perceptual_loss` at its weight for this step, of (reconstruction, target); or None.
+
+    Args:
+      loss: the `loss` part of the config.
+      network: of `perceptual_network`.
+      state: of the training step; `frozen["lpips"]` is the network's.
+    """
+    if network is None:
+        return None
+    weight = loss.perceptual * adversarial.ramp(state.step, 0, loss.perceptual_ramp)
+    return lambda x, y: weight * perceptual_loss(network, state.frozen["lpips"], x, y)
 
 
 # ------------------------------------------------------------------------------------- adversarial

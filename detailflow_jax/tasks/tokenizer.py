@@ -1,7 +1,7 @@
 """Training of the tokenizer: coarse-to-fine reconstruction, self-correction, alignment.
 
-What is drawn for a step is in `tasks/tokenizer_plan.py`, perceptual and adversarial terms in
-`tasks/adversarial.py`.
+What is drawn for a step is in `tasks/tokenizer_plan.py`, the losses in `tasks/tokenizer_losses.py`,
+perceptual and adversarial terms in `tasks/adversarial.py`.
 
 Shapes: B batch, N tokens (fewer where the input is smaller), R image side, S decoded side.
 """
@@ -17,14 +17,14 @@ import numpy as np
 import optax
 
 from detailflow_jax.models import lpips, siglip
-from detailflow_jax.models.tokenizer import Pair, Tokenizer, TokenizerConfig
-from detailflow_jax.ops import correction, interpolation, quantization
+from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.ops.adversarial import ramp
+from detailflow_jax.ops import interpolation, quantization
 from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
 from detailflow_jax.tasks import Task, TrainState, adversarial, optim, tokenizer_figures
 from detailflow_jax.tasks.tokenizer_figures import group_counts
-from detailflow_jax.tasks.tokenizer_plan import draw_count, draw_noise, tokens_by_size
+from detailflow_jax.tasks.tokenizer_losses import all_losses
+from detailflow_jax.tasks.tokenizer_plan import draw_noise, tokens_by_size
 
 USAGE_WINDOW = 65_536
 
@@ -38,108 +38,6 @@ def model_config(model) -> TokenizerConfig:
     for part in ("encoder", "decoder"):
         fields[part] = siglip.ViTConfig(**fields[part])
     return TokenizerConfig(**fields)
-
-
-def latents_to_decode(model, pair: Pair, span: correction.Span) -> jax.Array:
-    """Clean and corrected sequences along the batch, straight-through: float32 [2B, N, d].
-
-    In the corrected half only the tokens after the noise pass a gradient to the encoder: what was
-    shown to it is taken as given (published behaviour).
-    """
-    clean = quantization.straight_through(model.lookup(pair.triplet[..., 0]), pair.z)
-    corrected = model.lookup(pair.triplet[..., 2])
-    corrected = quantization.straight_through(corrected, pair.corrected_z)
-    shown = jax.lax.stop_gradient(pair.shown)
-    return jnp.concatenate([clean, correction.splice(span, shown, shown, corrected)])
-
-
-def quantizer_losses(model, pair: Pair, span: correction.Span, loss) -> dict[str, jax.Array]:
-    """`vq`, `commit` and `entropy`, their factors included, over both passes."""
-    codebook, commitment = quantization.vq_errors(pair.z, model.lookup(pair.triplet[..., 0]))
-    codebook2, commitment2 = quantization.vq_errors(
-        pair.corrected_z, model.lookup(pair.triplet[..., 2])
-    )
-    losses = {
-        "vq": correction.weighted_vq(codebook, codebook2, span),
-        "commit": loss.commitment * correction.weighted_vq(commitment, commitment2, span),
-    }
-    if loss.entropy:
-        clean, noisy = correction.pass_weights(span, pair.z.shape[1])
-        entropy = clean * quantization.entropy_loss(pair.distances)
-        entropy += noisy * quantization.entropy_loss(pair.corrected_distances)
-        losses["entropy"] = loss.entropy * entropy
-    return losses
-
-
-def alignment_loss(model, first_code: jax.Array, target: jax.Array) -> jax.Array:
-    """-cos(projection of the first code [B, d], mean teacher feature [B, D]), batch mean."""
-    predicted = quantization.normalize(model.align(first_code), 1e-8)
-    return -jnp.mean(jnp.sum(predicted * quantization.normalize(target, 1e-8), axis=-1))
-
-
-def repa_loss(predicted: jax.Array, patches: jax.Array) -> jax.Array:
-    """-mean cosine of projected decoder tokens and the teacher's patch features, over patches.
-
-    Args:
-      predicted: [nB, p * p, D] of B images, n times.
-      patches: [B, P * P, D]; brought to the p x p grid by antialiased bilinear interpolation.
-    """
-    batch, length, width = patches.shape
-    have, want = (round(n**0.5) for n in (length, predicted.shape[1]))
-    if have != want:
-        matrix = interpolation.antialiased_bilinear_matrix(have, want)
-        grid = patches.reshape(batch, have, have, width)
-        patches = interpolation.apply_matrices(grid, matrix, matrix).reshape(batch, -1, width)
-    predicted = predicted.reshape(-1, *patches.shape)  # so that the features need no copies
-    cosine = quantization.normalize(predicted, 1e-8) * quantization.normalize(patches, 1e-8)
-    return -jnp.mean(jnp.sum(cosine, axis=-1))
-
-
-def all_losses(
-    model,
-    images,
-    target,
-    span,
-    choice,
-    *,
-    loss,
-    size,
-    token_count,
-    teacher_mean,
-    patch_features=None,
-    perceptual=None,
-):
-    """Every loss term of one batch, inside `Tokenizer.apply`.
-
-    Args:
-      model: the bound Tokenizer.
-      images: float32 [B, R, R, 3] in [-1, 1].
-      target: float32 [B, S, S, 3], the image as `token_count` tokens should give it.
-      span, choice: where noise strikes; int32 [B, N] ranks among the nearest codes.
-      loss: the `loss` part of the config.
-      size, token_count: S, static; how many tokens are decoded (data).
-      teacher_mean: float32 [B, D] or None: the teacher's, for alignment.
-      patch_features: float32 [B, P, D] or None: the teacher's, for REPA.
-      perceptual: (reconstruction, target) -> scalar, factor included, or None.
-
-    Returns:
-      {name: scalar}, factors included, and (triplet, reconstruction [2B, S, S, 3]).
-    """
-    pair = model.encode_pair(images, span, choice)
-    latents = latents_to_decode(model, pair, span)
-    decode = model.decode if patch_features is None else model.decode_tapped
-    reconstruction = decode(latents, size, token_count)
-    terms = quantizer_losses(model, pair, span, loss)
-    if patch_features is not None:
-        reconstruction, tapped = reconstruction
-        terms["repa"] = loss.repa * repa_loss(tapped, patch_features)
-    if perceptual is not None:
-        terms["perceptual"] = perceptual(reconstruction, target)
-    target = jnp.concatenate([target, target])
-    terms["mse"] = loss.mse * jnp.mean(jnp.square(reconstruction - target))
-    if teacher_mean is not None:
-        terms["align"] = loss.align * alignment_loss(model, latents[: len(images), 0], teacher_mean)
-    return terms, (pair.triplet, reconstruction)
 
 
 def _teacher(config, c: TokenizerConfig) -> siglip.VisionTransformer | None:
@@ -264,7 +162,7 @@ class Trainer:
         side = self.sizes.size(step) if self.sizes else resolutions.image_size
         rng = np.random.default_rng((self.config.seed, step))
         most = self.tokens[side]
-        count = draw_count(resolutions, rng, self.config.loss.full_probability, most)
+        count = resolutions.draw_count(rng, self.config.loss.full_probability, most)
         size = resolutions.decoded_size(count)
         low = side if count == most else resolutions.resolution(count)
         matrix = interpolation.degradation_matrix(side, low, size)
@@ -298,12 +196,12 @@ class Trainer:
 
         def total(params, rows, key):
             del key  # nothing else is random
-            terms, (triplet, _) = forward(params, rows)
-            return sum(terms.values()), terms | {"triplet": triplet}
+            terms, (codes, _) = forward(params, rows)
+            return sum(terms.values()), terms | {"codes": codes}
 
         (_, terms), grads = optim.gradients(total, trained, rows, key, config.accumulate)
-        triplet = terms.pop("triplet")
-        return self._update(state, trained, grads, terms, triplet)
+        codes = terms.pop("codes")
+        return self._update(state, trained, grads, terms, codes)
 
     def _forward(self, state: TrainState, size: int, token_count: jax.Array, params: Any, rows):
         """`all_losses` of some rows with other values for the trained parameters."""
@@ -324,25 +222,17 @@ class Trainer:
             token_count=token_count,
             teacher_mean=teacher_mean,
             patch_features=features if loss.get("repa") else None,
-            perceptual=self._perceptual(state),
+            perceptual=adversarial.perceptual_term(loss, self.vgg, state),
         )
         # What is not trained is taken as it is: no gradient is computed for it.
         return self.model.apply({"params": state.params | params}, method=losses)
 
-    def _perceptual(self, state: TrainState) -> Callable | None:
-        """The perceptual term of `all_losses`, at its weight for this step."""
-        if self.vgg is None:
-            return None
-        loss, params = self.config.loss, state.frozen["lpips"]
-        weight = loss.perceptual * ramp(state.step, 0, loss.perceptual_ramp)
-        return lambda x, y: weight * adversarial.perceptual_loss(self.vgg, params, x, y)
-
     def _adversarial_step(self, state: TrainState, trained: Any, forward: Callable, target, key):
         def loss(params):
-            terms, (triplet, reconstruction) = forward(params)
-            return (sum(terms.values()), reconstruction), (terms, triplet)
+            terms, (codes, reconstruction) = forward(params)
+            return (sum(terms.values()), reconstruction), (terms, codes)
 
-        grads, (terms, triplet), term, held, metrics = self.adversary.gradients(
+        grads, (terms, codes), term, held, metrics = self.adversary.gradients(
             loss,
             trained,
             held=state.extra["discriminator"],
@@ -352,13 +242,13 @@ class Trainer:
             key=jax.random.fold_in(key, 1),
             last_kernel=lambda grads: grads["decoder"]["to_pixels"]["kernel"],
         )
-        new, common = self._update(state, trained, grads, terms | term, triplet)
+        new, common = self._update(state, trained, grads, terms | term, codes)
         return new.replace(extra=new.extra | {"discriminator": held}), common | metrics
 
-    def _update(self, state: TrainState, trained: Any, grads: Any, terms: dict, triplet: jax.Array):
+    def _update(self, state: TrainState, trained: Any, grads: Any, terms: dict, codes: jax.Array):
         updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
         params = state.params | optax.apply_updates(trained, updates)
-        window = quantization.remember_codes(state.extra["window"], triplet[..., 0])
+        window = quantization.remember_codes(state.extra["window"], codes)
         metrics = {f"loss/{name}": value for name, value in terms.items()}
         metrics["loss"] = sum(terms.values())
         metrics["gradient_norm"] = optax.global_norm(grads)

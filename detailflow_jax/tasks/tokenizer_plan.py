@@ -4,12 +4,10 @@ Shapes: B batch, n tokens of the step, N when the input has full size.
 """
 
 import jax
-import numpy as np
 
 from detailflow_jax.models.tokenizer import TokenizerConfig
 from detailflow_jax.ops import correction
 from detailflow_jax.ops.input_sizes import InputSizes
-from detailflow_jax.ops.resolution import ResolutionMap
 
 
 def tokens_by_size(config, c: TokenizerConfig, sizes: InputSizes | None) -> dict[int, int]:
@@ -52,15 +50,6 @@ def tokens_by_size(config, c: TokenizerConfig, sizes: InputSizes | None) -> dict
     return found
 
 
-def draw_count(
-    resolutions: ResolutionMap, rng: np.random.Generator, full_probability: float, most: int
-) -> int:
-    """`ResolutionMap.draw_count` for an input of `most` tokens instead of N."""
-    if rng.random() < full_probability or most <= resolutions.group_size:
-        return most
-    return resolutions.round_up(int(rng.integers(1, most - resolutions.group_size + 1)))
-
-
 def draw_noise(
     key: jax.Array,
     c: TokenizerConfig,
@@ -69,15 +58,14 @@ def draw_noise(
     token_count: jax.Array,
     num_tokens: int | None = None,
 ):
-    """Noise spans [B] and ranks [B, n] among the nearest codes for self-correction.
+    """Noise spans [B], None without self-correction, and ranks [B, n] among the nearest codes.
 
     `num_tokens` is n, by default all N.
     """
     num_tokens = num_tokens or c.num_tokens
     position_key, choice_key = jax.random.split(key)
-    if not loss.correction:
-        span = correction.no_span(batch, num_tokens)
-    else:
+    span = None
+    if loss.correction:
         span = correction.draw_span(
             position_key,
             batch,

@@ -17,7 +17,6 @@ import optax
 from detailflow_jax.models import lpips
 from detailflow_jax.models.vae import VAE, VAEConfig
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.ops.adversarial import ramp
 from detailflow_jax.tasks import Task, TrainState, adversarial, optim
 
 
@@ -147,16 +146,13 @@ class Trainer:
 
     def _forward(self, state: TrainState, params: Any, images: jax.Array, key: jax.Array):
         """`all_losses` with other parameters."""
-        loss, perceptual = self.config.loss, None
-        if self.vgg is not None:
-            weight = loss.perceptual * ramp(state.step, 0, loss.perceptual_ramp)
-            frozen = state.frozen["lpips"]
-
-            def perceptual(x, y):
-                return weight * adversarial.perceptual_loss(self.vgg, frozen, x, y)
-
+        loss = self.config.loss
         losses = functools.partial(
-            all_losses, images=images, key=key, loss=loss, perceptual=perceptual
+            all_losses,
+            images=images,
+            key=key,
+            loss=loss,
+            perceptual=adversarial.perceptual_term(loss, self.vgg, state),
         )
         return self.model.apply({"params": params}, method=losses)
 

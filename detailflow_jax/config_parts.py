@@ -1,0 +1,105 @@
+"""Groups of fields that several configuration files share."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+IMAGENET_IMAGES = 1_281_167
+"""In its training split."""
+
+
+def imagenet(**crop: Any) -> dict[str, Any]:
+    """`data`: the training split at 256 px, random crops and flips; `crop` adds to its fields."""
+    return {
+        "source": "tfds:imagenet2012",
+        "split": "train",
+        "data_dir": "",  # where TFDS keeps its data; empty: $TFDS_DATA_DIR, then TFDS's default
+        "image_size": 256,
+        "crop": "random",
+        **crop,
+        "flip": True,
+        "num_workers": 8,
+        "prefetch": 4,
+        "num_threads": 0,  # that make the batches ahead, in each worker; 0: one a batch
+        "worker_buffer": 1,  # finished batches that each worker keeps
+        "scaled_decode": False,  # decode large JPEGs at a fraction of their size
+    }
+
+
+def lpips() -> dict[str, Any]:
+    """`perceptual`: LPIPS, frozen."""
+    return {
+        "path": placeholder(str),  # a whole LPIPS, or VGG16 of torchvision; None: where
+        # `python -m detailflow_jax.weights` says
+        "linear": placeholder(str),  # beside VGG16, LPIPS's weights over it
+        "random": False,  # True: random weights, to try the code only
+    }
+
+
+def discriminator(kind: str, **fields: Any) -> dict[str, Any]:
+    """`discriminator`; the defaults are those of the published tokenizer.
+
+    Args:
+      kind: "dino", or "patchgan", which needs no weights.
+      **fields: other values than below.
+    """
+    return {
+        "kind": kind,
+        "path": placeholder(str),  # DINO; None: where `python -m detailflow_jax.weights` says
+        "random": False,  # True: a random DINO, to try the code only
+        "loss": "hinge",  # or "vanilla", "non_saturating"
+        "start_step": 40_000,
+        "weight": 0.2,  # of its own loss and LeCAM
+        "lecam": 0.001,
+        "lecam_decay": 0.999,
+        "consistency": 4.0,  # of weak and strong augmentation
+        "augment": True,
+        "adaptive": False,  # adversarial term as large as the reconstruction's, by gradients
+        "dino": {
+            "width": 384,
+            "depth": 12,
+            "num_heads": 6,
+            "patch_size": 16,
+            "image_size": 224,
+            "read_blocks": (2, 5, 8, 11),
+            "kernel_size": 9,
+        },
+        "patchgan": {"channels": 64, "num_layers": 2},
+    } | fields
+
+
+def adam(lr: float, warmup_steps: int) -> dict[str, Any]:
+    """`optim` of tokenizer and autoencoder: Adam, linear warm-up, cosine decay to a tenth."""
+    return {
+        "lr": lr,
+        "warmup_steps": warmup_steps,
+        "warmup_start": 0.0,
+        "final": 0.1,
+        "b1": 0.9,
+        "b2": 0.95,
+        "weight_decay": 0.0,
+        "clip": 1.0,
+    }
+
+
+def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_every: int) -> None:
+    """Adds what every training configuration needs beside its task: cadences and the mesh."""
+    config.log_every = log_every
+    config.figures_every = figures_every
+    config.checkpoint_every = checkpoint_every
+    config.keep_checkpoints = 3
+    config.accumulate = 1  # parts of a batch that are computed one after another, to save memory
+    config.stall_seconds = 600  # warn, naming the step, when none has ended for so long; 0: never
+    config.tensorboard = True
+    config.score = {  # a score of a few images, of raw and averaged weights (evaluate/training.py)
+        "every": 0,  # steps; 0: never
+        "reference": "",  # an .npz, a folder of pictures, tfds:NAME:SPLIT, digits:test
+        "num_samples": 1024,  # FID of so few compares with itself only
+        "batch_size": 64,
+        "decoder": "",  # of a generator's samples: the tokenizer, or VAE
+        "cfg_scale": 1.5,
+        "features": True,  # FID and its kin, by Inception; False: PSNR and SSIM alone
+        "inception": placeholder(str),  # None: where `python -m detailflow_jax.weights` says
+    }
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1}
