@@ -119,16 +119,16 @@ def test_full_size_sampling(name, tmp_path):
     write_pytorch(state, tmp_path / "full.pth", {}, ema=state, ema_key="model_ema")
     del state
     model = df.load_flowar(tmp_path / "full.pth")
-    batch = len(arrays["y"])
+    # One of the two recorded rows, which do not touch each other: this is much arithmetic.
     latents = model.sample(
-        arrays["y"],
+        arrays["y"][:1],
         cfg_scale=float(arrays["cfg"]),
         num_steps=int(arrays["num_steps"]),
         guidance_high=float(arrays["guidance_high"]),
-        noise=[arrays[f"noise{k}"] for k in range(5)],
+        noise=[arrays[f"noise{k}"][:1] for k in range(5)],
     )
-    assert latents.shape == (batch, 16, 16, 16)
-    error = golden_files.error(latents, golden_files.nhwc(arrays["latent"]))
+    assert latents.shape == (1, 16, 16, 16)
+    error = golden_files.error(latents, golden_files.nhwc(arrays["latent"])[:1])
     assert error <= golden_files.SAMPLED
     jax.clear_caches()
 

@@ -36,6 +36,7 @@ GENERATOR = [
 def compile_once(tmp_path_factory):
     """The processes share compiled programs: compiling is most of what they would do."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Small networks: mostly compiled.
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
         yield

@@ -29,6 +29,7 @@ def runs(tmp_path_factory):
     """An autoencoder, its latents and a FlowAR trained on them."""
     root = tmp_path_factory.mktemp("flowar")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Small networks: mostly compiled.
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
         vae = ["--config=configs/vae.py:digits:runlocal", *QUICK]

@@ -22,6 +22,8 @@ from detailflow_jax.ops import flow, rotary
 from detailflow_jax.ops import scales as grids
 from detailflow_jax.tasks import flowar as task
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
+
 TINY = FlowARConfig(
     width=16, first_depth=1, second_depth=1, num_heads=2, scales=(1, 2, 3), channels=3,
     num_classes=4, head_width=16, head_depth=1, head_dim=8, scan=False,

@@ -51,7 +51,7 @@ SMALL = {
         "--config.model.width=32", "--config.model.depth=1", "--config.model.multiple_of=8",
         "--config.model.token_dropout=0.0", "--config.model.residual_dropout=0.0",
     ],
-    "vae": ["--config.model.channels=8"],
+    "vae": ["--config.model.channels=8", "--config.model.multipliers=(1,2)"],
     "flowar": [
         "--config.model.width=32", "--config.model.first_depth=1", "--config.model.second_depth=1",
         "--config.model.head_width=32", "--config.model.head_depth=1",

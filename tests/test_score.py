@@ -16,6 +16,8 @@ from detailflow_jax.ops import images as pixels
 from detailflow_jax.tasks import TrainState
 from detailflow_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
+
 
 @pytest.fixture(autouse=True)
 def features(monkeypatch):

@@ -15,6 +15,8 @@ from detailflow_jax.tasks import flowar as flowar_task
 from detailflow_jax.tasks import make_task
 from detailflow_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
+
 TINY = [
     "--config.model.width=16", "--config.model.num_heads=2", "--config.model.first_depth=1",
     "--config.model.second_depth=1", "--config.model.head_width=16", "--config.model.head_depth=1",

@@ -16,6 +16,8 @@ from detailflow_jax.tasks import generator as generator_task
 from detailflow_jax.tasks import optim
 from detailflow_jax.tasks import tokenizer as tokenizer_task
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
+
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
