@@ -45,8 +45,12 @@ def top_k_filter(logits: jax.Array, k: int) -> jax.Array:
     """-inf below the k-th largest logit (ties with it stay); k = 0 or k >= V keeps everything."""
     if k <= 0 or k >= logits.shape[-1]:
         return logits
-    threshold = jax.lax.top_k(logits, k)[0][..., -1:]
-    return jnp.where(logits < threshold, -jnp.inf, logits)
+    largest, places = jax.lax.top_k(logits, k)
+    # By place as well as by value: the compiler may compute the logits twice, rounded differently,
+    # and the k-th would then be below itself.
+    chosen = jnp.zeros(logits.shape, bool)
+    chosen = jnp.put_along_axis(chosen, places, True, axis=-1, inplace=False)
+    return jnp.where(chosen | (logits >= largest[..., -1:]), logits, -jnp.inf)
 
 
 def top_p_filter(logits: jax.Array, p: jax.Array) -> jax.Array:
