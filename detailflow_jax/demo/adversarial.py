@@ -89,9 +89,7 @@ def write_report(out: pathlib.Path, figures: dict, lines: dict, picture: np.ndar
         report.table_html(table(figures)),
         report.figure_html("Reconstructions of held-out digits", report.png(picture)),
         report.figure_html("All runs", report.curves(lines, COMMON)),
-        report.figure_html(
-            "The discriminator", report.curves({arm: lines[arm] for arm in JUDGING}, JUDGED)
-        ),
+        report.figure_html("The discriminator", report.curves(lines, JUDGED)),
     ]
     page = report.page("Perceptual and adversarial terms on digits", parts)
     write_atomically(out / "report.html", page.encode())

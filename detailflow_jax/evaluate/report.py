@@ -31,10 +31,10 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], names: Sequence[st
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
     for i, name in enumerate(names):
         axes = figure.add_subplot(1, len(names), i + 1, title=name, xlabel="step")
-        for run, lines in runs.items():
+        for k, (run, lines) in enumerate(runs.items()):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:
-                axes.plot(*zip(*points, strict=True), label=run)
+                axes.plot(*zip(*points, strict=True), label=run, color=f"C{k}")
         if len(runs) > 1:
             axes.legend()
         axes.grid(alpha=0.3)
