@@ -33,6 +33,10 @@ class CheckpointError(RuntimeError):
     """Checkpoints that cannot be written or read; the text says where and what to do."""
 
 
+class WriteError(CheckpointError):
+    """Of these, a write that failed; the same run may succeed when it is started again."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint as read back: `step` updates done, the state, and the two JSON parts."""
@@ -186,9 +190,12 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise CheckpointError(
-                f"cannot write checkpoints to {self.directory}: {_reason(error)} (is the disk full "
-                "or read-only? The checkpoints already complete are whole: run again to resume)"
+            cause = "is the disk full or read-only?"
+            if jax.process_count() > 1:
+                cause = "is the disk full or read-only, or another process gone?"
+            raise WriteError(
+                f"cannot write checkpoints to {self.directory}: {_reason(error)} ({cause} The "
+                "checkpoints already complete are whole: run again to resume)"
             ) from error
 
 

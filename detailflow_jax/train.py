@@ -12,7 +12,8 @@ saved as step 1.
 
 Exit codes:
     0    FINISHED   all steps are done (also when they were done before)
-    1    FAILED     the loss or the state became NaN or Inf; or an unforeseen error (a traceback)
+    1    FAILED     the loss or the state became NaN or Inf; a checkpoint could not be written; or
+                    an unforeseen error (a traceback)
     2    UNUSABLE   the command line, configuration, workdir, data or checkpoints cannot be used
     143  PREEMPTED  SIGTERM, or Ctrl-C: the state was saved, run the command again to resume
     130             a second Ctrl-C: left at once, without saving
@@ -38,7 +39,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from detailflow_jax import distributed, sharding
-from detailflow_jax.checkpoint import CheckpointError, Checkpoints
+from detailflow_jax.checkpoint import CheckpointError, Checkpoints, WriteError
 from detailflow_jax.config import (
     ConfigError,
     check_fields,
@@ -430,8 +431,9 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[ConfigDict, s
 any field of the configuration can be set from here, with a value of its own type:
   --config.batch_size=64 --config.optim.lr=3e-4 --config.data.source=folder:photos
 
-exit codes: 0 finished; 1 diverged or failed; 2 unusable command line, configuration, workdir
-or data; 143 asked to leave by SIGTERM or Ctrl-C, state saved, run again to resume.""",
+exit codes: 0 finished; 1 diverged or failed, such as by a full disk; 2 unusable command line,
+configuration, workdir or data; 143 asked to leave by SIGTERM or Ctrl-C, state saved, run again to
+resume.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -464,6 +466,9 @@ def main(argv: Sequence[str] | None = None, run=train) -> int:
     try:
         config, workdir = parse_command_line(argv)
         run(config, workdir)
+    except WriteError as error:  # Of several processes, what those see that outlive another.
+        print(f"failed: {error}", file=sys.stderr)
+        return FAILED
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE

@@ -12,7 +12,7 @@ import pytest
 from absl import logging
 from flax import struct
 
-from detailflow_jax.checkpoint import CheckpointError, Checkpoints, restore_params
+from detailflow_jax.checkpoint import CheckpointError, Checkpoints, WriteError, restore_params
 from detailflow_jax.metrics import Diverged
 
 
@@ -219,7 +219,7 @@ def test_full_disk_is_an_error_that_says_so_and_keeps_the_last_checkpoint(tmp_pa
     checkpoints = Checkpoints(tmp_path, 1)
     try:  # No file may grow beyond 4 kB: writes fail as they do on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-        with pytest.raises(CheckpointError, match=r"cannot write checkpoints to .*disk full"):
+        with pytest.raises(WriteError, match=r"cannot write checkpoints to .*disk full"):
             checkpoints.save(2, make_state(2), {}, {})
             checkpoints.latest()
     finally:

@@ -173,6 +173,17 @@ def test_data_that_end_or_break_are_named(tmp_path, capfd):
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_failed_write_is_no_wrong_command(tmp_path, capfd):
+    """Launchers start a run again after it, but not after UNUSABLE."""
+
+    def run(config, workdir):
+        (tmp_path / "file").write_text("")
+        Checkpoints(tmp_path / "file", 1)
+
+    assert train.main(["--config", str(TOY), "--workdir", str(tmp_path)], run) == train.FAILED
+    assert "failed: cannot write checkpoints to" in capfd.readouterr().err
+
+
 def test_feed_reads_ahead_but_remembers_what_was_taken():
     config = toy_config()
     mesh = sharding.make_mesh(config.mesh)
