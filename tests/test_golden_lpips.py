@@ -1,5 +1,6 @@
 """LPIPS at full size against recorded numbers, and the forms in which its weights are published."""
 
+import flax.linen as nn
 import full_weights
 import golden_files
 import jax
@@ -10,7 +11,8 @@ import torch
 
 from detailflow_jax.convert import CheckpointError, mapping
 from detailflow_jax.convert import lpips as names
-from detailflow_jax.models.lpips import LPIPS, unit_channels
+from detailflow_jax.models import lpips
+from detailflow_jax.models.lpips import LPIPS, VGG16, unit_channels
 
 TOLERANCE = 5 * 2e-6
 LINEAR = tuple(f"lin{i}.model.1.weight" for i in range(5))
@@ -57,6 +59,38 @@ def test_distance_and_features(params):
     assert_near(distance, arrays["distance"])
     for i, feature in enumerate(features):
         assert_near(jnp.mean(feature, axis=(1, 2)), arrays[f"feat{i}_mean"])
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (16, 32)])
+def test_small_images_by_another_implementation(params, shape):
+    """The last features have two pixels a side, or one: a case of its own here."""
+    x = np.random.default_rng(0).uniform(-1, 1, (1, *shape, 3)).astype(np.float32)
+    vgg = params["vgg"]
+    got = jax.jit(VGG16().apply)({"params": vgg}, x)[-1]
+    y = torch.from_numpy(np.moveaxis(x, -1, 1))
+    for i in range(13):
+        y = torch.nn.functional.max_pool2d(y, 2) if i in (2, 4, 7, 10) else y
+        kernel, bias = (np.array(vgg[f"conv_{i}"][name]) for name in ("kernel", "bias"))
+        kernel = torch.from_numpy(kernel.transpose(3, 2, 0, 1))
+        y = torch.nn.functional.conv2d(y, kernel, torch.from_numpy(bias), padding=1).relu()
+    assert got.shape == (1, shape[0] // 16, shape[1] // 16, 512)
+    assert_near(got, np.moveaxis(y.numpy(), 1, -1))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 2), (2, 5)])
+def test_a_convolution_of_few_pixels_and_its_gradients(shape):
+    rng = np.random.default_rng(1)
+    x, cotangent = rng.normal(size=(2, 3, *shape, 8)).astype(np.float32)
+    convolution = nn.Conv(8, (3, 3), padding=1)
+    variables = convolution.init(jax.random.key(0), x)
+
+    def pulled(run):
+        found, pull = jax.vjp(lambda v, x: run(convolution.bind(v), x), variables, x)
+        return jax.tree.leaves((found, pull(cotangent)))
+
+    plain = pulled(lambda bound, x: bound(x))
+    for a, b in zip(pulled(lpips._in_three), plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_is_finite_where_features_vanish():
