@@ -28,10 +28,9 @@ def imagenet(**crop: Any) -> dict[str, Any]:
 
 
 def lpips() -> dict[str, Any]:
-    """`perceptual`: LPIPS, frozen."""
+    """`perceptual`: LPIPS, frozen; None: where `python -m detailflow_jax.weights` says."""
     return {
-        "path": placeholder(str),  # a whole LPIPS, or VGG16 of torchvision; None: where
-        # `python -m detailflow_jax.weights` says
+        "path": placeholder(str),  # a whole LPIPS, or VGG16 of torchvision
         "linear": placeholder(str),  # beside VGG16, LPIPS's weights over it
         "random": False,  # True: random weights, to try the code only
     }
