@@ -4,28 +4,30 @@ The pictures are scikit-learn's two photographs, cut and scaled to several sizes
 """
 
 import dataclasses
+import errno
 import hashlib
 import http.server
 import io
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import tarfile
 import threading
-import time
 import urllib.parse
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from etils import epath
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from detailflow_jax import extract_codes, train
-from detailflow_jax.data import UnreadableImage, imagenet, make_iterator, make_source
+from detailflow_jax.data import UnreadableImage, generate, imagenet, make_iterator, make_source
 from detailflow_jax.data.images import decode_image
 from detailflow_jax.data.prepare import main as prepare
 
@@ -91,28 +93,69 @@ def write_tars(data_dir, training, validation):
     return manual
 
 
+KILLED_EVER_LATER = """
+import functools, itertools, os, signal, sys, tensorflow, tensorflow_datasets as tfds
+import tensorflow_datasets.image_classification  # Once, not in every child.
+from detailflow_jax.data import generate, prepare, spool
+generate.Spool = functools.partial(spool.Spool, commit_bytes=100_000)
+tfds.download.DownloadConfig = functools.partial(tfds.download.DownloadConfig, num_shards=3)
+
+def counted(call, left):
+    def count(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+    return count
+
+for attempt in itertools.count():
+    if (child := os.fork()) == 0:
+        left = [attempt * attempt + 1]
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "link"), (os, "mkdir")):
+            setattr(module, name, counted(getattr(module, name), left))
+        os._exit(prepare.main(["--data_dir", sys.argv[1], "--partial"]))
+    if (status := os.waitpid(child, 0)[1]) != signal.SIGKILL:
+        print("killed", attempt, "times")
+        sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def prepare_and_kill(data_dir):
-    """Runs the command and kills it as soon as the builder is at work."""
-    arguments = ["--dataset", "imagenet2012", "--data_dir", str(data_dir), "--partial"]
-    command = [sys.executable, "-m", "detailflow_jax.data.prepare", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not list(data_dir.glob("imagenet2012/incomplete.*")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    """Runs the command until it is not killed any more; returns its output."""
+    command = [sys.executable, "-c", KILLED_EVER_LATER, str(data_dir)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Prepared by the command, which was killed once and run again."""
+    """Prepared by the command, which was killed many times and run again."""
     path = tmp_path_factory.mktemp("tfds")
     write_tars(path, training_files(), validation_files())
-    prepare_and_kill(path)
-    assert list(path.glob("imagenet2012/incomplete.*")) and not list(path.glob("*/5.1.0"))
-    assert prepare(["--data_dir", str(path), "--partial"]) == 0
-    assert not list(path.glob("imagenet2012/incomplete.*"))
+    output = prepare_and_kill(path)
+    assert int(output.split("killed ")[1].split()[0]) >= 5
+    assert "images are in already" in output and "of no use" not in output
     return str(path)
+
+
+def test_a_preparation_killed_and_run_again_equals_that_of_tfds(data_dir, tmp_path):
+    builder = tfds.builder("imagenet2012", data_dir=str(tmp_path), file_format="array_record")
+    manual = os.path.join(data_dir, "downloads", "manual")
+    config = tfds.download.DownloadConfig(manual_dir=manual, num_shards=3)
+    builder.download_and_prepare(download_config=config)
+    ours, theirs = (
+        {f.name: content(f) for f in pathlib.Path(path, "imagenet2012", "5.1.0").iterdir()}
+        for path in (data_dir, tmp_path)
+    )
+    assert len(theirs) > 7 and ours == theirs
+    assert not list(pathlib.Path(data_dir, "imagenet2012").glob("[!5.]*"))  # Nothing else is left.
+
+
+def content(file):
+    """Examples of a file of records (protobuf gives their fields in no certain order), or bytes."""
+    if "array_record" not in file.name:
+        return file.read_bytes()
+    records = array_record_module.ArrayRecordReader(os.fspath(file)).read_all()
+    return [tf.train.Example.FromString(record) for record in records]
 
 
 def by_name(source):
@@ -276,6 +319,43 @@ def test_reads_from_a_bucket(data_dir, bucket):
         assert remote[i]["label"] == local[i]["label"]
         np.testing.assert_array_equal(remote[i]["image"], local[i]["image"])
     assert bucket.requests >= 3
+
+
+@pytest.fixture
+def unfinished(tmp_path, monkeypatch, capsys):
+    """A preparation that the full disk stopped when all images were in: (folder, progress)."""
+    write_tars(tmp_path, training_files(), validation_files())
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "_write_shard", full)
+        assert prepare(["--data_dir", str(tmp_path), "--partial"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    progress = tmp_path / "imagenet2012" / "unfinished.5.1.0"
+    assert list(progress.glob("train/bucket*"))
+    return tmp_path, progress
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path, progress: None, "prepared in"),
+        (lambda path, progress: next(progress.glob("train/bucket*")).unlink(), "of no use"),
+        (
+            lambda path, progress: os.utime(next(path.glob("downloads/manual/*train*")), (7, 7)),
+            "made of other files",
+        ),
+    ],
+)
+def test_what_was_done_before_is_used_if_it_is_whole(unfinished, capsys, harm, message):
+    path, progress = unfinished
+    harm(path, progress)
+    assert prepare(["--data_dir", str(path), "--partial"]) == 0
+    assert message in capsys.readouterr().out
+    assert len(make_source("tfds:imagenet2012", data_dir=str(path))) == 25
+    assert not progress.exists()
 
 
 def refusal(data_dir, capsys, *arguments):

@@ -4,31 +4,34 @@
 
 Runs the dataset's own TFDS builder, written as ArrayRecord. Whatever TFDS can download is
 downloaded; for ImageNet the two official tars are checked first, and what is missing is named with
-the place to get it. The dataset appears under its final name only when it is complete, so the same
+the place to get it. The dataset appears under its final name only when it is complete, and the same
 command can be run again at any time: a finished dataset is left as it is, finished downloads are
-used again, and what an interrupted run left half-written is removed and written anew.
+used again, and an interrupted preparation is gone on with (see `generate`; not on gs://).
 """
 
 import argparse
 import contextlib
+import functools
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from tqdm import tqdm
 
 from detailflow_jax.config import ConfigError, hold_workdir
+from detailflow_jax.data import generate
 from detailflow_jax.data.errors import UnreadableImage
 from detailflow_jax.data.imagenet import TARS, check_tars
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import image_and_label, make_source, unknown_dataset
+from detailflow_jax.data.spool import SpoolError
 
 IMAGENET = "imagenet2012"
-# TFDS shuffles by way of temporary files, and removes each when it has been written to a shard.
+# Images are shuffled by way of temporary files, each removed when it has been written to a shard.
 _SPACE = 1.1  # Free bytes needed for each byte of the tars.
 
 
@@ -61,22 +64,26 @@ def prepare(
     builder = _open_builder(name, data_dir)
     image_and_label(builder)  # Refuses a dataset without them before anything is fetched.
     if _is_done(builder):
+        _remove_unneeded(builder)
         return builder
     root = epath.Path(builder.data_dir_root)
     manual_dir = manual_dir or os.fspath(root / "downloads" / "manual")
+    definition, totals = None, {}
     with _alone(builder):
-        _remove_interrupted(builder)
+        _remove_unneeded(builder)
         if builder.name == IMAGENET:
             synsets = builder.info.features["label"].names
             tars = check_tars(manual_dir, synsets, partial=partial, md5=md5)
-            sizes = [(epath.Path(manual_dir) / tar.file).stat().length for tar in tars]
-            _check_space(root, sum(sizes))
+            stats = [(epath.Path(manual_dir) / tar.file).stat() for tar in tars]
+            _check_space(builder, sum(stat.length for stat in stats))
+            definition = [(stat.length, stat.mtime) for stat in stats]
+            totals = {} if partial else {tar.split: tar.num_images for tar in tars}
         elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not epath.Path(manual_dir).exists():
             raise PrepareError(
                 f"the files of {name} have to be fetched by hand, into {manual_dir}:\n"
                 f"{builder.MANUAL_DOWNLOAD_INSTRUCTIONS.strip()}"
             )
-        _run(builder, manual_dir)
+        _run(builder, manual_dir, definition, totals)
     if builder.name == IMAGENET and not partial:
         _check_counts(builder)
     return builder
@@ -119,20 +126,21 @@ def _alone(builder: Any):
         yield
 
 
-def _remove_interrupted(builder: Any) -> None:
+def _remove_unneeded(builder: Any) -> None:
     """Removes the half-written directories of runs that were killed; TFDS leaves them."""
-    if not builder.data_path.parent.exists():
-        return
     for left in builder.data_path.parent.glob(f"incomplete.*_{builder.data_path.name}"):
-        print(f"removing what an interrupted run left: {left}", flush=True)
         left.rmtree()
+    if builder.data_path.exists():
+        shutil.rmtree(generate.progress_folder(builder), ignore_errors=True)
 
 
-def _check_space(root: epath.Path, tar_bytes: int) -> None:
+def _check_space(builder: Any, tar_bytes: int) -> None:
+    root = epath.Path(builder.data_dir_root)
     if os.fspath(root).startswith("gs://"):
         return
     root.mkdir(parents=True, exist_ok=True)
-    needed, free = _SPACE * tar_bytes, shutil.disk_usage(root).free
+    needed = _SPACE * tar_bytes - generate.progress_bytes(builder)
+    free = shutil.disk_usage(root).free
     if free < needed:
         raise PrepareError(
             f"{root} has {free / 1e9:,.0f} GB free, preparing needs about {needed / 1e9:,.0f} GB "
@@ -141,7 +149,7 @@ def _check_space(root: epath.Path, tar_bytes: int) -> None:
         )
 
 
-def _run(builder: Any, manual_dir: str) -> None:
+def _run(builder: Any, manual_dir: str, definition: Any, totals: Mapping[str, int]) -> None:
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -156,10 +164,32 @@ def _run(builder: Any, manual_dir: str) -> None:
     )
     # Not the copy that TFDS offers of small datasets: it is stored without random access.
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+    build = functools.partial(
+        builder.download_and_prepare, download_config=config, file_format="array_record"
+    )
     try:
-        builder.download_and_prepare(download_config=config, file_format="array_record")
+        if generate.is_supported(builder):
+            _go_on(builder, build, definition, totals)
+        else:
+            print("TFDS writes this one itself: an interrupted run would begin again", flush=True)
+            build()
     except foreseen as error:
-        raise PrepareError(f"TFDS cannot prepare {builder.name}: {error}") from error
+        raise PrepareError(
+            f"{builder.name} cannot be prepared: {error}\n"
+            "When that is mended, run the same command again"
+        ) from error
+
+
+def _go_on(
+    builder: Any, build: Callable[[], None], definition: Any, totals: Mapping[str, int]
+) -> None:
+    try:
+        with generate.resumable(builder, definition, totals):
+            build()
+    except SpoolError as error:
+        print(f"what an earlier run left is of no use: {error}; beginning again", flush=True)
+        with generate.resumable(builder, definition, totals):
+            build()
 
 
 def _check_counts(builder: Any) -> None:
