@@ -27,7 +27,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from detailflow_jax import extract_codes, train
-from detailflow_jax.data import UnreadableImage, generate, imagenet, make_iterator, make_source
+from detailflow_jax.data import UnreadableImage, imagenet, make_iterator, make_source, split_writer
 from detailflow_jax.data.images import decode_image
 from detailflow_jax.data.prepare import main as prepare
 
@@ -96,8 +96,8 @@ def write_tars(data_dir, training, validation):
 KILLED_EVER_LATER = """
 import functools, itertools, os, signal, sys, tensorflow, tensorflow_datasets as tfds
 import tensorflow_datasets.image_classification  # Once, not in every child.
-from detailflow_jax.data import generate, prepare, spool
-generate.Spool = functools.partial(spool.Spool, commit_bytes=100_000)
+from detailflow_jax.data import prepare, split_writer, spool
+split_writer.Spool = functools.partial(spool.Spool, commit_bytes=100_000)
 tfds.download.DownloadConfig = functools.partial(tfds.download.DownloadConfig, num_shards=3)
 
 def counted(call, left):
@@ -330,7 +330,7 @@ def unfinished(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "_write_shard", full)
+        patch.setattr(split_writer, "_write_shard", full)
         assert prepare(["--data_dir", str(tmp_path), "--partial"]) == 2
     assert "No space left" in capsys.readouterr().err
     progress = tmp_path / "imagenet2012" / "unfinished.5.1.0"

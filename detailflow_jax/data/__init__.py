@@ -2,7 +2,7 @@
 
 sources.py      where labelled images come from (digits, a folder, TFDS)
 prepare.py      preparing a TFDS dataset, a command; imagenet.py checks ImageNet's tars
-generate.py     going on with a preparation that was killed; spool.py sorts by way of the disk
+split_writer.py going on with a preparation that was killed; spool.py sorts by way of the disk
 images.py       image files to RGB pictures
 transforms.py   crops for training and for encoding
 pipeline.py     batches as a pure function of (seed, step), with Grain

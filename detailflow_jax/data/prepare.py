@@ -6,7 +6,7 @@ Runs the dataset's own TFDS builder, written as ArrayRecord. Whatever TFDS can d
 downloaded; for ImageNet the two official tars are checked first, and what is missing is named with
 the place to get it. The dataset appears under its final name only when it is complete, and the same
 command can be run again at any time: a finished dataset is left as it is, finished downloads are
-used again, and an interrupted preparation is gone on with (see `generate`; not on gs://).
+used again, and an interrupted preparation is gone on with (see `split_writer`; not on gs://).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from etils import epath
 from tqdm import tqdm
 
 from detailflow_jax.config import ConfigError, hold_workdir
-from detailflow_jax.data import generate
+from detailflow_jax.data import split_writer
 from detailflow_jax.data.errors import UnreadableImage
 from detailflow_jax.data.imagenet import TARS, check_tars
 from detailflow_jax.data.pipeline import iterate_crops
@@ -131,7 +131,7 @@ def _remove_unneeded(builder: Any) -> None:
     for left in builder.data_path.parent.glob(f"incomplete.*_{builder.data_path.name}"):
         left.rmtree()
     if builder.data_path.exists():
-        shutil.rmtree(generate.progress_folder(builder), ignore_errors=True)
+        shutil.rmtree(split_writer.progress_folder(builder), ignore_errors=True)
 
 
 def _check_space(builder: Any, tar_bytes: int) -> None:
@@ -139,7 +139,7 @@ def _check_space(builder: Any, tar_bytes: int) -> None:
     if os.fspath(root).startswith("gs://"):
         return
     root.mkdir(parents=True, exist_ok=True)
-    needed = _SPACE * tar_bytes - generate.progress_bytes(builder)
+    needed = _SPACE * tar_bytes - split_writer.progress_bytes(builder)
     free = shutil.disk_usage(root).free
     if free < needed:
         raise PrepareError(
@@ -168,7 +168,7 @@ def _run(builder: Any, manual_dir: str, definition: Any, totals: Mapping[str, in
         builder.download_and_prepare, download_config=config, file_format="array_record"
     )
     try:
-        if generate.is_supported(builder):
+        if split_writer.is_supported(builder):
             _go_on(builder, build, definition, totals)
         else:
             print("TFDS writes this one itself: an interrupted run would begin again", flush=True)
@@ -184,11 +184,11 @@ def _go_on(
     builder: Any, build: Callable[[], None], definition: Any, totals: Mapping[str, int]
 ) -> None:
     try:
-        with generate.resumable(builder, definition, totals):
+        with split_writer.resumable(builder, definition, totals):
             build()
     except SpoolError as error:
         print(f"what an earlier run left is of no use: {error}; beginning again", flush=True)
-        with generate.resumable(builder, definition, totals):
+        with split_writer.resumable(builder, definition, totals):
             build()
 
 
