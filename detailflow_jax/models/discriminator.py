@@ -233,19 +233,23 @@ class DinoHeads(nn.Module):
 def apply_heads(
     config: DinoConfig, params, state, features: tuple[jax.Array, ...], *, train: bool
 ) -> tuple[jax.Array, Any]:
-    """`DinoHeads.apply`, and the state after it: the heads, which are alike, as one batched one.
+    """`DinoHeads.apply`, and the state after it: the heads, which are alike, in a loop.
 
-    A compiler for accelerators takes minutes for each of five.
+    A compiler for accelerators takes minutes for each of five written out. The backward pass
+    computes each head again: its windows are `kernel_size` times its features, and keeping those of
+    all heads costs more than the arithmetic.
     """
     head = _Head(config.kernel_size, jnp.dtype(config.dtype))
     names = [f"head_{i}" for i in range(len(features))]
     each = [{"params": params[n]} | {kind: state[kind][n] for kind in state} for n in names]
     variables = jax.tree.map(lambda *x: jnp.stack(x), *each)
 
-    def one(variables, x):
+    @jax.checkpoint
+    def one(args):
+        variables, x = args
         return head.apply(variables, x, train=train, mutable=list(state))
 
-    logits, new = jax.vmap(one)(variables, jnp.stack(features))
+    logits, new = jax.lax.map(one, (variables, jnp.stack(features)))
     logits = logits.swapaxes(0, 1).reshape(len(features[0]), -1)
     apart = {
         kind: {n: jax.tree.map(lambda x, i=i: x[i], tree) for i, n in enumerate(names)}
