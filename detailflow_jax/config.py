@@ -16,7 +16,7 @@ import pathlib
 import runpy
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from absl import flags, logging
 from etils import epath
@@ -216,13 +216,14 @@ def check_fields(config: ConfigDict, expected: Mapping[str, type | tuple[type, .
 # ---------------------------------------------------------------------------------- in the workdir
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file that is, at every moment, absent, the old one or the new one as a whole."""
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file that is, at every moment, absent, the old one or, once written, the new one."""
     path = pathlib.Path(path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's files are for their owner only.
@@ -230,6 +231,12 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file as `atomic_file` does, for what fits into memory."""
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 @contextlib.contextmanager

@@ -9,13 +9,12 @@ import hashlib
 import io
 import os
 import pathlib
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO
 
 import numpy as np
 
+from detailflow_jax.config import atomic_file
 from detailflow_jax.data.errors import UnreadableImage
 from detailflow_jax.data.images import IMAGE_FILE, decode_image
 from detailflow_jax.data.pipeline import iterate_crops
@@ -28,23 +27,6 @@ _WHY_ALL = "replace or remove it, for the score of the others would not be the s
 
 
 # ------------------------------------------------------------------------------------------ writing
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file that appears under its name only once it is whole; for what exceeds memory."""
-    path = pathlib.Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner only.
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def write_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:

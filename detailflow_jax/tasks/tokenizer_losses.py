@@ -30,9 +30,8 @@ def one_pass(model, images: jax.Array, num_tokens: int, loss):
     codes = quantization.nearest_codes(distances)
     entries = model.lookup(codes)
     codebook, commitment = quantization.vq_errors(z, entries)
-    losses = {"vq": jnp.mean(codebook), "commit": loss.commitment * jnp.mean(commitment)}
-    if loss.entropy:
-        losses["entropy"] = loss.entropy * quantization.entropy_loss(distances)
+    entropy = quantization.entropy_loss(distances)
+    losses = _with_factors(loss, jnp.mean(codebook), jnp.mean(commitment), entropy)
     return codes, quantization.straight_through(entries, z), losses
 
 
@@ -71,16 +70,20 @@ def quantizer_losses(model, pair: Pair, span: correction.Span, loss) -> dict[str
     codebook2, commitment2 = quantization.vq_errors(
         pair.corrected_z, model.lookup(pair.triplet[..., 2])
     )
-    losses = {
-        "vq": correction.weighted_vq(codebook, codebook2, span),
-        "commit": loss.commitment * correction.weighted_vq(commitment, commitment2, span),
-    }
-    if loss.entropy:
-        clean, noisy = correction.pass_weights(span, pair.z.shape[1])
-        entropy = clean * quantization.entropy_loss(pair.distances)
-        entropy += noisy * quantization.entropy_loss(pair.corrected_distances)
-        losses["entropy"] = loss.entropy * entropy
-    return losses
+    clean, noisy = correction.pass_weights(span, pair.z.shape[1])
+    entropy = clean * quantization.entropy_loss(pair.distances)
+    entropy += noisy * quantization.entropy_loss(pair.corrected_distances)
+    return _with_factors(
+        loss,
+        correction.weighted_vq(codebook, codebook2, span),
+        correction.weighted_vq(commitment, commitment2, span),
+        entropy,
+    )
+
+
+def _with_factors(loss, vq, commitment, entropy) -> dict[str, jax.Array]:
+    losses = {"vq": vq, "commit": loss.commitment * commitment}
+    return losses | ({"entropy": loss.entropy * entropy} if loss.entropy else {})
 
 
 def alignment_loss(model, first_code: jax.Array, target: jax.Array) -> jax.Array:
