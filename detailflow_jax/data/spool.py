@@ -21,7 +21,7 @@ from typing import Any
 from detailflow_jax.config import write_atomically
 
 KEY_BITS = 128
-_BUCKETS = 512  # 300 MB each for ImageNet: one is sorted in memory.
+_BUCKETS = 256  # 600 MB each for ImageNet: one is sorted in memory.
 _HEAD = struct.Struct("<16sQ")  # key, length of the record
 _IN_FLIGHT = 16  # Syncing waits for the disk, not for the processor.
 
@@ -48,7 +48,7 @@ class Spool:
         commit_bytes: how much is collected in memory before it is made safe on the disk.
     """
 
-    def __init__(self, folder: os.PathLike, commit_bytes: int = 2**29):
+    def __init__(self, folder: os.PathLike, commit_bytes: int = 2**30):
         self._folder = pathlib.Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._journal_file = self._folder / "journal.json"
