@@ -11,6 +11,7 @@ Examples that are in are only read past; a shard that is finished is not written
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import pathlib
@@ -33,6 +34,7 @@ def is_supported(builder: Any) -> bool:
         hasattr(tfds.core.GeneratorBasedBuilder, "_generate_splits")  # Not in older releases.
         and isinstance(builder, tfds.core.GeneratorBasedBuilder)
         and not isinstance(builder, tfds.core.BeamBasedBuilder)
+        and "pipeline" not in inspect.signature(builder._split_generators).parameters
         and not os.fspath(builder.data_path).startswith("gs://")
         and not builder.info.disable_shuffling
     )
@@ -66,7 +68,7 @@ def resumable(builder: Any, definition: Any, totals: Mapping[str, int]) -> Itera
     versions = {"dataset": builder.info.full_name, "tfds": tfds.__version__}
     _open(folder, {**versions, "input": definition})
     totals = {name: split.num_examples for name, split in builder.info.splits.items()} | totals
-    if progress_bytes(builder):  # TFDS would ask for free space for all of it once more.
+    if any(folder.glob("*/journal.json")):  # TFDS would ask for free space for all of it once more.
         builder.info.set_splits(tfds.core.SplitDict([]))
         builder.info.download_size = 0
     builder._generate_splits = functools.partial(_generate_splits, builder, folder, totals)
@@ -101,6 +103,9 @@ def _generate_splits(
     splits = builder._split_generators(dl_manager)
     if not isinstance(splits, dict):  # A list is the older form.
         splits = {str(s.name): builder._generate_examples(**s.gen_kwargs) for s in splits}
+    if not all(isinstance(examples, Iterable) for examples in splits.values()):
+        print("a Beam pipeline, TFDS runs it itself: killed, it would begin again", flush=True)
+        return type(builder)._generate_splits(builder, dl_manager, config)
     infos = []
     for name, examples in splits.items():
         spool = Spool(folder / name)
