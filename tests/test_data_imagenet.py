@@ -4,7 +4,6 @@ The pictures are scikit-learn's two photographs, cut and scaled to several sizes
 """
 
 import dataclasses
-import errno
 import hashlib
 import http.server
 import io
@@ -326,11 +325,18 @@ def unfinished(tmp_path, monkeypatch, capsys):
     """A preparation that the full disk stopped when all images were in: (folder, progress)."""
     write_tars(tmp_path, training_files(), validation_files())
 
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class Full:
+        def __init__(self, path, options):
+            pathlib.Path(path).touch()
+
+        def write(self, record):
+            raise RuntimeError("pwrite: No space left on device")  # As ArrayRecord does it.
+
+        def close(self):
+            pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(split_writer, "_write_shard", full)
+        patch.setattr(split_writer.array_record_module, "ArrayRecordWriter", Full)
         assert prepare(["--data_dir", str(tmp_path), "--partial"]) == 2
     assert "No space left" in capsys.readouterr().err
     progress = tmp_path / "imagenet2012" / "unfinished.5.1.0"
@@ -356,6 +362,35 @@ def test_what_was_done_before_is_used_if_it_is_whole(unfinished, capsys, harm, m
     assert message in capsys.readouterr().out
     assert len(make_source("tfds:imagenet2012", data_dir=str(path))) == 25
     assert not progress.exists()
+
+
+def test_a_split_of_another_size_than_the_official_one_is_refused(unfinished):
+    path, progress = unfinished
+    builder = tfds.builder("imagenet2012", data_dir=str(path))
+    arguments = {"manual_dir": path / "downloads" / "manual", "try_download_gcs": False}
+    config = tfds.download.DownloadConfig(**arguments)
+    with (
+        pytest.raises(ValueError, match="25 train images, expected 1,281,167"),
+        split_writer.resumable(builder, [], {"train": 1_281_167}),
+    ):
+        builder.download_and_prepare(download_config=config, file_format="array_record")
+    assert not builder.data_path.exists()
+
+
+def test_a_preparation_at_work_and_a_strange_folder_are_left_alone(tmp_path, capsys):
+    write_tars(tmp_path, training_files(), validation_files())
+    program = "import sys; from detailflow_jax.config import hold_workdir\n"
+    program += "with hold_workdir(sys.argv[1]): print(flush=True); input()"
+    command = [sys.executable, "-c", program, str(tmp_path / "imagenet2012")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert prepare(["--data_dir", str(tmp_path), "--partial"]) == 2
+        other.communicate(b"\n")
+    assert "another process prepares it" in capsys.readouterr().err
+    strange = tmp_path / "imagenet2012" / "5.1.0"
+    strange.mkdir()
+    assert prepare(["--data_dir", str(tmp_path), "--partial"]) == 2
+    assert f"{strange} is not a whole dataset: remove it" in capsys.readouterr().err
 
 
 def refusal(data_dir, capsys, *arguments):

@@ -103,8 +103,36 @@ def test_a_damaged_bucket_is_found(tmp_path):
         list(make(tmp_path).records(0, 60))
 
 
+@pytest.mark.parametrize("harm", ["cut", "remove", "journal"])
+def test_damage_is_found_before_more_is_written(tmp_path, harm):
+    stopped = itertools.chain(examples(40), (1 // 0 for _ in range(1)))
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path).fill(stopped, encode)
+    spool = make(tmp_path)
+    for bucket in tmp_path.glob("bucket*"):
+        if harm == "cut":
+            bucket.write_bytes(bucket.read_bytes()[:-1])
+        elif harm == "remove":
+            bucket.unlink()
+    if harm == "journal":
+        (tmp_path / "journal.json").write_text('{"examples": 3, "buckets": 7}')
+        with pytest.raises(SpoolError, match=r"journal.json.*buckets"):
+            make(tmp_path)
+    else:
+        same_buckets = ((key, i) for key, i in itertools.chain(examples(40), examples(40)))
+        with pytest.raises(SpoolError, match="missing or cut short"):
+            spool.fill(same_buckets, encode)
+
+
+def test_no_examples_are_no_dataset(tmp_path):
+    for _ in range(2):
+        with pytest.raises(SpoolError, match="has no examples"):
+            make(tmp_path).fill([], encode)
+        assert not make(tmp_path).is_complete
+
+
 def test_two_examples_of_one_key_are_refused(tmp_path):
     spool = make(tmp_path)
     spool.fill([(5, 1), (9, 2), (5, 3)], encode)
-    with pytest.raises(ValueError, match="same key"):
+    with pytest.raises(SpoolError, match="same key"):
         list(spool.records(0, 3))

@@ -8,6 +8,7 @@ it starts.
 
 import dataclasses
 import hashlib
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,11 @@ TARS = (
 
 
 def check_tars(
-    manual_dir: str, synsets: Sequence[str], *, partial: bool = False, md5: bool = False
+    manual_dir: str | os.PathLike,
+    synsets: Sequence[str],
+    *,
+    partial: bool = False,
+    md5: bool = False,
 ) -> list[Tar]:
     """Makes sure that the tars in `manual_dir` can be prepared, and returns those that are there.
 
@@ -86,7 +91,7 @@ def check_tars(
     return found
 
 
-def _how_to_download(manual_dir: str, missing: list[Tar]) -> str:
+def _how_to_download(manual_dir: str | os.PathLike, missing: list[Tar]) -> str:
     files = "\n".join(f'  {t.file}  {t.num_bytes:,} bytes, "{t.title}"' for t in missing)
     return (
         f"{manual_dir} lacks\n{files}\n"

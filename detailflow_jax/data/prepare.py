@@ -16,6 +16,7 @@ import os
 import shlex
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from detailflow_jax.data.sources import image_and_label, make_source, unknown_da
 from detailflow_jax.data.spool import SpoolError
 
 IMAGENET = "imagenet2012"
+_TEST_TAR = "ILSVRC2012_img_test.tar"  # The builder takes it, if it is there, as a third split.
 # Images are shuffled by way of temporary files, each removed when it has been written to a shard.
 _SPACE = 1.1  # Free bytes needed for each byte of the tars.
 
@@ -64,29 +66,44 @@ def prepare(
     builder = _open_builder(name, data_dir)
     image_and_label(builder)  # Refuses a dataset without them before anything is fetched.
     if _is_done(builder):
-        _remove_unneeded(builder)
+        split_writer.remove_progress(builder)
         return builder
     root = epath.Path(builder.data_dir_root)
-    manual_dir = manual_dir or os.fspath(root / "downloads" / "manual")
-    definition, totals = None, {}
+    manual_dir = epath.Path(manual_dir or root / "downloads" / "manual")
     with _alone(builder):
-        _remove_unneeded(builder)
+        if builder.data_path.exists():  # Another process was faster, or somebody put it there.
+            builder = _open_builder(name, data_dir)
+            if _is_done(builder):
+                return builder
+            raise PrepareError(f"{builder.data_path} is not a whole dataset: remove it")
+        _remove_interrupted(builder)
+        expected = {}
         if builder.name == IMAGENET:
             synsets = builder.info.features["label"].names
             tars = check_tars(manual_dir, synsets, partial=partial, md5=md5)
-            stats = [(epath.Path(manual_dir) / tar.file).stat() for tar in tars]
-            _check_space(builder, sum(stat.length for stat in stats))
-            definition = [(stat.length, stat.mtime) for stat in stats]
-            totals = {} if partial else {tar.split: tar.num_images for tar in tars}
-        elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not epath.Path(manual_dir).exists():
-            raise PrepareError(
-                f"the files of {name} have to be fetched by hand, into {manual_dir}:\n"
-                f"{builder.MANUAL_DOWNLOAD_INSTRUCTIONS.strip()}"
-            )
-        _run(builder, manual_dir, definition, totals)
+            expected = {} if partial else {tar.split: tar.num_images for tar in tars}
+        files = _manual_files(builder, manual_dir)
+        if builder.name == IMAGENET:
+            _check_space(builder, files)
+        _run(builder, manual_dir, _definition(files), expected)
     if builder.name == IMAGENET and not partial:
         _check_counts(builder)
     return builder
+
+
+def _manual_files(builder: Any, manual_dir: epath.Path) -> list[epath.Path]:
+    """The files fetched by hand that the dataset is made of, or may be."""
+    if builder.name == IMAGENET:
+        files = [manual_dir / name for name in (*(tar.file for tar in TARS), _TEST_TAR)]
+        return [file for file in files if file.exists()]
+    if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        return []  # TFDS knows the checksums of what it downloads.
+    if not manual_dir.exists():
+        raise PrepareError(
+            f"the files of {builder.name} have to be fetched by hand, into {manual_dir}:\n"
+            f"{builder.MANUAL_DOWNLOAD_INSTRUCTIONS.strip()}"
+        )
+    return sorted(manual_dir.iterdir())
 
 
 def _open_builder(name: str, data_dir: str | None) -> Any:
@@ -122,24 +139,36 @@ def _alone(builder: Any):
     if os.fspath(builder.data_path).startswith("gs://"):
         yield
         return
-    with hold_workdir(builder.data_path.parent):
+    with contextlib.ExitStack() as stack:
+        folder = builder.data_path.parent
+        try:
+            stack.enter_context(hold_workdir(folder))
+        except ConfigError as error:
+            raise PrepareError(
+                f"{folder}: another process prepares it, or it cannot be written"
+            ) from error
         yield
 
 
-def _remove_unneeded(builder: Any) -> None:
+def _remove_interrupted(builder: Any) -> None:
     """Removes the half-written directories of runs that were killed; TFDS leaves them."""
     for left in builder.data_path.parent.glob(f"incomplete.*_{builder.data_path.name}"):
         left.rmtree()
-    if builder.data_path.exists():
-        shutil.rmtree(split_writer.progress_folder(builder), ignore_errors=True)
 
 
-def _check_space(builder: Any, tar_bytes: int) -> None:
+def _definition(files: Sequence[epath.Path]) -> list[tuple[str, int, int]]:
+    """What tells these files from others."""
+    stats = [(file.name, file.stat()) for file in files]
+    return [(name, stat.length, stat.mtime) for name, stat in stats]
+
+
+def _check_space(builder: Any, tars: Sequence[epath.Path]) -> None:
     root = epath.Path(builder.data_dir_root)
     if os.fspath(root).startswith("gs://"):
         return
     root.mkdir(parents=True, exist_ok=True)
-    needed = _SPACE * tar_bytes - split_writer.progress_bytes(builder)
+    size = sum(tar.stat().length for tar in tars)
+    needed = _SPACE * size - split_writer.progress_bytes(builder)
     free = shutil.disk_usage(root).free
     if free < needed:
         raise PrepareError(
@@ -149,7 +178,9 @@ def _check_space(builder: Any, tar_bytes: int) -> None:
         )
 
 
-def _run(builder: Any, manual_dir: str, definition: Any, totals: Mapping[str, int]) -> None:
+def _run(
+    builder: Any, manual_dir: epath.Path, definition: Any, expected: Mapping[str, int]
+) -> None:
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -158,6 +189,7 @@ def _run(builder: Any, manual_dir: str, definition: Any, totals: Mapping[str, in
     foreseen = (
         AssertionError,
         OSError,
+        tarfile.TarError,
         tf.errors.OpError,
         download.util.DownloadError,
         download.download_manager.NonMatchingChecksumError,
@@ -169,7 +201,7 @@ def _run(builder: Any, manual_dir: str, definition: Any, totals: Mapping[str, in
     )
     try:
         if split_writer.is_supported(builder):
-            _go_on(builder, build, definition, totals)
+            _go_on(builder, build, definition, expected)
         else:
             print("TFDS writes this one itself: an interrupted run would begin again", flush=True)
             build()
@@ -181,14 +213,14 @@ def _run(builder: Any, manual_dir: str, definition: Any, totals: Mapping[str, in
 
 
 def _go_on(
-    builder: Any, build: Callable[[], None], definition: Any, totals: Mapping[str, int]
+    builder: Any, build: Callable[[], None], definition: Any, expected: Mapping[str, int]
 ) -> None:
     try:
-        with split_writer.resumable(builder, definition, totals):
+        with split_writer.resumable(builder, definition, expected):
             build()
     except SpoolError as error:
         print(f"what an earlier run left is of no use: {error}; beginning again", flush=True)
-        with split_writer.resumable(builder, definition, totals):
+        with split_writer.resumable(builder, definition, expected):
             build()
 
 

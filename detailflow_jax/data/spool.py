@@ -46,6 +46,9 @@ class Spool:
     Args:
         folder: made where there is none; what an earlier process left in it is gone on with.
         commit_bytes: how much is collected in memory before it is made safe on the disk.
+
+    Raises:
+        SpoolError: the journal cannot be read.
     """
 
     def __init__(self, folder: os.PathLike, commit_bytes: int = 2**30):
@@ -55,7 +58,10 @@ class Spool:
         self._commit_bytes = commit_bytes
         self._journal = _Journal()
         if self._journal_file.exists():
-            self._journal = _Journal(**json.loads(self._journal_file.read_text()))
+            try:
+                self._journal = _Journal(**json.loads(self._journal_file.read_text()))
+            except (ValueError, TypeError) as error:
+                raise SpoolError(f"{self._journal_file}: {error}") from error
         self._pending: dict[int, list[bytes]] = {}
         self._cached: tuple[int, list[tuple[bytes, bytes]]] | None = None
 
@@ -84,7 +90,7 @@ class Spool:
             encode: an example's record.
 
         Raises:
-            SpoolError: they are not the same ones.
+            SpoolError: they are not the same ones, there is none, or a bucket is damaged.
         """
         known, digest, pending = self._journal.examples, b"", 0
         count = 0
@@ -108,6 +114,8 @@ class Spool:
                 pending = 0
         if count < known:
             raise SpoolError(f"{count:,} examples, where an earlier run had taken in {known:,}")
+        if not count:
+            raise SpoolError(f"{self._folder.name} has no examples")
         self._commit(count, digest, complete=True)
 
     def _check_known(self, digest: bytes) -> None:
@@ -130,6 +138,8 @@ class Spool:
 
     def _append(self, bucket: int) -> tuple[int, int]:
         path, size = self._path(bucket), self._journal.sizes[bucket]
+        if size and not (path.exists() and path.stat().st_size >= size):
+            raise SpoolError(f"{path}: missing or cut short, {size:,} bytes had been written")
         with path.open("r+b" if size else "wb") as file:
             file.seek(size)
             file.writelines(self._pending[bucket])
@@ -147,8 +157,7 @@ class Spool:
         """Records `start` to `stop` (excluded) in the order of their keys; all must be in.
 
         Raises:
-            SpoolError: a bucket is missing or damaged.
-            ValueError: two examples have one key.
+            SpoolError: a bucket is missing or damaged, or two examples have one key.
         """
         for bucket, first, last in self._spans():
             if first < stop and last > start:
@@ -188,5 +197,5 @@ class Spool:
         records.sort()
         for (key, _), (next_key, _) in itertools.pairwise(records):
             if key == next_key:
-                raise ValueError("two examples have the same key")
+                raise SpoolError(f"two examples of {self._folder.name} have the same key")
         return records
