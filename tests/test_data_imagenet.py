@@ -365,7 +365,7 @@ def test_what_was_done_before_is_used_if_it_is_whole(unfinished, capsys, harm, m
 
 
 def test_a_split_of_another_size_than_the_official_one_is_refused(unfinished):
-    path, progress = unfinished
+    path, _ = unfinished
     builder = tfds.builder("imagenet2012", data_dir=str(path))
     arguments = {"manual_dir": path / "downloads" / "manual", "try_download_gcs": False}
     config = tfds.download.DownloadConfig(**arguments)
