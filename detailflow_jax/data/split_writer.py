@@ -101,9 +101,8 @@ def remove_progress(builder: Any) -> None:
 
 def _remove(folder: pathlib.Path) -> None:
     with contextlib.suppress(OSError):
-        (folder / "definition.json").unlink(
-            missing_ok=True
-        )  # First: without it the rest counts for nothing.
+        # First, for without it the rest counts for nothing.
+        (folder / "definition.json").unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
