@@ -122,7 +122,8 @@ for attempt in itertools.count():
 def prepare_and_kill(data_dir):
     """Runs the command until it is not killed any more; returns its output."""
     command = [sys.executable, "-c", KILLED_EVER_LATER, str(data_dir)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    options = {"check": True, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, **options).stdout
 
 
 @pytest.fixture(scope="module")
