@@ -365,6 +365,20 @@ def test_what_was_done_before_is_used_if_it_is_whole(unfinished, capsys, harm, m
     assert not progress.exists()
 
 
+def test_stopped_from_the_keyboard_it_says_how_to_go_on(unfinished, monkeypatch, capsys):
+    path, progress = unfinished
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(split_writer, "_write_shard", stop)
+        assert prepare(["--data_dir", str(path), "--partial"]) == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
+    assert progress.exists() and not list(progress.parent.glob("incomplete*"))
+    assert prepare(["--data_dir", str(path), "--partial"]) == 0
+
+
 def test_a_split_of_another_size_than_the_official_one_is_refused(unfinished):
     path, _ = unfinished
     builder = tfds.builder("imagenet2012", data_dir=str(path))

@@ -314,7 +314,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 2 with text that says what is wrong."""
+    """Runs the command line; returns 0, 2 with text that says what is wrong, or 130 for Ctrl-C."""
     args = parse_arguments(argv)
     try:
         builder = prepare(
@@ -328,6 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        return 130
     return 0
 
 
