@@ -31,13 +31,16 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from detailflow_jax import api, data, extract_codes, generate
-from detailflow_jax.config import ConfigError, load_config, write_atomically
+from detailflow_jax import data
 from detailflow_jax.evaluate import digits, reconstruction
 from detailflow_jax.evaluate.distances import frechet_distance
 from detailflow_jax.evaluate.moments import Moments
+from detailflow_jax.inference import api, extract_codes, generate
 from detailflow_jax.models.generator import GeneratorConfig
 from detailflow_jax.ops import images as pixels
+from detailflow_jax.runtime.config import load_config
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.train import Preempted, train
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"

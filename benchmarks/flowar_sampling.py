@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import measuring
 import numpy as np
 
-from detailflow_jax.api import flowar as api_flowar
+from detailflow_jax.inference import flowar as api_flowar
 from detailflow_jax.models import flow_sampler, flowar, layers, sampler
 from detailflow_jax.ops import flow
 from detailflow_jax.ops import logits as filters

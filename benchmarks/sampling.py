@@ -35,11 +35,11 @@ import jax.numpy as jnp
 import measuring
 import numpy as np
 
-from detailflow_jax import api
-from detailflow_jax.config import load_config
+from detailflow_jax.inference import api
 from detailflow_jax.models import flowar, generator, sampler, tokenizer
 from detailflow_jax.ops import logits as filters
 from detailflow_jax.ops import masks
+from detailflow_jax.runtime.config import load_config
 from detailflow_jax.tasks import tokenizer as tokenizer_task
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"

@@ -20,8 +20,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from detailflow_jax.config import write_atomically
 from detailflow_jax.pod import report
+from detailflow_jax.runtime.files import write_atomically
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TABLE, RESULTS = ROOT / "docs" / "tpu_pods.md", ROOT / "docs" / "tpu_pods.json"

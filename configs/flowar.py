@@ -17,8 +17,8 @@ a published file; needed for images, and with latents for drawing samples), `run
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from detailflow_jax.config import decode_variant
-from detailflow_jax.config_parts import IMAGENET_IMAGES, imagenet, watch
+from config_parts import IMAGENET_IMAGES, imagenet, watch
+from detailflow_jax.runtime.config import decode_variant
 
 SIZES = {
     "flowar_s": "FlowAR-S",

@@ -12,9 +12,9 @@ GPT-XXXL, GPT-1B, GPT-3B, GPT-7B), `codes=DIR` (where `extract_codes` wrote), `r
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from detailflow_jax.config import choose, decode_variant
-from detailflow_jax.config_parts import IMAGENET_IMAGES, watch
+from config_parts import IMAGENET_IMAGES, watch
 from detailflow_jax.models.generator import SIZES
+from detailflow_jax.runtime.config import choose, decode_variant
 
 TOKENS = {"detailflow_16": 128, "detailflow_32": 256, "detailflow_64": 512}
 

@@ -20,8 +20,8 @@ along.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from detailflow_jax.config import decode_variant
-from detailflow_jax.config_parts import IMAGENET_IMAGES, adam, discriminator, imagenet, lpips, watch
+from config_parts import IMAGENET_IMAGES, adam, discriminator, imagenet, lpips, watch
+from detailflow_jax.runtime.config import decode_variant
 
 TOKENS = {"detailflow_16": 128, "detailflow_32": 256, "detailflow_64": 512}
 

@@ -19,8 +19,8 @@ on; `batch_size=N` and `epochs=N` scale the schedule along.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from detailflow_jax.config import decode_variant
-from detailflow_jax.config_parts import IMAGENET_IMAGES, adam, discriminator, imagenet, lpips, watch
+from config_parts import IMAGENET_IMAGES, adam, discriminator, imagenet, lpips, watch
+from detailflow_jax.runtime.config import decode_variant
 
 
 def get_config(arg: str = "digits") -> ConfigDict:

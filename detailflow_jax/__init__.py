@@ -24,5 +24,5 @@ __all__ = [
 def __getattr__(name: str):
     # Lazily, so that a part (`detailflow_jax.ops`, the checkpoint readers) costs only itself.
     if name in __all__:
-        return getattr(importlib.import_module("detailflow_jax.api"), name)
+        return getattr(importlib.import_module("detailflow_jax.inference.api"), name)
     raise AttributeError(f"module 'detailflow_jax' has no attribute {name!r}")

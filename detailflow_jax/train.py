@@ -38,25 +38,25 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from detailflow_jax import distributed, sharding
-from detailflow_jax.checkpoint import CheckpointError, Checkpoints, WriteError
-from detailflow_jax.config import (
-    ConfigError,
-    check_fields,
-    check_same,
-    flatten,
-    hold_workdir,
-    load_config,
-    write_config,
-)
 from detailflow_jax.convert.start import load_into
 from detailflow_jax.data import make_iterator
 from detailflow_jax.evaluate.training import Scorer, make_scorer
-from detailflow_jax.feed import DataError, Feed
-from detailflow_jax.metrics import Averages, Diverged, MetricWriter, Progress, run_log
 from detailflow_jax.ops.input_sizes import input_sizes
+from detailflow_jax.runtime import distributed, sharding
+from detailflow_jax.runtime.checkpoint import CheckpointError, Checkpoints, WriteError
+from detailflow_jax.runtime.config import (
+    check_fields,
+    check_same,
+    flatten,
+    load_config,
+    write_config,
+)
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.feed import DataError, Feed
+from detailflow_jax.runtime.files import hold_workdir
+from detailflow_jax.runtime.metrics import Averages, Diverged, MetricWriter, Progress, run_log
+from detailflow_jax.runtime.watchdog import Watchdog
 from detailflow_jax.tasks import Task, TrainState, make_task
-from detailflow_jax.watchdog import Watchdog
 
 FINISHED, FAILED, UNUSABLE, PREEMPTED, INTERRUPTED = 0, 1, 2, 143, 130
 

@@ -21,12 +21,12 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from detailflow_jax import checkpoint
 from detailflow_jax.convert import export
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.load import load
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.writers import appearing, check_replaceable, is_free
+from detailflow_jax.runtime import checkpoint
 
 # What the folder holds that `write_jax` makes, and nothing of a run.
 _FOLDER = {pathlib.Path("config.json"), pathlib.Path("checkpoints/0"), pathlib.Path("checkpoints")}

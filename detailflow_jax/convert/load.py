@@ -9,12 +9,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from detailflow_jax.checkpoint import restore_params
-from detailflow_jax.config import near_names, read_config
 from detailflow_jax.convert import mapping, published
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.readers import Weights
+from detailflow_jax.runtime.checkpoint import restore_params
+from detailflow_jax.runtime.config import read_config
+from detailflow_jax.runtime.errors import near_names
 from detailflow_jax.tasks import flowar as flowar_task
 from detailflow_jax.tasks import generator as generator_task
 from detailflow_jax.tasks import tokenizer as tokenizer_task
@@ -62,8 +63,8 @@ def load(
       overrides: fields of the configuration, and `encoder_num_heads`, `decoder_num_heads`.
 
     Raises:
-      ConfigError, CheckpointError (here and of `detailflow_jax.checkpoint`): nothing to load there,
-        or not of this kind; the text says what to do.
+      ConfigError, CheckpointError (here and of `runtime.checkpoint`): nothing to load there, or
+        not of this kind; the text says what to do.
       ValueError: `weights` is neither, or an unknown override.
     """
     if weights not in (None, "model", "ema"):

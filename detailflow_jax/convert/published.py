@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detailflow_jax.convert import flowar, generator, mapping, siglip, tokenizer, vae
+from detailflow_jax.convert import mapping
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.readers import Weights, check_finite, read_checkpoint
+from detailflow_jax.convert.tables import flowar, generator, siglip, tokenizer, vae
 from detailflow_jax.models import flowar as flowar_network
 from detailflow_jax.models import layers
 from detailflow_jax.models.generator import Generator

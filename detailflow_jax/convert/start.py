@@ -8,7 +8,7 @@
     config.discriminator.path  the frozen DINO of the discriminator
     config.init_from.discriminator   the discriminator's trained part
 
-LPIPS and DINO have usual places, which need not be named (`detailflow_jax.weights`).
+LPIPS and DINO have usual places, which need not be named (`detailflow_jax.runtime.weights`).
 SigLIP2 is a folder, file or hub name in Hugging Face's format, or a published training checkpoint
 of a tokenizer, which has its teacher inside. Position tables of another grid are resized as the
 network resizes them (antialiased bilinear); layers beyond the depth wanted are left out.
@@ -25,13 +25,14 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from detailflow_jax import weights
-from detailflow_jax.convert import discriminator, lpips, mapping, siglip, tokenizer
+from detailflow_jax.convert import mapping
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.load import is_workdir, load
 from detailflow_jax.convert.published import KINDS, check_kind
 from detailflow_jax.convert.readers import check_finite, read_checkpoint
+from detailflow_jax.convert.tables import discriminator, lpips, siglip, tokenizer
 from detailflow_jax.ops import interpolation
+from detailflow_jax.runtime import weights
 from detailflow_jax.tasks import TrainState, adversarial
 
 Tensors = Mapping[str, np.ndarray]

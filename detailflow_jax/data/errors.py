@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from detailflow_jax.config import near_names
+from detailflow_jax.runtime.errors import near_names
 
 
 class UnreadableImage(Exception):

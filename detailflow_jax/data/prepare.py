@@ -23,13 +23,14 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from detailflow_jax.config import ConfigError, hold_workdir
 from detailflow_jax.data import split_writer
 from detailflow_jax.data.errors import UnreadableImage
 from detailflow_jax.data.imagenet import TARS, check_tars
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import image_and_label, make_source, unknown_dataset
 from detailflow_jax.data.spool import SpoolError
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.files import hold_workdir
 
 IMAGENET = "imagenet2012"
 _TEST_TAR = "ILSVRC2012_img_test.tar"  # The builder takes it, if it is there, as a third split.

@@ -21,8 +21,8 @@ from typing import Any
 from array_record.python import array_record_module
 from tqdm import tqdm
 
-from detailflow_jax.config import write_atomically
 from detailflow_jax.data.spool import Spool, SpoolError
+from detailflow_jax.runtime.files import write_atomically
 
 
 def is_supported(builder: Any) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from detailflow_jax.config import write_atomically
+from detailflow_jax.runtime.files import write_atomically
 
 KEY_BITS = 128
 _BUCKETS = 256  # 600 MB each for ImageNet: one is sorted in memory.

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from detailflow_jax import api, data, extract_codes, generate, pictures
-from detailflow_jax.config import load_config, write_atomically
+from detailflow_jax import data
 from detailflow_jax.demo import stages
 from detailflow_jax.evaluate import digits, reconstruction, report
+from detailflow_jax.inference import api, extract_codes, generate
 from detailflow_jax.ops import images as pixels
+from detailflow_jax.runtime import pictures
+from detailflow_jax.runtime.config import load_config
+from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.tasks.tokenizer import group_counts
 from detailflow_jax.train import train
 

@@ -14,13 +14,16 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from detailflow_jax import api, data, extract_latents, generate, pictures
-from detailflow_jax.config import load_config, write_atomically
+from detailflow_jax import data
 from detailflow_jax.demo import stages
 from detailflow_jax.evaluate import digits, report
+from detailflow_jax.inference import api, extract_latents, generate
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import interpolation
 from detailflow_jax.ops import scales as grids
+from detailflow_jax.runtime import pictures
+from detailflow_jax.runtime.config import load_config
+from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.train import train
 
 SAMPLES_A_CLASS = 50

@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from detailflow_jax.config import ConfigError, write_atomically
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.train import Preempted
 
 

@@ -18,15 +18,16 @@ from typing import Any
 
 import jax
 
-from detailflow_jax import api, distributed
-from detailflow_jax.checkpoint import CheckpointError as RunError
-from detailflow_jax.config import ConfigError
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.evaluate import features, generation, reconstruction, references
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.models import Reconstructor, Sampler
 from detailflow_jax.evaluate.networks import load_extractor, load_perceptual
 from detailflow_jax.evaluate.samples import open_samples
+from detailflow_jax.inference import api
+from detailflow_jax.runtime import distributed
+from detailflow_jax.runtime.checkpoint import CheckpointError as RunError
+from detailflow_jax.runtime.errors import ConfigError
 
 KINDS = {
     "detailflow": (
@@ -66,7 +67,7 @@ def _add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
     )
     add = command.add_argument
     add("--out", default=f"runs/evaluate/{name}", help="folder for results and partial results")
-    add("--inception", help="Inception of FID; default as detailflow_jax.weights lists it")
+    add("--inception", help="Inception of FID; default as detailflow_jax.runtime.weights lists it")
     add("--data_dir", help="where TFDS keeps its data")
     add("--weights", choices=("model", "ema"), help="which weights of a checkpoint")
     add("--batch_size", type=int, default=64, help="images a call, over this process's devices")

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from detailflow_jax import sharding
-from detailflow_jax.config import write_atomically
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.samples import write_npz
+from detailflow_jax.runtime import sharding
+from detailflow_jax.runtime.files import write_atomically
 
 CHUNK = 1024
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from detailflow_jax import sharding
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import split_count
+from detailflow_jax.runtime import sharding
 
 NEIGHBOUR = 3
 SPLIT_SIZE = 5000

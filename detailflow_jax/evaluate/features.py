@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from detailflow_jax import sharding
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.models.inception import Inception
+from detailflow_jax.runtime import sharding
 
 FEATURES = ("pool", "spatial", "logits")
 

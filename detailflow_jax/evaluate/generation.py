@@ -16,8 +16,6 @@ import jax
 import numpy as np
 import scipy.special
 
-from detailflow_jax import pictures, sharding
-from detailflow_jax.config import write_atomically
 from detailflow_jax.evaluate.chunks import ChunkFolder
 from detailflow_jax.evaluate.distances import (
     NEIGHBOUR,
@@ -31,6 +29,8 @@ from detailflow_jax.evaluate.models import Sampler
 from detailflow_jax.evaluate.moments import Moments
 from detailflow_jax.evaluate.references import Reference
 from detailflow_jax.evaluate.samples import write_samples
+from detailflow_jax.runtime import pictures, sharding
+from detailflow_jax.runtime.files import write_atomically
 
 LABELS = ("balanced", "random")
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")

@@ -1,7 +1,7 @@
 """Where images come from a model: the one place that knows the kinds of models.
 
 A generator draws codes that a tokenizer decodes, FlowAR draws latents that a VAE decodes; a
-tokenizer or VAE by itself encodes and decodes. Models are what `detailflow_jax.api` loads.
+tokenizer or VAE by itself encodes and decodes. Models are what `inference.api` loads.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from detailflow_jax import sharding
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import split_count
+from detailflow_jax.inference.programs import DECODERS
 from detailflow_jax.ops import correction, interpolation
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.tasks.inference import DECODERS
+from detailflow_jax.runtime import sharding
 
 
 @dataclasses.dataclass

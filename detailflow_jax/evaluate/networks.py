@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import jax
 
-from detailflow_jax import weights
-from detailflow_jax.convert import inception as inception_weights
-from detailflow_jax.convert import lpips as lpips_weights
+from detailflow_jax.convert.tables import inception as inception_weights
+from detailflow_jax.convert.tables import lpips as lpips_weights
 from detailflow_jax.evaluate import features, reconstruction
 from detailflow_jax.evaluate.samples import hash_file
 from detailflow_jax.models.lpips import LPIPS
+from detailflow_jax.runtime import weights
 
 # Samples cannot do without it; of the scores of reconstructions only rFID needs it.
 _WITHOUT = "for reconstructions, --without rfid"

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from detailflow_jax import data, sharding
+from detailflow_jax import data
 from detailflow_jax.evaluate.chunks import ChunkFolder
 from detailflow_jax.evaluate.distances import NEIGHBOUR
 from detailflow_jax.evaluate.errors import EvaluationError
@@ -34,6 +34,7 @@ from detailflow_jax.evaluate.samples import (
     read_arrays,
     write_npz,
 )
+from detailflow_jax.runtime import sharding
 
 CACHE = "~/.cache/detailflow_jax/references"
 MOST_NEIGHBOURS = 10_000

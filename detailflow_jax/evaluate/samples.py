@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from detailflow_jax.config import atomic_file
 from detailflow_jax.data.errors import UnreadableImage
 from detailflow_jax.data.images import IMAGE_FILE, decode_image
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import Source
 from detailflow_jax.data.transforms import center_crop
 from detailflow_jax.evaluate.errors import EvaluationError
+from detailflow_jax.runtime.files import atomic_file
 
 _BLOCK = 1 << 24  # bytes hashed at a time
 _WHY_ALL = "replace or remove it, for the score of the others would not be the score of the set"

@@ -19,8 +19,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from detailflow_jax import sharding
-from detailflow_jax.config import ConfigError
 from detailflow_jax.convert import load
 from detailflow_jax.evaluate import generation, image_quality
 from detailflow_jax.evaluate.distances import frechet_distance
@@ -30,8 +28,11 @@ from detailflow_jax.evaluate.models import as_uint8
 from detailflow_jax.evaluate.moments import Moments
 from detailflow_jax.evaluate.networks import load_extractor
 from detailflow_jax.evaluate.references import load_reference, open_images
+from detailflow_jax.inference import programs as inference
 from detailflow_jax.models.sampler import sample_keys
-from detailflow_jax.tasks import TrainState, inference
+from detailflow_jax.runtime import sharding
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.tasks import TrainState
 
 Scores = dict[str, float]
 

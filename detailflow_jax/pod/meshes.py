@@ -6,10 +6,10 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
-from detailflow_jax import sharding
-from detailflow_jax.config import ConfigError
 from detailflow_jax.pod import programs
 from detailflow_jax.pod.topologies import Topology
+from detailflow_jax.runtime import sharding
+from detailflow_jax.runtime.errors import ConfigError
 
 
 def choose(

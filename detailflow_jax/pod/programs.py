@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from detailflow_jax import sharding
-from detailflow_jax.config import ConfigError
-from detailflow_jax.tasks import Task, TrainState, inference, make_task
+from detailflow_jax.inference import programs as inference
+from detailflow_jax.runtime import sharding
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.tasks import Task, TrainState, make_task
 
 
 class DoesNotFit(Exception):

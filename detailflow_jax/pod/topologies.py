@@ -13,7 +13,7 @@ import os
 
 import jax
 
-from detailflow_jax.config import ConfigError
+from detailflow_jax.runtime.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Published parameter names, one table per network."""

@@ -1,0 +1,1 @@
+"""Trained parameters in use: loading, sampling, encoding and decoding."""

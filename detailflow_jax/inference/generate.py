@@ -1,0 +1,234 @@
+"""Generated images: labels -> codes or latents -> pictures.
+
+    python -m detailflow_jax.generate --tokenizer runs/tok --generator runs/gen --labels 0-9 \\
+        --per_class 8 --cfg_scale 1.5 --out runs/samples
+    python -m detailflow_jax.generate --vae runs/vae --flowar runs/flowar --labels 0-9 \\
+        --per_class 8 --cfg_scale 2.4 --num_steps 25 --out runs/samples
+
+Writes `samples.npz` (`arr_0` uint8 [B, H, W, 3], and `labels`), `grid.png`, on request one PNG an
+image, and with several token counts `progressive.png`: the same samples from fewer and more tokens.
+"""
+
+import argparse
+import io
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from detailflow_jax.evaluate.reconstruction import decode_enlarged
+from detailflow_jax.inference import api
+from detailflow_jax.ops import flow
+from detailflow_jax.ops import images as pixels
+from detailflow_jax.runtime import distributed, pictures, sharding
+from detailflow_jax.runtime.checkpoint import CheckpointError
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.files import write_atomically
+
+
+def parse_labels(text: str) -> list[int]:
+    """ "0-9", "3,1,4" or a mix -> class numbers.
+
+    Raises:
+      ValueError: not of this form.
+    """
+    labels = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"cannot read labels {text!r}: expected numbers as in 0-9 or 3,1,4")
+        labels.extend(range(int(first), int(last or first) + 1))
+    return labels
+
+
+def parse_counts(text: str | None, name: str = "num_tokens") -> list[int]:
+    """ "4,8,16" -> counts; None -> none.
+
+    Raises:
+      ValueError: not of this form.
+    """
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise ValueError(f"cannot read {name} {text!r}: expected numbers as in 4,8,16") from error
+
+
+def sample(
+    model: "api.Generator | api.FlowAR", labels: np.ndarray, *, batch_size: int, **options
+) -> np.ndarray:
+    """`model.sample` in batches behind a progress bar: codes [B, n], or latents [B, S, S, C].
+
+    Several processes share the samples between them; each gets them all.
+    """
+    share = -(-len(labels) // jax.process_count())
+    first = jax.process_index() * share
+    # Equal shares, as they are put together: what the last one lacks it draws once more.
+    own = np.pad(labels, (0, share * jax.process_count() - len(labels)), "edge")[first:][:share]
+    parts = []
+    with tqdm(total=share, unit="image", desc="sample", disable=first > 0) as progress:
+        for start in range(0, share, batch_size):
+            part = own[start : start + batch_size]
+            index = first + start
+            parts.append(model.sample(part, first_index=index, batch_size=batch_size, **options))
+            progress.update(len(part))
+    return sharding.gather_processes(np.concatenate(parts))[: len(labels)]
+
+
+def write_outputs(
+    out: str,
+    labels: np.ndarray,
+    images: np.ndarray,
+    progressive: dict[int, np.ndarray],
+    *,
+    columns: int,
+    single: bool,
+) -> None:
+    """Writes the pictures and samples.npz, each atomically."""
+    folder = pathlib.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    scale = max(1, 64 // images.shape[1])
+    pictures.save_png(folder / "grid.png", pictures.grid(images, columns=columns, scale=scale))
+    if progressive:
+        rows = np.concatenate([part[:16] for part in progressive.values()])
+        captions = [f"{count} tokens" for count in progressive]
+        width = min(16, len(images))
+        strip = pictures.grid(rows, columns=width, scale=scale, row_captions=captions)
+        pictures.save_png(folder / "progressive.png", strip)
+    if single:
+        (folder / "images").mkdir(exist_ok=True)
+        for i, (label, image) in enumerate(zip(labels, images, strict=True)):
+            pictures.save_png(folder / "images" / f"{i:06d}_class{label:04d}.png", image)
+    stream = io.BytesIO()
+    np.savez(stream, images, labels=labels)
+    write_atomically(folder / "samples.npz", stream.getvalue())
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detailflow_jax.generate",
+        description="Generate images of given classes, with DetailFlow (--tokenizer, --generator) "
+        "or with FlowAR (--vae, --flowar).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--out", required=True, help="folder for the pictures and samples.npz")
+    add("--labels", required=True, help="class numbers, as 0-9 or 3,1,4")
+    add("--per_class", type=int, default=8, help="samples a class")
+    add("--cfg_scale", type=float, help="guidance >= 1; 1 means none (default: 1.5, FlowAR 2.4)")
+    add("--seed", type=int, default=0, help="sample i depends on the seed and i alone")
+    add("--batch_size", type=int, default=64, help="samples a call of the compiled program")
+    add("--single", action="store_true", help="also write every image as a PNG of its own")
+    _add_detailflow(parser.add_argument_group("DetailFlow").add_argument)
+    _add_flowar(parser.add_argument_group("FlowAR").add_argument)
+    distributed.add_arguments(parser)
+    args = parser.parse_args(argv)
+    pairs = [(args.tokenizer, args.generator), (args.vae, args.flowar)]
+    if sorted(map(bool, pairs[0])) == sorted(map(bool, pairs[1])) or not any(map(all, pairs)):
+        parser.error("expected either --tokenizer and --generator, or --vae and --flowar")
+    return args
+
+
+def _add_detailflow(add) -> None:
+    add("--tokenizer", help="what df.load_tokenizer takes, such as a workdir")
+    add("--generator", help="what df.load_generator takes, such as a workdir")
+    add("--num_tokens", help="token counts, as 4,8,16; the largest gives samples.npz and grid.png")
+    add("--gradual_cfg", action="store_true", help="lower the guidance group by group")
+    add("--temperature", type=float, default=1.0, help="divides the logits")
+    add("--top_k", type=int, default=0, help="keep the k most likely codes; 0 keeps all")
+    add("--top_p", type=float, default=1.0, help="keep the likeliest codes of this probability")
+    add("--greedy", action="store_true", help="always take the most likely code")
+
+
+def _add_flowar(add) -> None:
+    add("--vae", help="what df.load_vae takes, such as a workdir or kl16.ckpt")
+    add("--flowar", help="what df.load_flowar takes, such as a workdir or FlowAR-L.pth")
+    add("--num_steps", default="25", help="flow steps, one number or one a scale, as 25,20,15")
+    add("--guidance_high", type=float, default=0.9, help="guide from this time on (1 is noise)")
+    add("--solver", default="euler", choices=sorted(flow.SOLVERS), help="of the flow")
+
+
+def generate(args: argparse.Namespace) -> np.ndarray:
+    """Does what the arguments say; returns the images, uint8 [B, H, W, 3].
+
+    Raises:
+      ValueError: a label, count or setting that the models do not allow, or models that do not
+        belong together.
+    """
+    if args.per_class < 1 or args.batch_size < 1:
+        raise ValueError("--per_class and --batch_size must be at least 1")
+    labels = np.repeat(parse_labels(args.labels), args.per_class)
+    make = generate_flowar if args.flowar else generate_detailflow
+    images, progressive = make(args, labels)
+    if jax.process_index() == 0:
+        columns, single = args.per_class, args.single
+        write_outputs(args.out, labels, images, progressive, columns=columns, single=single)
+    return images
+
+
+def generate_detailflow(args: argparse.Namespace, labels: np.ndarray):
+    """Images uint8 [B, H, W, 3], and by token count the first 16 of them from fewer tokens."""
+    counts = sorted(set(parse_counts(args.num_tokens)))
+    tokenizer = api.load_tokenizer(args.tokenizer)
+    generator = api.load_generator(args.generator)
+    api.check_pair(tokenizer, generator)
+    counts = counts or [generator.config.num_tokens]
+    for count in counts:
+        tokenizer.config.resolutions.check(count)
+    codes = sample(
+        generator,
+        labels,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        cfg_scale=1.5 if args.cfg_scale is None else args.cfg_scale,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        gradual_cfg=args.gradual_cfg,
+        greedy=args.greedy,
+        num_tokens=counts[-1],
+    )
+    images = np.asarray(pixels.to_uint8(tokenizer.decode(codes)))
+    progressive = {}
+    if len(counts) > 1:
+        progressive = {
+            count: np.asarray(pixels.to_uint8(decode_enlarged(tokenizer, codes[:16], count)))
+            for count in counts
+        }
+    return images, progressive
+
+
+def generate_flowar(args: argparse.Namespace, labels: np.ndarray):
+    """Images uint8 [B, H, W, 3], and nothing of fewer tokens: FlowAR has none."""
+    steps = parse_counts(args.num_steps, "num_steps")
+    vae, flowar = api.load_vae(args.vae), api.load_flowar(args.flowar)
+    api.check_pair(vae, flowar)
+    latents = sample(
+        flowar,
+        labels,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        cfg_scale=2.4 if args.cfg_scale is None else args.cfg_scale,
+        num_steps=steps[0] if len(steps) == 1 else steps,
+        guidance_high=args.guidance_high,
+        solver=args.solver,
+    )
+    return np.asarray(pixels.to_uint8(vae.decode(latents))), {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 with one line that says what is wrong."""
+    args = parse_arguments(argv)
+    try:
+        distributed.start(args.coordinator_address, args.num_processes, args.process_id)
+        images = generate(args)
+    except (ConfigError, CheckpointError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if jax.process_index() == 0:
+        print(f"{len(images)} images of {images.shape[1]}x{images.shape[2]} px in {args.out}")
+    return 0

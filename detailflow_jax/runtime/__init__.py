@@ -1,0 +1,1 @@
+"""What every run stands on: configuration, files, devices, processes, checkpoints, metrics."""

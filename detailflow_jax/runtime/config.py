@@ -1,0 +1,288 @@
+"""Configurations: one readable Python file, fields overridden by flags, written to the workdir.
+
+A configuration is the `ml_collections.ConfigDict` that `get_config(arg)` of a file in `configs/`
+returns. On the command line it is named as FILE.py or FILE.py:ARG, and any field of it can be
+given another value of its own type with `--config.NAME=VALUE`. What cannot be meant, an unknown
+field, variant or option, is refused with the names that come near it.
+"""
+
+import inspect
+import json
+import os
+import pathlib
+import runpy
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from detailflow_jax.runtime.errors import ConfigError, near_names
+from detailflow_jax.runtime.files import write_atomically
+
+T = TypeVar("T")
+
+# Fields that change how a run is watched or where it computes, not what it computes.
+MAY_DIFFER = (
+    "log_every",
+    "figures_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "stall_seconds",
+    "score",
+    "accumulate",
+    "mesh",
+    "data.prefetch",
+    "data.num_workers",
+    "data.num_threads",
+    "data.worker_buffer",
+)
+
+
+# --------------------------------------------------------------------------- files and overrides
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Reads a configuration file and applies overrides, each checked against its field's type.
+
+    Args:
+        spec: "FILE.py" or "FILE.py:ARG"; ARG goes to the file's `get_config`.
+        overrides: "--config.optim.lr=1e-3", in order. Tuples as "(0.9, 0.95)"; a field whose
+            default is None takes values when the file declares it as `placeholder(type)`.
+
+    Returns:
+        The configuration, locked: fields can be read and changed, not added.
+
+    Raises:
+        ConfigError: no such file, variant or field (near names are listed), a value that is not
+            of the field's type.
+    """
+    config = _run_config_file(spec)
+    config.lock()
+    for override in overrides:
+        _apply_override(config, override)
+    return config
+
+
+def _run_config_file(spec: str) -> ConfigDict:
+    path, has_arg, arg = spec.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(
+            f"there is no config file {path!r} in {pathlib.Path.cwd()}; name one as FILE.py:VARIANT"
+            ", for example configs/tokenizer.py:digits"
+        )
+    get_config = _run_script(path).get("get_config")
+    if get_config is None:
+        raise ConfigError(f"{path} defines no function get_config(arg)")
+    if has_arg and not inspect.signature(get_config).parameters:
+        raise ConfigError(f"{path} has no variants: write {path!r} instead of {spec!r}")
+    try:
+        config = get_config(arg) if has_arg else get_config()
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{spec}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def _run_script(path: str) -> dict[str, Any]:
+    """The globals of a Python file, which may import files beside it as a script may."""
+    folder = str(pathlib.Path(path).resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        return runpy.run_path(path)
+    finally:
+        sys.path.remove(folder)
+
+
+def _apply_override(config: ConfigDict, override: str, shown_as: str = "config.") -> None:
+    flag, has_value, text = override.partition("=")
+    name = flag.removeprefix("--config.")
+    if name == flag or not has_value:
+        raise ConfigError(f"cannot read {override!r}: write an override as --config.NAME=VALUE")
+    fields = flatten(config)
+    if name not in fields:
+        if any(field.startswith(f"{name}.") for field in fields):
+            raise ConfigError(f"config.{name} is a group of fields: override one field of it")
+        raise ConfigError(_unknown(f"config field {name!r}", near_names(name, fields), fields))
+    private_flags = flags.FlagValues()
+    try:
+        # The same machinery as `config_flags.DEFINE_config_file`, one override at a time, so
+        # that an error is known to be this field's and the file's own errors stay readable.
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=private_flags, sys_argv=["", override]
+        )
+        private_flags(["", override])
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ConfigError(f"{shown_as}{name}: {_expected(config, name)}, got {text!r}") from error
+
+
+def _expected(config: ConfigDict, name: str) -> str:
+    *groups, field = name.split(".")
+    for group in groups:
+        config = config[group]
+    kind, value = config.get_type(field), config[field]
+    if kind in (type(None), list):
+        return (
+            f"the default {value!r} does not tell what type is expected (in the file, write "
+            "placeholder(float) for a number that may be None, a tuple for a list)"
+        )
+    return f"expected {kind.__name__} (the default is {value!r})"
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 1e-3, ...}: every field under its full name."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping | ConfigDict) and len(value):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+# ------------------------------------------------------------------------------- names and variants
+
+
+def _unknown(what: str, near: Sequence[str], known: Iterable[str]) -> str:
+    if near:
+        return f"unknown {what}; near names: {', '.join(near)}"
+    return f"unknown {what}; expected one of {', '.join(known)}"
+
+
+def choose(name: str, options: Mapping[str, T], what: str) -> T:
+    """options[name]; an unknown name is a ConfigError that says `what` and lists near names."""
+    if name not in options:
+        raise ConfigError(_unknown(f"{what} {name!r}", near_names(name, options), options))
+    return options[name]
+
+
+def decode_variant(
+    arg: str | None, variants: Iterable[str], **options: Any
+) -> tuple[str, ConfigDict]:
+    """Reads the argument of a config file, "VARIANT" or "VARIANT:OPTION,OPTION=VALUE".
+
+    Args:
+        arg: such as "detailflow_16:runlocal,batch_size=8".
+        variants: the names of the variants.
+        **options: the options with their defaults. A value is read as the type of its default;
+            a bare option means True.
+
+    Returns:
+        (variant, options as a ConfigDict with one entry for each of `options`).
+
+    Raises:
+        ConfigError: no or an unknown variant or option, a value of another type.
+    """
+    variant, _, rest = (arg or "").partition(":")
+    variants = dict.fromkeys(variants)
+    if not variant:
+        raise ConfigError(f"name a variant, FILE.py:VARIANT, one of {', '.join(variants)}")
+    choose(variant, variants, "variant")
+    values = ConfigDict(options)
+    for item in filter(None, rest.split(",")):
+        name, has_value, text = item.partition("=")
+        choose(name, options, "option")
+        if not has_value and not isinstance(options[name], bool):
+            raise ConfigError(f"option {name} needs a value: {name}={options[name]!r}")
+        _apply_override(values, f"--config.{name}={text if has_value else 'true'}", "option ")
+    return variant, values
+
+
+def check_fields(config: ConfigDict, expected: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Raises ConfigError for the first field of `expected` that is missing or of another type."""
+    fields = flatten(config)
+    for name, kind in expected.items():
+        if name not in fields:
+            raise ConfigError(f"the configuration lacks config.{name}: add it to the config file")
+        if type(fields[name]) is not kind:
+            raise ConfigError(
+                f"config.{name} is {fields[name]!r}: expected {kind.__name__}, "
+                f"got {type(fields[name]).__name__}"
+            )
+
+
+# ---------------------------------------------------------------------------------- in the workdir
+
+
+def write_config(config: ConfigDict, workdir: str | os.PathLike) -> None:
+    """Writes the resolved configuration to WORKDIR/config.json, atomically.
+
+    Raises:
+        ConfigError: the workdir cannot be made or written.
+    """
+    try:
+        pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_as_json(config), indent=2) + "\n"
+        write_atomically(pathlib.Path(workdir) / "config.json", text.encode())
+    except OSError as error:
+        raise ConfigError(f"cannot write to the workdir {workdir}: {error}") from error
+
+
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
+    """The configuration that WORKDIR/config.json holds (locked; sequences are tuples).
+
+    Raises:
+        ConfigError: no such file, or not a configuration.
+    """
+    path = epath.Path(workdir) / "config.json"  # Runs are also read from buckets.
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{workdir} is no workdir of a run: it holds no config.json") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds {type(fields).__name__}, not a configuration")
+    return ConfigDict(_with_tuples(fields)).lock()
+
+
+def check_same(
+    config: ConfigDict, workdir: str | os.PathLike, may_differ: Sequence[str] = MAY_DIFFER
+) -> None:
+    """Refuses to go on in a workdir that was started with another configuration.
+
+    Args:
+        config: the configuration to run now.
+        workdir: where to; without a config.json there is nothing to compare.
+        may_differ: full names of fields, or of groups of fields, that a resumed run may change.
+
+    Raises:
+        ConfigError: names each field that differs, its old and its new value, and what to do.
+    """
+    if not (pathlib.Path(workdir) / "config.json").exists():
+        return
+    old, new = (flatten(_as_json(c)) for c in (read_config(workdir), config))
+    absent = object()
+    differences = [
+        f"  {name}: {_shown(old, name)} in the workdir, {_shown(new, name)} now"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name, absent) != new.get(name, absent)
+        and not any(name == free or name.startswith(f"{free}.") for free in may_differ)
+    ]
+    if differences:
+        raise ConfigError(
+            "\n".join([f"{workdir} was started with another configuration:", *differences])
+            + "\nGive the run another --workdir (or delete this one), or resume it with its own "
+            "configuration."
+        )
+
+
+def _shown(fields: dict[str, Any], name: str) -> str:
+    return json.dumps(fields[name]) if name in fields else "absent"
+
+
+def _as_json(config: ConfigDict) -> dict:
+    """The fields as JSON would give them back: plain dictionaries, lists for tuples."""
+    return json.loads(config.to_json())
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_tuples(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return tuple(map(_with_tuples, value))
+    return value

@@ -1,0 +1,262 @@
+"""What a run tells: its log, its metrics, its progress.
+
+    WORKDIR/log.txt          every message, with the parameter table and tracebacks
+            metrics.jsonl    one JSON object a log step: "step", the means of the task's metrics
+                             since the line before, "images_per_second", "seconds"
+            tensorboard/     the same scalars, and the figures
+            figures/         the figures as NAME_STEP.png
+
+Process 0 writes; the others only keep quiet.
+"""
+
+import contextlib
+import datetime
+import json
+import logging as python_logging
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from detailflow_jax.runtime.files import write_atomically
+from detailflow_jax.runtime.pictures import save_png
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
+
+class Diverged(RuntimeError):
+    """The loss or the state is no longer finite; the text says at which step."""
+
+
+# ---------------------------------------------------------------------------------------- the log
+
+
+class _Console(python_logging.Handler):
+    """Messages on standard error, above a progress bar rather than through it."""
+
+    def emit(self, record: python_logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def run_log(workdir: str | os.PathLike) -> Iterator[None]:
+    """Within it, this package's messages go to the console and WORKDIR/log.txt.
+
+    Of the libraries' messages (Orbax tells much of its inner life) only warnings are kept, and
+    only in the file. An exception that passes leaves its traceback there.
+    """
+    console = _Console(python_logging.INFO)
+    console.addFilter(lambda record: record.pathname.startswith(_PACKAGE))
+    handlers: list[python_logging.Handler] = [console]
+    if jax.process_index() == 0:
+        file = python_logging.FileHandler(pathlib.Path(workdir) / "log.txt")
+        file.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.addFilter(
+            lambda record: (
+                record.pathname.startswith(_PACKAGE) or record.levelno >= python_logging.WARNING
+            )
+        )
+        handlers.append(file)
+    else:
+        console.setLevel(python_logging.WARNING)
+    logger = logging.get_absl_logger()
+    before = logger.handlers[:], logger.propagate, logging.get_verbosity()
+    logger.handlers[:], logger.propagate = handlers, False
+    logging.set_verbosity(logging.DEBUG)
+    try:
+        yield
+    except Exception:
+        logging.debug("the run stopped here", exc_info=True)
+        raise
+    finally:
+        logger.handlers[:], logger.propagate = before[:2]
+        logging.set_verbosity(before[2])
+        for handler in handlers:
+            handler.close()
+
+
+# ------------------------------------------------------------------------------------- the numbers
+
+
+class Averages:
+    """Means of the step metrics since the last log line; a host copy is made only when asked."""
+
+    def __init__(self, totals: Mapping[str, list] | None = None):
+        """`totals` is what another object's `totals` held, to go on where it was."""
+        self.totals = dict(totals or {})  # {name: [sum, number of steps]}, JSON-like.
+        self._on_device: list[tuple[int, Mapping[str, jax.Array]]] = []
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the scalars of a step without waiting for them."""
+        self._on_device.append((step, metrics))
+
+    def fetch(self) -> None:
+        """Waits for the steps added so far and brings `totals` up to date.
+
+        Raises:
+            Diverged: names the first step whose "loss" is NaN or Inf.
+        """
+        fetched, self._on_device = jax.device_get(self._on_device), []
+        for step, metrics in fetched:
+            if not np.isfinite(metrics["loss"]):
+                raise Diverged(f"the loss is {float(metrics['loss'])} at step {step}")
+            for name, value in metrics.items():
+                total, count = self.totals.get(name, (0.0, 0))
+                self.totals[name] = [total + float(value), count + 1]
+
+    def take_means(self) -> dict[str, float]:
+        """The means since the last call; a metric counts in the steps that reported it."""
+        self.fetch()
+        totals, self.totals = self.totals, {}
+        return {name: total / count for name, (total, count) in totals.items()}
+
+
+class MetricWriter:
+    """Writes metrics and figures of process 0; a context manager that flushes on leaving."""
+
+    def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool, step: int = 0):
+        """Opens the files of a run that has done `step` updates.
+
+        metrics.jsonl may go further, where the run was killed after its last checkpoint: the
+        lines past `step` are dropped, for they will be written again.
+
+        Args:
+            tensorboard: write TensorBoard files too. Imports TensorFlow, which takes seconds.
+        """
+        self._workdir = pathlib.Path(workdir)
+        self._primary = jax.process_index() == 0
+        self._tensorboard = None
+        if self._primary:
+            (self._workdir / "figures").mkdir(exist_ok=True)
+            path = self._workdir / "metrics.jsonl"
+            _keep_lines_until(path, step)
+            self._lines = path.open("a")
+            if tensorboard:
+                self._tensorboard = _tensorboard_writer(self._workdir / "tensorboard")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._primary:
+            self._lines.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl (null for what is not finite), and TensorBoard scalars."""
+        if not self._primary:
+            return
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, **line}) + "\n")
+        self._lines.flush()
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, values)
+
+    def figures(self, step: int, figures: Mapping[str, np.ndarray]) -> None:
+        """figures/NAME_STEP.png and TensorBoard images from {NAME: uint8 [H, W, 3]}."""
+        if not self._primary:
+            return
+        for name, picture in figures.items():
+            save_png(self._workdir / "figures" / f"{name}_{step:06d}.png", picture)
+        if self._tensorboard:
+            self._tensorboard.write_images(step, figures)
+
+
+def _keep_lines_until(path: pathlib.Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # The last line of a run that was killed while writing it.
+            break
+    write_atomically(path, "".join(kept).encode())
+
+
+def _tensorboard_writer(directory: pathlib.Path):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # Else it greets on standard error.
+    import tensorflow as tf
+
+    # TensorFlow takes the whole memory of every accelerator that it sees.
+    for kind in ("GPU", "TPU"):
+        try:
+            tf.config.set_visible_devices([], kind)
+        except RuntimeError as error:
+            logging.warning("TensorFlow already holds its %s devices: %s", kind, error)
+    from clu import metric_writers
+
+    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(directory)))
+
+
+# ------------------------------------------------------------------------------------ the progress
+
+
+class Progress:
+    """Images a second and the time left: a bar on a terminal, else a message a log step."""
+
+    def __init__(self, *, total_steps: int, step: int, batch_size: int, seconds: float):
+        """Starts at `step`, with `seconds` spent by earlier parts of the run."""
+        self._total_steps, self._batch_size = total_steps, batch_size
+        self._bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=jax.process_index() != 0 or not sys.stderr.isatty(),
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )
+        self._started = time.perf_counter() - seconds
+        self.restart(step)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, all its parts together."""
+        return time.perf_counter() - self._started
+
+    def restart(self, step: int) -> None:
+        """The next rate counts from here: leaves out what came before, such as compilation."""
+        self._step, self._since, self._paused = step, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done within does not lower the images a second."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def report(self, step: int, loss: float) -> dict[str, float]:
+        """Shows the state of affairs after `step`; returns the rate and the time for the record."""
+        elapsed = time.perf_counter() - self._since - self._paused
+        seconds_a_step = elapsed / max(step - self._step, 1)
+        rate = self._batch_size / max(seconds_a_step, 1e-9)
+        left = str(datetime.timedelta(seconds=int((self._total_steps - step) * seconds_a_step)))
+        self._bar.set_postfix_str(f"loss {loss:.4g}, {rate:.0f} images/s, {left} left", False)
+        self._bar.update(step - self._bar.n)
+        logging.log(
+            logging.INFO if self._bar.disable else logging.DEBUG,
+            "step %d/%d  loss %.5g  %.0f images/s  %s left",
+            step,
+            self._total_steps,
+            loss,
+            rate,
+            left,
+        )
+        self.restart(step)
+        return {"images_per_second": rate, "seconds": self.seconds}

@@ -1,0 +1,488 @@
+"""ImageNet from tars of its real form: prepared by the real builder, trained on, extracted.
+
+The pictures are scikit-learn's two photographs, cut and scaled to several sizes.
+"""
+
+import dataclasses
+import hashlib
+import http.server
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+import threading
+import urllib.parse
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from etils import epath
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from detailflow_jax import train
+from detailflow_jax.data import UnreadableImage, imagenet, make_iterator, make_source, split_writer
+from detailflow_jax.data.images import decode_image
+from detailflow_jax.data.prepare import main as prepare
+from detailflow_jax.inference import extract_codes
+
+PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]
+SIZES = [(500, 375), (333, 500), (120, 90), (640, 426), (64, 200)]
+TRUNCATED, CMYK, PNG = "n01443537_3.JPEG", "n01739381_1309.JPEG", "n02105855_2933.JPEG"
+STRAY_CMYK, STRAY_PNG = "n01440764_7.JPEG", "n01443537_8.JPEG"  # That the builder knows nothing of.
+
+
+def photo(seed):
+    """A cut of a photograph, of another size each time."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.integers(0, 200), rng.integers(0, 100)
+    cut = PHOTOS[seed % 2].crop((x, y, x + 400, y + 300))
+    return cut.resize(SIZES[seed % len(SIZES)], Image.Resampling.LANCZOS)
+
+
+def encoded(image, kind="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def tar_of(files):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def training_files():
+    """{synset: {file name: bytes}} with every peculiarity of the real data."""
+    synsets = {}
+    for k, synset in enumerate(("n01440764", "n01443537", "n01739381", "n02105855")):
+        names = [f"{synset}_{i}.JPEG" for i in range(5)]
+        synsets[synset] = {name: encoded(photo(5 * k + i)) for i, name in enumerate(names)}
+    synsets["n01739381"][CMYK] = encoded(photo(1).convert("CMYK"))
+    synsets["n01440764"][STRAY_CMYK] = encoded(photo(2).convert("CMYK"))
+    synsets["n02105855"][PNG] = encoded(photo(3), "PNG")
+    synsets["n01443537"][STRAY_PNG] = encoded(photo(4), "PNG")
+    synsets["n02105855"]["n02105855_9.JPEG"] = encoded(photo(0).convert("L"))
+    whole = synsets["n01443537"][TRUNCATED]
+    synsets["n01443537"][TRUNCATED] = whole[: len(whole) // 2]
+    return synsets
+
+
+def validation_files(count=4):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # A stored orientation, which ImageNet's users have always ignored.
+    names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, count + 1)]
+    return {name: encoded(photo(40 + i), exif=exif) for i, name in enumerate(names)}
+
+
+def write_tars(data_dir, training, validation):
+    manual = pathlib.Path(data_dir, "downloads", "manual")
+    manual.mkdir(parents=True, exist_ok=True)
+    inner = {f"{synset}.tar": tar_of(files) for synset, files in training.items()}
+    (manual / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
+    (manual / "ILSVRC2012_img_val.tar").write_bytes(tar_of(validation))
+    return manual
+
+
+KILLED_EVER_LATER = """
+import functools, itertools, os, signal, sys, tensorflow, tensorflow_datasets as tfds
+import tensorflow_datasets.image_classification  # Once, not in every child.
+from detailflow_jax.data import prepare, split_writer, spool
+split_writer.Spool = functools.partial(spool.Spool, commit_bytes=100_000)
+tfds.download.DownloadConfig = functools.partial(tfds.download.DownloadConfig, num_shards=3)
+
+def counted(call, left):
+    def count(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+    return count
+
+for attempt in itertools.count():
+    if (child := os.fork()) == 0:
+        left = [attempt * attempt + 1]
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "link"), (os, "mkdir")):
+            setattr(module, name, counted(getattr(module, name), left))
+        os._exit(prepare.main(["--data_dir", sys.argv[1], "--partial"]))
+    if (status := os.waitpid(child, 0)[1]) != signal.SIGKILL:
+        print("killed", attempt, "times")
+        sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def prepare_and_kill(data_dir):
+    """Runs the command until it is not killed any more; returns its output."""
+    command = [sys.executable, "-c", KILLED_EVER_LATER, str(data_dir)]
+    options = {"check": True, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, **options).stdout
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Prepared by the command, which was killed many times and run again."""
+    path = tmp_path_factory.mktemp("tfds")
+    write_tars(path, training_files(), validation_files())
+    output = prepare_and_kill(path)
+    assert int(output.split("killed ")[1].split()[0]) >= 5
+    assert "images are in already" in output and "of no use" not in output
+    return str(path)
+
+
+def test_a_preparation_killed_and_run_again_equals_that_of_tfds(data_dir, tmp_path):
+    builder = tfds.builder("imagenet2012", data_dir=str(tmp_path), file_format="array_record")
+    manual = os.path.join(data_dir, "downloads", "manual")
+    config = tfds.download.DownloadConfig(manual_dir=manual, num_shards=3)
+    builder.download_and_prepare(download_config=config)
+    ours, theirs = (
+        {f.name: content(f) for f in pathlib.Path(path, "imagenet2012", "5.1.0").iterdir()}
+        for path in (data_dir, tmp_path)
+    )
+    assert len(theirs) > 7 and ours == theirs
+    assert not list(pathlib.Path(data_dir, "imagenet2012").glob("[!5.]*"))  # Nothing else is left.
+
+
+def content(file):
+    """Examples of a file of records (protobuf gives their fields in no certain order), or bytes."""
+    if "array_record" not in file.name:
+        return file.read_bytes()
+    records = array_record_module.ArrayRecordReader(os.fspath(file)).read_all()
+    return [tf.train.Example.FromString(record) for record in records]
+
+
+def by_name(source):
+    """{file name: example}, and the names of the unreadable ones."""
+    examples, unreadable = {}, []
+    for i in range(len(source)):
+        name = source._records[i]["file_name"].decode()
+        try:
+            examples[name] = source[i]
+        except UnreadableImage as error:
+            assert name in error.name
+            unreadable.append(name)
+    return examples, unreadable
+
+
+def test_every_image_comes_through_the_real_builder(data_dir):
+    source = make_source("tfds:imagenet2012", data_dir=data_dir)
+    assert len(source) == 25 and source.num_classes == 1000
+    examples, unreadable = by_name(source)
+    assert unreadable == [TRUNCATED]
+    for synset, files in training_files().items():
+        for name, data in files.items():
+            if name == TRUNCATED:
+                continue
+            got = examples[name]
+            assert source.class_names[got["label"]] == synset
+            expected = decode_image(data, name).astype(int)
+            # What the builder re-encodes, its known CMYK and PNG files, loses a little.
+            far = np.abs(got["image"] - expected).mean()
+            assert far == 0 if name not in (CMYK, PNG) else far < 6, name
+
+
+def test_validation_labels_and_stored_pixels(data_dir):
+    source = make_source("tfds:imagenet2012:validation", data_dir=data_dir)
+    examples, unreadable = by_name(source)
+    assert not unreadable and len(source) == 4
+    # The first four of the official list.
+    official = ["n01751748", "n09193705", "n02105855", "n04263257"]
+    for (name, data), synset in zip(validation_files().items(), official, strict=True):
+        assert source.class_names[examples[name]["label"]] == synset
+        with Image.open(io.BytesIO(data)) as image:
+            np.testing.assert_array_equal(examples[name]["image"], np.asarray(image))
+
+
+def test_the_broken_image_is_skipped_and_counted_once_an_epoch(data_dir):
+    data = {"source": "tfds:imagenet2012", "split": "train", "data_dir": data_dir}
+    data |= {"image_size": 32, "crop": "random", "flip": True, "scaled_decode": True}
+    first = make_iterator(data, batch_size=25, seed=0)
+    batches = [next(first) for _ in range(3)]
+    assert [batch["skipped"].sum() for batch in batches] == [1, 1, 1]
+    again = make_iterator(data | {"num_workers": 1}, batch_size=25, seed=0)
+    for batch in batches:
+        repeated = next(again)
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], repeated[key])
+    again.close()
+
+
+def test_trains_and_extracts(data_dir, tmp_path):
+    arguments = [
+        "--config=configs/tokenizer.py:digits:runlocal",
+        "--config.tensorboard=False",
+        "--config.total_steps=4",
+        "--config.loss.full_probability=1.0",  # One decoded size: one program to compile.
+        "--config.model.encoder.depth=1",
+        "--config.model.decoder.depth=1",
+        "--config.model.scan=False",
+        "--config.log_every=1",
+        "--config.data.source=tfds:imagenet2012",
+        "--config.data.split=train",
+        f"--config.data.data_dir={data_dir}",
+        f"--workdir={tmp_path / 'tok'}",
+    ]
+    assert train.main(arguments) == 0
+    metrics = (tmp_path / "tok" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(metrics[-1])
+    assert last["step"] == 4 and np.isfinite(last["loss"])
+    assert last["skipped"] == 1  # 4 batches of 8 over 25 images: one epoch and a bit.
+    out = tmp_path / "codes"
+    arguments = ["--tokenizer", str(tmp_path / "tok"), "--out", str(out), "--crops", "five"]
+    arguments += ["--source", "tfds:imagenet2012:train", "--data_dir", data_dir]
+    assert extract_codes.main(arguments) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["num_records"] == 24 and manifest["num_classes"] == 1000
+    assert [TRUNCATED in name for _, name in manifest["unreadable"]] == [True]
+
+
+def test_a_finished_dataset_is_left_as_it_is_and_verified(data_dir, capsys):
+    def times():
+        files = pathlib.Path(data_dir, "imagenet2012", "5.1.0").iterdir()
+        return {file: file.stat().st_mtime_ns for file in files}
+
+    before = times()
+    assert prepare(["--data_dir", data_dir, "--verify"]) == 0
+    assert times() == before
+    out = capsys.readouterr().out
+    assert "train: 25 images" in out and "--config.data.source=tfds:imagenet2012 " in out
+    assert "train: 1 unreadable" in out and TRUNCATED in out and "validation: 0 unreadable" in out
+
+
+class BucketServer(http.server.BaseHTTPRequestHandler):
+    """As much of Google Cloud Storage as ArrayRecord asks of it: byte ranges of objects."""
+
+    protocol_version = "HTTP/1.1"
+    root = ""
+    requests = 0
+
+    def do_GET(self):
+        type(self).requests += 1
+        name = urllib.parse.unquote(urllib.parse.urlparse(self.path).path.partition("/o/")[2])
+        data = pathlib.Path(self.root, name).read_bytes()
+        start, _, stop = self.headers["Range"].removeprefix("bytes=").partition("-")
+        first = int(start) if start else max(0, len(data) - int(stop))
+        last = min(int(stop), len(data) - 1) if start and stop else len(data) - 1
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+    def log_message(self, *args):
+        pass
+
+
+class LocalBucket:
+    """What epath asks of a file system, with gs://bucket in the place of a folder."""
+
+    def __init__(self, root):
+        self._root = root
+
+    def __getattr__(self, name):
+        def call(path, *args, **kwargs):
+            local = os.fspath(path).replace("gs://bucket", self._root)
+            found = getattr(epath.backend.os_backend, name)(local, *args, **kwargs)
+            if name == "glob":
+                return [path.replace(self._root, "gs://bucket") for path in found]
+            return found
+
+        return call
+
+
+@pytest.fixture
+def bucket(data_dir, monkeypatch):
+    """A bucket that holds `data_dir`."""
+    handler = type("Handler", (BucketServer,), {"root": data_dir})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
+    monkeypatch.setattr(epath.gpath._GPath, "_backend", LocalBucket(data_dir))
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_reads_from_a_bucket(data_dir, bucket):
+    local = make_source("tfds:imagenet2012:validation", data_dir=data_dir)
+    remote = make_source("tfds:imagenet2012:validation", data_dir="gs://bucket")
+    assert remote.fingerprint == local.fingerprint
+    for i in (3, 0, 2):
+        assert remote[i]["label"] == local[i]["label"]
+        np.testing.assert_array_equal(remote[i]["image"], local[i]["image"])
+    assert bucket.requests >= 3
+
+
+@pytest.fixture
+def unfinished(tmp_path, monkeypatch, capsys):
+    """A preparation that the full disk stopped when all images were in: (folder, progress)."""
+    write_tars(tmp_path, training_files(), validation_files())
+
+    class Full:
+        def __init__(self, path, options):
+            pathlib.Path(path).touch()
+
+        def write(self, record):
+            raise RuntimeError("pwrite: No space left on device")  # As ArrayRecord does it.
+
+        def close(self):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(split_writer.array_record_module, "ArrayRecordWriter", Full)
+        assert prepare(["--data_dir", str(tmp_path), "--partial"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    progress = tmp_path / "imagenet2012" / "unfinished.5.1.0"
+    assert list(progress.glob("train/bucket*"))
+    return tmp_path, progress
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path, progress: None, "prepared in"),
+        (lambda path, progress: next(progress.glob("train/bucket*")).unlink(), "of no use"),
+        (
+            lambda path, progress: os.utime(next(path.glob("downloads/manual/*train*")), (7, 7)),
+            "made of other files",
+        ),
+    ],
+)
+def test_what_was_done_before_is_used_if_it_is_whole(unfinished, capsys, harm, message):
+    path, progress = unfinished
+    harm(path, progress)
+    assert prepare(["--data_dir", str(path), "--partial"]) == 0
+    assert message in capsys.readouterr().out
+    assert len(make_source("tfds:imagenet2012", data_dir=str(path))) == 25
+    assert not progress.exists()
+
+
+def test_stopped_from_the_keyboard_it_says_how_to_go_on(unfinished, monkeypatch, capsys):
+    path, progress = unfinished
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(split_writer, "_write_shard", stop)
+        assert prepare(["--data_dir", str(path), "--partial"]) == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
+    assert progress.exists() and not list(progress.parent.glob("incomplete*"))
+    assert prepare(["--data_dir", str(path), "--partial"]) == 0
+
+
+def test_a_split_of_another_size_than_the_official_one_is_refused(unfinished):
+    path, _ = unfinished
+    builder = tfds.builder("imagenet2012", data_dir=str(path))
+    arguments = {"manual_dir": path / "downloads" / "manual", "try_download_gcs": False}
+    config = tfds.download.DownloadConfig(**arguments)
+    with (
+        pytest.raises(ValueError, match="25 train images, expected 1,281,167"),
+        split_writer.resumable(builder, [], {"train": 1_281_167}),
+    ):
+        builder.download_and_prepare(download_config=config, file_format="array_record")
+    assert not builder.data_path.exists()
+
+
+def test_a_preparation_at_work_and_a_strange_folder_are_left_alone(tmp_path, capsys):
+    write_tars(tmp_path, training_files(), validation_files())
+    program = "import sys; from detailflow_jax.runtime.files import hold_workdir\n"
+    program += "with hold_workdir(sys.argv[1]): print(flush=True); input()"
+    command = [sys.executable, "-c", program, str(tmp_path / "imagenet2012")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert prepare(["--data_dir", str(tmp_path), "--partial"]) == 2
+        other.communicate(b"\n")
+    assert "another process prepares it" in capsys.readouterr().err
+    strange = tmp_path / "imagenet2012" / "5.1.0"
+    strange.mkdir()
+    assert prepare(["--data_dir", str(tmp_path), "--partial"]) == 2
+    assert f"{strange} is not a whole dataset: remove it" in capsys.readouterr().err
+
+
+def refusal(data_dir, capsys, *arguments):
+    assert prepare(["--data_dir", str(data_dir), *arguments]) == 2
+    assert not list(pathlib.Path(data_dir).glob("imagenet2012/[5i]*"))
+    return capsys.readouterr().err
+
+
+def test_missing_tars_are_named_with_the_place_to_get_them(tmp_path, capsys):
+    error = refusal(tmp_path, capsys)
+    manual = tmp_path / "downloads" / "manual"
+    for text in ("ILSVRC2012_img_train.tar", "6,744,924,160", "image-net.org", str(manual)):
+        assert text in error
+    write_tars(tmp_path, {}, {})
+    (manual / "ILSVRC2012_img_val.tar").unlink()
+    error = refusal(tmp_path, capsys)
+    assert "ILSVRC2012_img_val.tar" in error and "ILSVRC2012_img_train.tar" not in error
+
+
+def test_tars_that_are_not_the_official_ones_need_partial(tmp_path, capsys):
+    write_tars(tmp_path, training_files(), validation_files())
+    error = refusal(tmp_path, capsys)
+    assert "the download is incomplete" in error and "--partial" in error
+    assert error.count("ILSVRC2012_img") == 2
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "message"),
+    [
+        ({"n00000001": {}}, {}, "'n00000001.tar', expected SYNSET.tar"),
+        ({"train/n01440764": {}}, {}, "'train/n01440764.tar', expected SYNSET.tar"),
+        ({"n01440764": {"a.JPEG": b"x"}}, {}, "begins with 'a.JPEG', expected n01440764_NUMBER"),
+        ({}, {"val/ILSVRC2012_val_00000001.JPEG": b"x"}, "labels go by place"),
+        ({}, {"ILSVRC2012_val_00000002.JPEG": b"x"}, "in the place of 'ILSVRC2012_val_00000001"),
+    ],
+)
+def test_tars_of_another_form_are_refused(training, validation, message, tmp_path, capsys):
+    good = {"n01440764": {"n01440764_0.JPEG": b"x"}}, validation_files(1)
+    write_tars(tmp_path, training or good[0], validation or good[1])
+    assert message in refusal(tmp_path, capsys, "--partial")
+
+
+def test_a_tar_that_was_cut_short_is_refused(tmp_path, capsys):
+    manual = write_tars(tmp_path, training_files(), validation_files())
+    for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
+        data = (manual / name).read_bytes()
+        (manual / name).write_bytes(data[: int(0.7 * len(data))])
+    error = refusal(tmp_path, capsys, "--partial")
+    assert error.count("unexpected end of data") == 2 and "download it again" in error
+
+
+def test_members_and_checksums_are_compared_with_the_official_ones(tmp_path, monkeypatch):
+    manual = write_tars(tmp_path, training_files(), validation_files())
+    files = [manual / tar.file for tar in imagenet.TARS]
+    known = [
+        dataclasses.replace(
+            tar,
+            num_bytes=file.stat().st_size,
+            num_members=4,
+            md5=hashlib.md5(file.read_bytes()).hexdigest(),
+        )
+        for tar, file in zip(imagenet.TARS, files, strict=True)
+    ]
+    monkeypatch.setattr(imagenet, "TARS", known)
+    synsets = list(training_files())
+    assert imagenet.check_tars(str(manual), synsets, md5=True) == known
+    known[1] = dataclasses.replace(known[1], md5="0" * 32)
+    with pytest.raises(imagenet.TarError, match=r"img_val.tar: MD5 .* official file has 0000"):
+        imagenet.check_tars(str(manual), synsets, md5=True)
+    known[0] = dataclasses.replace(known[0], num_members=5)
+    with pytest.raises(imagenet.TarError, match=r"img_train.tar: 4 members, expected 5"):
+        imagenet.check_tars(str(manual), synsets)
+
+
+def test_unknown_and_unsuitable_datasets_are_refused(tmp_path, capsys):
+    error = refusal(tmp_path, capsys, "--dataset", "imagenet2021")
+    assert "did you mean 'imagenet2012'" in error
+    error = refusal(tmp_path, capsys, "--dataset", "celeb_a")
+    assert "not one for image classification" in error

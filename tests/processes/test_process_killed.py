@@ -1,0 +1,85 @@
+"""Of two processes that train together one is killed; started again, they lose nothing."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import psutil
+
+from detailflow_jax.runtime.checkpoint import restore_params
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS, PROGRAM = 60, ROOT / "tests" / "toy_task.py"
+
+
+def launch(workdir: pathlib.Path, cache: pathlib.Path, *options: str, delay: float):
+    command = [ROOT / "launch" / "local.sh", "-n", "2", "--cpu-devices", "2", *options, "--"]
+    command += ["python", PROGRAM, f"--config={PROGRAM}", f"--workdir={workdir}"]
+    command += [f"--config.total_steps={STEPS}", "--config.mesh.fsdp=4"]
+    command += ["--config.log_every=1", "--config.checkpoint_every=5", f"--config.delay={delay}"]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_COMPILATION_CACHE_DIR=str(cache))
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def log(workdir: pathlib.Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def trainers(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The two processes in order of their number; fewer while some start or leave."""
+    found = {}
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        try:
+            number = process.environ().get("JAX_PROCESS_ID")
+        except psutil.Error:
+            continue
+        if number is not None and str(PROGRAM) in process.cmdline():
+            found.setdefault(number, process)
+    return [found[number] for number in sorted(found)]
+
+
+def kill(launcher: subprocess.Popen, number: int, condition) -> None:
+    """SIGKILL to one of the two as soon as the condition holds."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert launcher.poll() is None, launcher.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    trainers(launcher)[number].send_signal(signal.SIGKILL)
+
+
+def test_either_process_is_killed_and_the_run_ends_with_the_same_bits(tmp_path):
+    cache, undisturbed, workdir = tmp_path / "compiled", tmp_path / "undisturbed", tmp_path / "run"
+    with launch(undisturbed, cache, delay=0.0) as child:
+        assert child.wait(120) == 0, child.stdout.read()
+
+    with launch(workdir, cache, "--max-failures", "2", delay=0.1) as child:
+        # A worker between its saves, then the one that leads, in the middle of a save.
+        kill(child, 1, lambda: len(log(workdir)) >= 8 and (workdir / "checkpoints/5").exists())
+        before = len(log(workdir))
+        saving = lambda: any((workdir / "checkpoints").glob("*tmp*"))  # noqa: E731
+        kill(child, 0, lambda: len(log(workdir)) > before and saving())
+        output, _ = child.communicate(timeout=180)
+    assert child.returncode == 0, output
+    assert output.count("starting again") == 2, output
+    assert output.count("resuming after step") == 2, output
+
+    runs = undisturbed, workdir
+    for ema in (False, True):
+        states = [jax.tree.leaves(restore_params(run, ema=ema)) for run in runs]
+        for a, b in zip(*states, strict=True):
+            np.testing.assert_array_equal(a, b)
+    losses = [[(line["step"], line["loss"]) for line in log(run)] for run in runs]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == list(range(1, STEPS + 1))

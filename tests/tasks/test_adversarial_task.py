@@ -1,0 +1,350 @@
+"""Perceptual and adversarial terms inside the tokenizer's step; training a part of it."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_tasks
+import torch
+from test_discriminator import FAST_TO_COMPILE
+
+from detailflow_jax import tasks, train
+from detailflow_jax.convert import CheckpointError, mapping, start
+from detailflow_jax.convert.tables import discriminator as disc_names
+from detailflow_jax.convert.tables import lpips as lpips_names
+from detailflow_jax.models.lpips import LPIPS
+from detailflow_jax.runtime import sharding
+from detailflow_jax.runtime.checkpoint import Checkpoints
+from detailflow_jax.runtime.weights import WEIGHTS, WeightsError
+from detailflow_jax.tasks import adversarial
+from detailflow_jax.tasks import tokenizer as tokenizer_task
+
+START = 3
+DINO = {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 16}
+D_METRICS = {"loss", "lecam", "consistency", "real", "fake", "gradient_norm"}
+
+
+def tiny(**fields):
+    """Sixteen pixels, no teacher, PatchGAN from step 3 on, every term of the discriminator."""
+    config = test_tasks.tokenizer_config()
+    with config.unlocked():
+        config.model.teacher_width = 0
+        del config["teacher"]
+    # One token decodes to 8 px, which is enough for PatchGAN of one layer.
+    config.discriminator.patchgan.update(channels=4, num_layers=1)
+    config.discriminator.update(start_step=START, consistency=4.0, augment=True)
+    config.discriminator.optim.lr = 1e-2
+    config.loss.update(align=0.0, adversarial=0.2)
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def dino_fields(**fields):
+    new = {f"discriminator.dino.{k}": v for k, v in DINO.items()}
+    more = {"read_blocks": (0, 1), "kernel_size": 3}
+    new |= {f"discriminator.dino.{k}": v for k, v in more.items()}
+    return new | {"discriminator.kind": "dino", **fields}
+
+
+def differing(a, b):
+    """Paths at which two trees differ."""
+    a, b = (jax.tree_util.tree_leaves_with_path(jax.device_get(tree)) for tree in (a, b))
+    return {
+        jax.tree_util.keystr(path)
+        for (path, x), (_, y) in zip(a, b, strict=True)
+        if not np.array_equal(x, y)
+    }
+
+
+def run(config, images, steps):
+    """(states, metrics, jitted step) of some steps at full resolution."""
+    task = tasks.make_task(config)
+    options = {"compiler_options": FAST_TO_COMPILE}
+    step = jax.jit(task.train_step, static_argnames="variant", **options)
+    variant, plan = test_tasks.plan_with(task, 8)
+    states, metrics = [nn.unbox(jax.jit(task.init, **options)(jax.random.key(0)))], []
+    for _ in range(steps):
+        state, found = step(states[-1], images, plan, variant=variant)
+        states.append(state)
+        metrics.append({name: float(value) for name, value in found.items()})
+    return states, metrics, step
+
+
+images = test_tasks.images
+
+
+@pytest.fixture(scope="module")
+def trained(images):
+    return run(tiny(), images, START + 3)
+
+
+@pytest.fixture(scope="module")
+def without(images):
+    return run(tiny(**{"loss.adversarial": 0.0}), images, START + 1)
+
+
+# --------------------------------------------------------------------------------- adversarial
+
+
+def test_the_start_does_not_recompile(trained):
+    states, metrics, step = trained
+    assert step._cache_size() == 1
+    held = [state.extra["discriminator"] for state in states]
+    for i in range(START):
+        assert not differing(held[i], held[i + 1])
+        assert metrics[i]["loss/adversarial"] == metrics[i]["discriminator/loss"] == 0
+    for i in range(START, START + 3):
+        moved = differing(held[i], held[i + 1])
+        assert {path.split("'")[1] for path in moved} == {"params", "opt_state", "state", "lecam"}
+        assert metrics[i]["loss/adversarial"] != 0 and metrics[i]["discriminator/loss"] > 0
+    assert set(metrics[0]) >= {f"discriminator/{name}" for name in D_METRICS}
+    assert all(np.isfinite(list(found.values())).all() for found in metrics)
+
+
+def test_before_the_start_training_is_that_without(trained, without):
+    for a, b in zip(trained[1][:START], without[1], strict=False):
+        for name in b:
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-6), name
+    # The first step of the term changes the gradient of what makes pixels, not the loss before it.
+    a, b = trained[1][START], without[1][START]
+    assert a["loss/mse"] == pytest.approx(b["loss/mse"], rel=1e-4)
+    assert abs(a["gradient_norm"] - b["gradient_norm"]) > 1e-3 * b["gradient_norm"]
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """(adversary -> gradients of a linear generator against it), and what it starts from."""
+    rng = np.random.default_rng(0)
+    noise, target = (rng.uniform(-1, 1, (n, 8, 8, 3)).astype(np.float32) for n in (4, 2))
+    params = {"decoder": {"to_pixels": {"kernel": np.eye(3, dtype=np.float32) / 2}}}
+
+    def loss(params):
+        fakes = noise @ params["decoder"]["to_pixels"]["kernel"]
+        return (jnp.mean(jnp.square(fakes - np.concatenate([target] * 2))), fakes), None
+
+    def gradients(adversary, params, held, frozen, step):
+        return adversary.gradients(
+            loss,
+            params,
+            held=held,
+            frozen=frozen,
+            target=target,
+            step=step,
+            key=jax.random.key(step),
+            last_kernel=lambda grads: grads["decoder"]["to_pixels"]["kernel"],
+        )
+
+    compiled = jax.jit(gradients, static_argnums=(0, 4), compiler_options=FAST_TO_COMPILE)
+    return compiled, params, loss
+
+
+def adversary_of(config):
+    config.model.image_size = 8
+    made = adversarial.make(config, tokenizer_task.model_config(config.model), 8)
+    init = jax.jit(made.init, compiler_options=FAST_TO_COMPILE)
+    return made, *nn.unbox(init(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_gradient_of_the_generator(toy, adaptive):
+    """Both gradients by themselves, and VQGAN's equation for the weight between them."""
+    compiled, params, loss = toy
+    plain = {"discriminator.augment": False, "discriminator.consistency": 0.0}
+    made, held, frozen = adversary_of(tiny(**plain, **{"discriminator.adaptive": adaptive}))
+    grads, _, term, _, metrics = compiled(made, params, held, frozen, START)
+
+    def judged(params):
+        fakes = loss(params)[0][1]
+        logits, _ = made.network.logits(held["params"], held["state"], {}, fakes, train=True)
+        return -jnp.mean(logits)
+
+    kernel = lambda grads: np.asarray(grads["decoder"]["to_pixels"]["kernel"])  # noqa: E731
+    others = kernel(jax.grad(lambda params: loss(params)[0][0])(params))
+    ours = kernel(jax.grad(judged)(params))
+    factor = np.linalg.norm(others) / (np.linalg.norm(ours) + 1e-4) if adaptive else 1.0
+    np.testing.assert_allclose(kernel(grads), others + 0.2 * factor * ours, rtol=0, atol=1e-5)
+    assert float(term["adversarial"]) == pytest.approx(
+        0.2 * factor * float(judged(params)), rel=1e-4
+    )
+    assert ("adversarial_weight" in metrics) == adaptive
+    if adaptive:
+        assert float(metrics["adversarial_weight"]) == pytest.approx(0.2 * factor, rel=1e-4)
+
+
+def test_dino_discriminator_learns_over_frozen_features(toy):
+    compiled, params, _ = toy
+    plain = {"discriminator.augment": False, "discriminator.consistency": 0.0}
+    config = tiny(**dino_fields(**plain, **{"discriminator.start_step": 0}))
+    made, held, frozen = adversary_of(config)
+    first, gap = held, []
+    for _ in range(40):
+        _, _, _, held, found = compiled(made, params, held, frozen, 0)
+        gap.append(float(found["discriminator/real"] - found["discriminator/fake"]))
+    assert set(held["state"]) == {"batch_stats", "spectral"}
+    assert differing(first["state"], held["state"])
+    assert np.mean(gap[-3:]) > np.mean(gap[:3]) + 0.1 and np.isfinite(gap).all()
+
+
+# ------------------------------------------------------------------------- perceptual, decoder only
+
+
+def test_perceptual_loss_is_lpips():
+    network, rng = LPIPS(), np.random.default_rng(0)
+    x, y = (rng.uniform(-1, 1, (n, 16, 16, 3)).astype(np.float32) for n in (4, 2))
+    shapes = jax.eval_shape(
+        lambda key: adversarial.perceptual_init(network, key), jax.random.key(0)
+    )
+    params = jax.tree.map(
+        lambda x: rng.standard_normal(x.shape).astype(np.float32) / np.prod(x.shape[:-1]) ** 0.5,
+        sharding._unboxed(shapes),
+    )
+    params |= {name: np.abs(x) for name, x in params.items() if name.startswith("linear")}
+
+    @functools.partial(jax.jit, compiler_options=FAST_TO_COMPILE)
+    def both(params):
+        whole = network.apply({"params": params}, x, np.concatenate([y, y])).mean()
+        return adversarial.perceptual_loss(network, params, x, y), whole
+
+    got, want = both(params)
+    assert float(got) == pytest.approx(float(want), rel=1e-5) and got > 0
+
+
+def test_decoder_only_with_a_ramped_perceptual_term(images, monkeypatch):
+    def distance(network, params, reconstruction, target):
+        assert reconstruction.shape == (8, 16, 16, 3) and target.shape == (4, 16, 16, 3)
+        return 1.0 + 0 * jnp.mean(reconstruction)
+
+    monkeypatch.setattr(adversarial, "perceptual_loss", distance)
+    monkeypatch.setattr(adversarial, "perceptual_init", lambda network, key: {})
+    config = tiny(**{"loss.adversarial": 0.0, "train_only": "decoder"})
+    config.loss.update(perceptual=2.0, perceptual_ramp=4)
+    config.model.decoder.update(patch_size=16, table_side=1)
+    config.optim.weight_decay = 0.1  # must not reach what is not trained
+    states, metrics, step = run(config, images, 6)
+    found = [one["loss/perceptual"] for one in metrics]
+    assert found == pytest.approx([0, 0.5, 1, 1.5, 2, 2]) and step._cache_size() == 1
+    moved = differing(states[0].params, states[-1].params)
+    assert {path.split("'")[1] for path in moved} == {"decoder", "post_quant_conv"}
+    assert set(states[0].opt_state[1][0].mu) == {"decoder", "post_quant_conv"}
+    assert metrics[-1]["loss/mse"] < metrics[0]["loss/mse"]
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+REFUSED = {
+    "accumulate": ({"accumulate": 2}, r"config\.accumulate=2.*config\.loss\.adversarial=0"),
+    "kind": ({"discriminator.kind": "stylegan"}, "kind='stylegan'.*dino, patchgan"),
+    "loss": ({"discriminator.loss": "wgan"}, "loss='wgan'.*hinge, vanilla, non_saturating"),
+    "consistency": ({"discriminator.augment": False}, "consistency=4.0.*augment=True"),
+    "patchgan": ({"discriminator.patchgan.num_layers": 2}, "are of 8 px.*12 at least"),
+    "perceptual": ({"loss.perceptual": 1.0}, "are of 8 px, LPIPS needs 16"),
+    "part": ({"train_only": "encoder"}, "train_only='encoder'.*all, decoder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused(case):
+    fields, message = case
+    with pytest.raises(ValueError, match=message):
+        tasks.make_task(tiny(**fields))
+
+
+def filled(init, key, mesh):
+    """As `sharding.create_sharded`, with any numbers: faster than to compile the initialisation."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda x: jax.device_put(rng.standard_normal(x.shape).astype(x.dtype), x.sharding),
+        sharding.abstract_state(init, key, mesh),
+    )
+
+
+def state_of(config):
+    mesh = sharding.make_mesh(config.mesh)
+    return filled(tasks.make_task(config).init, jax.random.key(0), mesh)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETAILFLOW_WEIGHTS", str(tmp_path / "weights"))
+    (tmp_path / "weights").mkdir()
+    return tmp_path / "weights"
+
+
+def test_missing_weights_stop_a_run(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sharding, "create_sharded", filled)
+    argv = ["--config", "configs/tokenizer.py:digits:runlocal", "--workdir", str(tmp_path / "run")]
+    argv += ["--config.loss.adversarial=0.2", "--config.discriminator.random=False"]
+    argv += ["--config.discriminator.kind=dino", "--config.tensorboard=False"]
+    assert train.main(argv) == train.UNUSABLE
+    error = capsys.readouterr().err
+    for part in ("config.loss.adversarial=0", "kind=patchgan", "dino_deitsmall16_pretrain.pth"):
+        assert part in error
+    assert "python -m detailflow_jax.weights" in error and "Traceback" not in error
+
+
+# ------------------------------------------------------------------------------ weights, resuming
+
+
+def save(path, tensors):
+    torch.save({name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}, path)
+
+
+def test_frozen_networks_come_from_their_files(folder, tmp_path):
+    config = tiny(**dino_fields(**{"loss.perceptual": 1.0, "perceptual.random": False}))
+    config.model.decoder.update(patch_size=16, table_side=1)
+    rng = np.random.default_rng(0)
+    before = state_of(config)
+    draw = lambda x: rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
+    dino, lpips = (jax.tree.map(draw, before.frozen[name]) for name in ("dino", "lpips"))
+    with pytest.raises(WeightsError, match=r"VGG16.*config\.loss\.perceptual=0"):
+        start.load_into(config, before, fresh=True)
+    tensors = mapping.to_published(lpips_names.table("torchvision"), lpips)
+    linear = {name: x for name, x in tensors.items() if name.startswith("lin")}
+    save(folder / WEIGHTS["lpips"].file, linear)
+    save(folder / WEIGHTS["vgg16"].file, {k: x for k, x in tensors.items() if k not in linear})
+    with pytest.raises(WeightsError, match=r"DINO.*config\.loss\.adversarial=0"):
+        start.load_into(config, before, fresh=True)
+    save(folder / WEIGHTS["dino"].file, mapping.to_published(disc_names.DINO, dino))
+    network = adversarial.network_config(config, config.model)
+    held = before.extra["discriminator"]
+    new = {"params": jax.tree.map(draw, held["params"]), **jax.tree.map(draw, held["state"])}
+    table = disc_names.heads(network)
+    counters = {name: np.zeros(()) for name in disc_names.counters(table)}
+    save(tmp_path / "heads.pt", mapping.to_published(table, new) | counters)
+    config.init_from.discriminator = str(tmp_path / "heads.pt")
+    after = start.load_into(config, before, fresh=True)
+    assert not differing(after.frozen["lpips"], lpips)
+    want = mapping.to_published(disc_names.DINO, dino)
+    assert not differing(mapping.to_published(disc_names.DINO, after.frozen["dino"]), want)
+    held = after.extra["discriminator"]
+    assert not differing({"params": held["params"], **held["state"]}, new)
+    resumed = start.load_into(config, before, fresh=False)
+    assert not differing(resumed.extra, before.extra)
+    config.discriminator.dino.update(depth=1, read_blocks=(0,))
+    with pytest.raises(CheckpointError, match=r"depth is 2, config\.discriminator\.dino\.depth is"):
+        start.read_dino(config)
+
+
+def test_a_checkpoint_holds_the_discriminator(trained, images, tmp_path):
+    """Saved after the start and read back, the next step gives the same bits."""
+    states, _, step = trained
+    saved, want = (dataclasses.replace(state, frozen={}) for state in states[-2:])
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(5, saved, {}, {})
+        assert checkpoints.latest() == 5
+        sharded = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved
+        )
+        restored = checkpoints.restore(sharded).state
+    assert not differing(saved, restored)
+    variant, plan = test_tasks.plan_with(tasks.make_task(tiny()), 8)
+    restored = jax.tree.map(jnp.asarray, jax.device_get(restored))
+    again, _ = step(
+        dataclasses.replace(restored, frozen=states[-1].frozen), images, plan, variant=variant
+    )
+    assert not differing(dataclasses.replace(again, frozen={}), want)
+    assert float(again.extra["discriminator"]["lecam"].real) != 0
