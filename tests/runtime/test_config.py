@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from detailflow_jax.runtime import config as config_lib
+from detailflow_jax.runtime import files
 from detailflow_jax.runtime.errors import ConfigError
 
 FILE = """
@@ -156,7 +157,7 @@ def test_unusable_workdir_is_an_error_with_its_name(spec, tmp_path):
         config_lib.write_config(config_lib.load_config(spec), file / "run")
     with (
         pytest.raises(ConfigError, match="cannot write to the workdir"),
-        config_lib.hold_workdir(file / "run"),
+        files.hold_workdir(file / "run"),
     ):
         pass
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
@@ -167,7 +168,7 @@ def test_unusable_workdir_is_an_error_with_its_name(spec, tmp_path):
 
 
 def test_workdir_is_for_one_process_at_a_time(tmp_path):
-    with config_lib.hold_workdir(tmp_path / "run"):
+    with files.hold_workdir(tmp_path / "run"):
         pass
     hold = f"import fcntl; f = open({str(tmp_path / 'run' / '.lock')!r}, 'w'); "
     hold += "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
@@ -176,11 +177,11 @@ def test_workdir_is_for_one_process_at_a_time(tmp_path):
         assert other.stdout.readline() == b"held\n"
         with (
             pytest.raises(ConfigError, match=f"another process is at work in {tmp_path}"),
-            config_lib.hold_workdir(tmp_path / "run"),
+            files.hold_workdir(tmp_path / "run"),
         ):
             pass
         other.kill()
-    with config_lib.hold_workdir(tmp_path / "run"):
+    with files.hold_workdir(tmp_path / "run"):
         pass
 
 
@@ -195,13 +196,13 @@ def test_fields_are_checked_by_name_and_type():
 
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    config_lib.write_atomically(path, b"old")
+    files.write_atomically(path, b"old")
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        config_lib.write_atomically(path, b"new")
+        files.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(pathlib.Path(tmp_path).iterdir()) == [path]
