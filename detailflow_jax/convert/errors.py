@@ -1,9 +1,11 @@
-"""The one error that reading and writing checkpoints raises."""
+"""The one error that reading and writing published checkpoints raises."""
 
 from __future__ import annotations
 
+from detailflow_jax.runtime.errors import UserError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be read or written as asked.
 
     Args:

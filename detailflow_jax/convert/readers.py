@@ -1,6 +1,6 @@
 """Reads published weights: `.pt`, `.pth`, `.ckpt`, `.bin`, `.safetensors`, shards and folders.
 
-Reading never runs code from a file and needs no PyTorch; see `torch_pickle`. What a file is, is
+Reading never runs code from a file and needs no PyTorch; see `torch_file`. What a file is, is
 told by its content, not by its name.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 import typing
@@ -21,8 +20,15 @@ import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.locate import Located, locate, read_mapping
-from detailflow_jax.convert.torch_pickle import TensorSpec
-from detailflow_jax.convert.torch_zip import PICKLE_MAGIC, ZIP_MAGIC, open_torch, strided_view
+from detailflow_jax.convert.torch_file import (
+    PICKLE_MAGIC,
+    ZIP_MAGIC,
+    Inert,
+    TensorSpec,
+    open_torch,
+    read_tensors,
+    strided_view,
+)
 
 Weights = Literal["model", "ema", "discriminator"]
 Preference = Weights | Callable[[Collection[str]], Weights] | None
@@ -30,10 +36,12 @@ Preference = Weights | Callable[[Collection[str]], Weights] | None
 # Keys under which checkpoints keep the trained weights, the first one present being read.
 _MODEL_KEYS = ("model", "module", "state_dict")
 _EMA_KEYS = ("ema", "model_ema")  # of DetailFlow and of FlowAR
-_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
-# Tied weights may be in a file once and be read twice; a file that unfolds to more than this is
-# made to fill the memory.
-_MAX_UNFOLDING = 4
+# What torch.compile, FSDP and activation checkpointing put into names, and what
+# DistributedDataParallel and DeepSpeed put before them.
+_WRAPPER = re.compile(
+    r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+_FRONT = re.compile(r"^(?:module\.)+")
 _SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64,
@@ -47,7 +55,7 @@ class Checkpoint:
     """Weights as they were published.
 
     Attributes:
-        tensors: arrays by published name, without `module.` and `_orig_mod.` prefixes. They are
+        tensors: arrays by published name, without names of wrappers such as `module.`. They are
             read-only views of a memory map: a tensor that is not used is not read. bfloat16 is
             `ml_dtypes.bfloat16`.
         config: `config.json` over `config.yaml` over the pickled arguments beside the weights;
@@ -148,20 +156,13 @@ def _foreign(head: bytes) -> tuple[str, str]:
 def _read_torch(
     raw: np.ndarray, path: Path, name: str, weights: Preference, notices: list[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    archive = open_torch(raw, path, name)
-    state = _choose_state(archive.tree, weights, name, notices)
+    tree, spans = open_torch(raw, path, name)
+    state = _choose_state(tree, weights, name, notices)
     specs = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, TensorSpec)}
-    if other := [str(k) for k in state if k not in specs]:
+    if other := [_key(k) for k in state if k not in specs]:
         notices.append(f"{name}: {len(other)} entries are no tensors: {', '.join(other[:5])}")
-    total = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
-    if total > _MAX_UNFOLDING * len(raw):
-        raise CheckpointError(
-            f"{name}: {len(raw)} bytes unfold to tensors of {total}",
-            expected=f"at most {_MAX_UNFOLDING} times the size of the file",
-            remedy="Save contiguous tensors.",
-        )
-    tensors = {label: archive.tensor(label, spec) for label, spec in specs.items()}
-    return tensors, _plain_arguments(archive.tree.get("args"))
+    args = tree.get("args") if isinstance(tree, dict) else None
+    return read_tensors(raw, spans, specs, name), _plain_arguments(args)
 
 
 def _choose_state(tree: Any, weights: Preference, name: str, notices: list[str]) -> dict:
@@ -183,18 +184,27 @@ def _choose_state(tree: Any, weights: Preference, name: str, notices: list[str])
     if sets[other] is not None:
         notices.append(f"{name}: holds no {wanted!r} weights; reading {other!r}")
         return sets[other]
-    keys = ", ".join(str(key) for key in list(top)[:10]) or f"a {type(tree).__name__}"
+    inside = ", ".join(f"{_key(k)}{_kind(v)}" for k, v in list(top.items())[:10])
     raise CheckpointError(
-        f"{name}: no weights in it (it holds: {keys})",
+        f"{name}: no weights in it (it holds: {inside or _kind(tree) or type(tree).__name__})",
         expected="a dict of tensors, or one under 'model', 'module', 'state_dict', 'ema' or "
         "'model_ema'",
-        remedy="Save the state dict under one of these keys.",
+        remedy="If you trust the file, load it in PyTorch and write "
+        "`torch.save(model.state_dict(), ...)`.",
     )
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) else f"a key of type {getattr(key, 'name', 'int')}"
+
+
+def _kind(value: Any) -> str:
+    return f" (the Python object {value.name[:200]})" if isinstance(value, Inert) else ""
 
 
 def _preferred(weights: Preference, names: Collection[Any]) -> Weights:
     if callable(weights):
-        weights = weights({_PREFIX.sub("", name) for name in names if isinstance(name, str)})
+        weights = weights({_bare(name) for name in names if isinstance(name, str)})
     return weights or "model"
 
 
@@ -211,12 +221,15 @@ def _plain_arguments(args: Any) -> dict[str, Any]:
 
     Nothing deeper: a pickle can share one list a million times, so that walking it never ends.
     """
-    scalar = str | int | float | None
 
     def is_plain(value: Any) -> bool:
         if isinstance(value, list | tuple):
-            return len(value) <= 64 and all(isinstance(item, scalar) for item in value)
-        return isinstance(value, scalar)
+            return len(value) <= 64 and all(map(is_scalar, value))
+        return is_scalar(value)
+
+    def is_scalar(value: Any) -> bool:
+        small = type(value) is int and abs(value) < 2**63
+        return small or isinstance(value, str | float | bool | None)
 
     items = args.items() if isinstance(args, dict) else ()
     return {
@@ -279,11 +292,15 @@ def _merge_shards(
     return {tensor: parts[shard][tensor] for tensor, shard in found.shard_of.items()}
 
 
+def _bare(name: str) -> str:
+    """A tensor's name without the names of wrappers in it."""
+    return _FRONT.sub("", _WRAPPER.sub("", name))
+
+
 def _strip_prefixes(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
-    """Names without what DistributedDataParallel and torch.compile put before them."""
     stripped: dict[str, np.ndarray] = {}
     for label, array in tensors.items():
-        if (bare := _PREFIX.sub("", label)) in stripped:
+        if (bare := _bare(label)) in stripped:
             raise CheckpointError(
                 f"{source}: {bare!r} is there twice, with and without a prefix",
                 expected="one tensor a name",

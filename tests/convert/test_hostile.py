@@ -116,9 +116,14 @@ def test_pickled_commands_do_not_run(tmp_path, container):
             torch.save(payload, path, _use_new_zipfile_serialization=False)
         else:
             path.write_bytes(pickle.dumps(payload, 5))
-        message = refused(path, "refused, and nothing in it was run: it names the Python object")
-        assert name in message, message
-        assert "torch.save(model.state_dict()" in message
+        if container == "beside":
+            np.testing.assert_array_equal(read_checkpoint(path).tensors["w"], [0, 0])
+        elif container == "bare":
+            refused(path, "a pickle, but not one of torch.save")
+        else:
+            message = refused(path, "no weights in it .it holds:  .the Python object")
+            assert name in message, message
+            assert "torch.save(model.state_dict()" in message
         assert not canary.exists()
 
 
@@ -134,32 +139,55 @@ OPEN = b"\x80\x02"
 @pytest.mark.parametrize(
     ("program", "found"),
     [
-        (b"cargparse\nNamespace\n)\x81U\x01x)\x86b.", "attributes set on a Namespace"),
-        (b"ccollections\nOrderedDict\n}U\x01aK\x01sb.", "attributes set on a _Global"),
+        (b"cargparse\nNamespace\n)\x81U\x01x)\x86b.", "no weights"),
+        (b"ccollections\nOrderedDict\n}U\x01aK\x01sb.", "no weights"),
         (b"ctorch._utils\n_rebuild_tensor_v2\nU\x01xK\x00))tR.", "damaged"),
-        (b"(U\x07storageccollections\nOrderedDict\nU\x010U\x03cpuK\x01tQ.", "no storage"),
-        (b"ctorch\nFloatStorage\n)R.", "a call of a _Global"),
-        (b"K\x01K\x02\x86)R.", "a call of a tuple"),
-        (b"}]K\x01s.", "dict key of type list"),
-        (b"}\x8a\x10" + b"\x01" * 16 + b"K\x01s.", "dict key of type int"),
-        (b"(ios\nsystem\n.", "instruction INST"),
-        (b"\x82\x01.", "instruction EXT1"),
-        (b"I01\n.", "instruction INT"),
-        (b"Pos.system\n.", "instruction PERSID"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n)R.", "damaged"),
+        (b"(U\x07storageccollections\nOrderedDict\nU\x010U\x03cpuK\x01tQ.", "no weights"),
+        (b"ctorch\nFloatStorage\n)R.", "not callable"),
+        (b"K\x01K\x02\x86)R.", "not callable"),
+        (b"]K\x01K\x01s.", "damaged"),
+        (b"}K\x01a.", "damaged"),
+        (b"}]K\x01s.", "a key of type list"),
+        (b"}\x8a\x10" + b"\x01" * 16 + b"K\x01s.", "a key of type int"),
+        (b"})" + b"\x85" * 300_000 + b"Ns.", "a key of type tuple"),  # a hash of any depth
+        (b"})" + b"q\x00h\x00\x86" * 80 + b"Ns.", "a key of type tuple"),  # 2**80 hashes
+        (b"\x8f()" + b"q\x00h\x00\x86" * 80 + b"\x90.", "holds: list"),
+        (b"()" + b"q\x00h\x00\x86" * 80 + b"\x91.", "holds: list"),
+        (b"()" + b"q\x00h\x00\x86" * 80 + b"Nd.", "instruction"),
+        (b"ctorch._tensor\n_rebuild_from_type_v2\n(h\x00NNtR.", "Memo"),
+        (b"ctorch._tensor\n_rebuild_from_type_v2\nq\x00]q\x01(h\x00Nh\x01eR.", "Recursion"),
+        (b"(ios\nsystem\n.", "instruction"),
+        (b"\x82\x01.", "instruction"),
+        (b"I01\n.", "instruction"),
+        (b"Pos.system\n.", "instruction"),
         (b"R.", "IndexError"),
-        (b"h\x07.", "KeyError"),
-        (b"", "exhausted"),
-        (b"}" * 5000, "exhausted"),
+        (b"h\x07.", "Memo"),
+        (b"", "EOFError"),
+        (b"}" * 5000, "EOFError"),
         (b"](" * 100_000 + b"t.", "no weights"),
         (b"\x8d" + b"\xff" * 8 + b"a.", "damaged"),
         (b"\x8e" + struct.pack("<Q", 2**40) + b"a.", "damaged"),
+        (b"\x96" + struct.pack("<Q", 2**40) + b"a.", "damaged"),
+        (b"\x95" + struct.pack("<Q", 2**40) + b"a.", "damaged"),
         (b"Nr\xff\xff\xff\xff.", "no weights"),  # the C unpickler allocates 64 GiB here
+        (b"}U\x05modelctorch.nn\nLinear\n)R}bs.", "model .the Python object torch.nn.Linear"),
     ],
 )
 def test_strange_programs(tmp_path, program, found):
     started = time.monotonic()
     refused(write_pt(tmp_path / "x.pt", OPEN + program), found)
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("known", ["ctorch._utils\n_rebuild_tensor_v2", "cargparse\nNamespace"])
+def test_attributes_set_on_what_the_reader_uses(tmp_path, known):
+    """A file cannot change how the next one is read."""
+    state = b"}U\x0c__defaults__)s}U\x0c__defaults__)s\x86"
+    refused(
+        write_pt(tmp_path / "x.pt", OPEN + known.encode() + b"\n" + state + b"b."), "no weights"
+    )
+    test_the_helpers_write_what_is_read(tmp_path)
 
 
 def test_shared_lists_that_never_end(tmp_path):
@@ -214,7 +242,7 @@ def test_zip_archives_that_torch_does_not_write(tmp_path):
     refused(write_zip(path, [*good.items(), ("x/byteorder", b"big")]), "big-endian")
     write_zip(path, good.items())
     path.write_bytes(path.read_bytes().replace(b"x/data/0", b"x/data/9", 1))
-    refused(path, "name it differently")
+    refused(path, "File name in directory .* and header .* differ")
 
 
 def test_files_of_another_kind(tmp_path):

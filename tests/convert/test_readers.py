@@ -1,12 +1,19 @@
 """Published checkpoints of every form are read bit-exact, without PyTorch."""
 
 import argparse
+import collections
+import dataclasses
+import datetime
+import enum
+import functools
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
+import types
 from collections import OrderedDict
 from pathlib import Path
 
@@ -151,17 +158,172 @@ def test_what_lies_beside_the_weights(tmp_path):
 
 
 def test_optimizer_state_is_not_looked_at(tmp_path, monkeypatch):
-    from detailflow_jax.convert import torch_zip
+    from detailflow_jax.convert import readers
 
     seen = []
-    original = torch_zip.Archive.tensor
+    original = readers.read_tensors
     monkeypatch.setattr(
-        torch_zip.Archive, "tensor", lambda self, k, s: seen.append(k) or original(self, k, s)
+        readers, "read_tensors", lambda *args: seen.extend(args[2]) or original(*args)
     )
     content = {"model": {"a": torch.ones(2)}, "ema": {"b": torch.ones(2)}, "optimizer": [{}]}
     torch.save({**content, "discriminator": {"c": torch.ones(2)}}, tmp_path / "x.pt")
     read_checkpoint(tmp_path / "x.pt", "ema")
     assert seen == ["b"]
+
+
+def fake_class(monkeypatch, dotted, base):
+    """A class that pickles under `dotted`, which no reader can import."""
+    module, _, name = dotted.rpartition(".")
+    for i in range(1, module.count(".") + 2):
+        part = ".".join(module.split(".")[:i])
+        if part not in sys.modules:
+            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    made = type(name, (base,), {"__module__": module})
+    monkeypatch.setattr(sys.modules[module], name, made, raising=False)
+    return made
+
+
+def like_ruamel(monkeypatch):
+    """ScalarFloat, ScalarInt and Anchor as the published training scripts pickle them."""
+    anchor = fake_class(monkeypatch, "ruamel.yaml.anchor.Anchor", object)()
+    anchor.value, anchor.always_dump = None, False
+    kinds = {float: "scalarfloat.ScalarFloat", int: "scalarint.ScalarInt"}
+    classes = {k: fake_class(monkeypatch, f"ruamel.yaml.{n}", k) for k, n in kinds.items()}
+
+    def number(value):
+        made = classes[type(value)](value)
+        # As ruamel sets them: the anchor is an attribute of the number.
+        made.__dict__.update(_width=5, _prec=1, _m_sign=False, _yaml_anchor=anchor)
+        return made
+
+    return number
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_what_the_published_training_scripts_write(tmp_path, monkeypatch, protocol):
+    number = like_ruamel(monkeypatch)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=number(1e-4), eps=number(1e-8))
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Half(number(0.5)))
+    args = argparse.Namespace(
+        degradation_power=number(2.0), num_latent_tokens=number(128), group_size=number(8),
+        betas=[number(0.9), number(0.95)], vq_model="VQ-16", huge=10**400,
+        enc_pretrained=True, seeds=torch.Size([1, 2]),
+    )  # fmt: skip
+    content = {
+        "model": model.state_dict(), "ema": model.state_dict(),
+        "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+        "discriminator": {"w": torch.ones(2)}, "steps": number(7), "args": args,
+    }  # fmt: skip
+    torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol)
+    for name in [n for n in sys.modules if n.startswith("ruamel")]:
+        monkeypatch.delitem(sys.modules, name)
+    read = read_checkpoint(tmp_path / "x.pt")
+    assert digests(read.tensors) == torch_digests(model.state_dict())
+    assert read.config == {
+        "degradation_power": 2.0, "num_latent_tokens": 128, "group_size": 8,
+        "betas": [0.9, 0.95], "vq_model": "VQ-16", "enc_pretrained": True, "seeds": [1, 2],
+    }  # fmt: skip
+    assert {type(read.config[name]) for name in ("degradation_power", "group_size")} == {float, int}
+    assert read.notices == []
+
+
+class Half:
+    """A schedule with state, which LambdaLR pickles."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, step):
+        return self.factor
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass
+class Metrics:
+    best: float = 1.0
+
+
+def beside_weights(monkeypatch):
+    """Objects that trainers leave in checkpoints."""
+    path = fake_class(monkeypatch, "pathlib._local.PosixPath", object)()
+    shared = collections.deque([1, 2], maxlen=5)
+    return {
+        "a class as a key": {Metrics: {"monitor": "loss"}, "type": Metrics},
+        "path": [path, Path("/tmp/x")],
+        "time": [datetime.datetime(2025, 1, 2), datetime.timedelta(3), datetime.UTC],
+        "deque": [shared, shared],
+        "namespace": types.SimpleNamespace(lr=1.0, inner=argparse.Namespace(a=[1])),
+        "keys": {(1, 2): 3, (1, (2, 3)): 4, 1.5: 2, None: 1, True: 0, b"x": 1, 2**80: 1},
+        "sets": [{1, (2, 3)}, frozenset({"a", 4})],
+        "enum": [Colour.RED, {Colour.RED: Colour}],
+        "numpy": [np.float64(3.5), np.arange(3), np.dtype("f4"), np.array(["a"], object)],
+        "partial": functools.partial(max, 3, key=abs),
+        "functions": [len, torch.nn.functional.relu, print],
+        "dicts": [
+            collections.OrderedDict(a=1), collections.defaultdict(list, a=[1]),
+            collections.Counter("aab"),
+        ],
+        "torch": [
+            torch.Size([1]), torch.float32, torch.device("cpu"), torch.strided,
+            torch.nn.Linear(2, 2), torch.Generator().get_state(), torch.eye(2).to_sparse(),
+        ],
+        "random": [random.getstate(), np.random.get_state(), np.random.PCG64(3).state],
+        "complex": [1j, 10**30, "\ud800", bytearray(b"x"), slice(1, 2), range(3), ...],
+        "error": ValueError("x"),
+        "metrics": Metrics(),
+        "named": torch.return_types.max((torch.ones(1), torch.ones(1))),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_object_beside_the_weights_matters(tmp_path, monkeypatch, protocol, zipped):
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    everything = beside_weights(monkeypatch)
+    for name, value in [*everything.items(), ("all", everything)]:
+        content = {"callbacks": value, "state_dict": {"w": torch.arange(3.0)}, "args": value}
+        torch.save(content, tmp_path / "x.pt", **options)
+        read = read_checkpoint(tmp_path / "x.pt")
+        assert read.tensors["w"].tolist() == [0, 1, 2], name
+
+
+def test_parameters_with_attributes_are_tensors(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.tag = {"a": 1}
+    torch.save({"w": parameter, "b": torch.zeros(2)}, tmp_path / "x.pt")
+    tensors = read_checkpoint(tmp_path / "x.pt").tensors
+    assert tensors["w"].tolist() == [1, 1]
+
+
+def test_tensors_of_another_kind_are_named(tmp_path):
+    content = {"w": torch.ones(2), "sparse": torch.eye(2).to_sparse(), "names": {(1, 2): 3}}
+    torch.save(content, tmp_path / "x.pt")
+    (notice,) = read_checkpoint(tmp_path / "x.pt").notices
+    assert notice.endswith("2 entries are no tensors: sparse, names")
+    torch.save({"w": torch.tensor([1j]).conj()}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="'w': it is stored negated or conjugated"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "bare"),
+    [
+        ("layers._orig_mod.0.w", "layers.0.w"),
+        ("module._orig_mod.module.layers.3._fsdp_wrapped_module._checkpoint_wrapped_module.w",
+         "layers.3.w"),
+        ("my_orig_mod.w", "my_orig_mod.w"),
+        ("enc.module.w", "enc.module.w"),
+    ],
+)  # fmt: skip
+def test_wrappers_inside_names_are_removed(tmp_path, name, bare):
+    torch.save({"model": {name: torch.ones(2)}}, tmp_path / "x.pt")
+    assert list(read_checkpoint(tmp_path / "x.pt").tensors) == [bare]
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
