@@ -25,7 +25,6 @@ import dataclasses
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -43,7 +42,7 @@ from detailflow_jax.data import make_iterator
 from detailflow_jax.evaluate.training import Scorer, make_scorer
 from detailflow_jax.ops.input_sizes import input_sizes
 from detailflow_jax.runtime import distributed, sharding
-from detailflow_jax.runtime.checkpoint import CheckpointError, Checkpoints, WriteError
+from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.config import (
     check_fields,
     check_same,
@@ -51,10 +50,10 @@ from detailflow_jax.runtime.config import (
     load_config,
     write_config,
 )
-from detailflow_jax.runtime.errors import ConfigError
-from detailflow_jax.runtime.feed import DataError, Feed
+from detailflow_jax.runtime.errors import ConfigError, Diverged, UserError
+from detailflow_jax.runtime.feed import Feed
 from detailflow_jax.runtime.files import hold_workdir
-from detailflow_jax.runtime.metrics import Averages, Diverged, MetricWriter, Progress, run_log
+from detailflow_jax.runtime.metrics import Averages, MetricWriter, Progress, run_log
 from detailflow_jax.runtime.watchdog import Watchdog
 from detailflow_jax.tasks import Task, TrainState, make_task
 
@@ -87,11 +86,14 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = ("seed", "figures_every", "checkpoint_every", "stall_seconds", "score.every")
 
 
-class Preempted(SystemExit):
-    """The run was asked to leave, and has saved its state; uncaught, it exits with PREEMPTED."""
+class Preempted(UserError, SystemExit):
+    """The run was asked to leave and has saved its state; uncaught, it exits with PREEMPTED."""
+
+    exit_code = PREEMPTED
+    label = "preempted"
 
     def __init__(self, step: int):
-        super().__init__(PREEMPTED)
+        SystemExit.__init__(self, PREEMPTED)
         self.step = step
 
     def __str__(self) -> str:
@@ -466,18 +468,8 @@ def main(argv: Sequence[str] | None = None, run=train) -> int:
     try:
         config, workdir = parse_command_line(argv)
         run(config, workdir)
-    except WriteError as error:  # Of several processes, what those see that outlive another.
-        print(f"failed: {error}", file=sys.stderr)
-        return FAILED
-    except (ConfigError, DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UNUSABLE
-    except Diverged as error:
-        print(f"diverged: {error}", file=sys.stderr)
-        return FAILED
-    except Preempted as error:
-        print(f"preempted: {error}", file=sys.stderr)
-        return PREEMPTED
+    except UserError as error:
+        return error.report()
     return FINISHED
 
 

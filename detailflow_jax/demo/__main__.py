@@ -18,6 +18,7 @@ from detailflow_jax import data
 from detailflow_jax.demo import stages
 from detailflow_jax.evaluate import digits, reconstruction, report
 from detailflow_jax.inference import api, extract_codes, generate
+from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.runtime import pictures
 from detailflow_jax.runtime.config import load_config
@@ -92,7 +93,7 @@ def draw(
 
     def strip(codes: np.ndarray) -> np.ndarray:
         """Rows of ever more tokens, uint8 [counts * B, R, R, 3]."""
-        rows = [reconstruction.decode_enlarged(tokenizer, codes, n) for n in counts]
+        rows = [decode_enlarged(tokenizer, codes, n) for n in counts]
         return np.asarray(pixels.to_uint8(np.concatenate(rows)))
 
     captions = [f"{n} tokens" for n in counts]

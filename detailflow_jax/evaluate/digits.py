@@ -1,15 +1,18 @@
 """Are generated digits the digits that were asked for? A classifier fitted on real ones tells."""
 
+from typing import Any
+
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 
 from detailflow_jax.data.sources import DigitsSource
 from detailflow_jax.ops import interpolation
 
 
-def classifier() -> SVC:
-    """An RBF support-vector classifier of the 8x8 training digits (pixel values 0..16)."""
+def classifier() -> Any:
+    """Returns scikit-learn's RBF support-vector classifier, fitted on the 8x8 training digits."""
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+
     digits = load_digits()
     train = DigitsSource("train").positions
     return SVC(gamma=0.001).fit(digits.data[train], digits.target[train])
@@ -22,7 +25,7 @@ def to_features(images: np.ndarray) -> np.ndarray:
     return grey.reshape(len(images), 64) * (16 / 255)
 
 
-def accuracy(images: np.ndarray, labels: np.ndarray, judge: SVC | None = None) -> float:
+def accuracy(images: np.ndarray, labels: np.ndarray, judge: Any = None) -> float:
     """Share of images uint8 [B, S, S, 3] that the classifier assigns to their label."""
     judge = judge or classifier()
     return float(np.mean(judge.predict(to_features(images)) == labels))

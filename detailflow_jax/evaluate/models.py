@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import split_count
+from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.inference.programs import DECODERS
-from detailflow_jax.ops import correction, interpolation
+from detailflow_jax.ops import correction
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.runtime import sharding
 
@@ -180,14 +181,6 @@ def noisy_codes(network, params, images, indices, position, seed, top: int = 50)
     )
     clean, corrected = pair.triplet[..., 0], pair.triplet[..., 1]
     return correction.splice(span, clean, corrected, clean), corrected
-
-
-def decode_enlarged(
-    tokenizer: Any, codes: np.ndarray, count: int, batch_size: int = 64
-) -> np.ndarray:
-    """The first `count` codes decoded, then enlarged to full size: float32 [B, R, R, 3]."""
-    images = tokenizer.decode(codes[:, :count], batch_size=batch_size)
-    return np.asarray(interpolation.enlarge(images, tokenizer.config.image_size))
 
 
 def as_uint8(images: np.ndarray, what: str) -> np.ndarray:

@@ -13,8 +13,9 @@ from detailflow_jax.evaluate.chunks import ChunkFolder
 from detailflow_jax.evaluate.distances import frechet_distance
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor
-from detailflow_jax.evaluate.models import Reconstructor, decode_enlarged
+from detailflow_jax.evaluate.models import Reconstructor
 from detailflow_jax.evaluate.moments import Moments
+from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.ops import images as pixels
 
 

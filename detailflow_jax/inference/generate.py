@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from detailflow_jax.evaluate.reconstruction import decode_enlarged
 from detailflow_jax.inference import api
+from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.ops import flow
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.runtime import distributed, pictures, sharding

@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from detailflow_jax.runtime.errors import UserError
+
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -18,7 +20,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 HBM = 0
 
 
-class HloError(ValueError):
+class HloError(UserError, ValueError):
     """The text is not of the form that is understood here."""
 
 

@@ -24,17 +24,9 @@ from absl import logging
 from etils import epath
 
 from detailflow_jax.runtime import sharding
-from detailflow_jax.runtime.metrics import Diverged
+from detailflow_jax.runtime.errors import CheckpointError, Diverged, WriteError
 
 PyTree = Any
-
-
-class CheckpointError(RuntimeError):
-    """Checkpoints that cannot be written or read; the text says where and what to do."""
-
-
-class WriteError(CheckpointError):
-    """Of these, a write that failed; the same run may succeed when it is started again."""
 
 
 @dataclasses.dataclass(frozen=True)

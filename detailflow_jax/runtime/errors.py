@@ -1,6 +1,7 @@
-"""What a command tells its user in one line; every other exception keeps its traceback."""
+"""The errors that a command tells its user in one line; all others keep their traceback."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -10,13 +11,46 @@ class UserError(Exception):
     Attributes:
       exit_code: of the command. 2: only another command line, configuration or file can help;
         1: the same command may succeed when it is started again.
+      label: what the command prints before the text.
     """
 
     exit_code = 2
+    label = "error"
+
+    def report(self) -> int:
+        """Prints the error to stderr and returns the exit code."""
+        print(f"{self.label}: {self}", file=sys.stderr)
+        return self.exit_code
 
 
 class ConfigError(UserError, ValueError):
     """A configuration, command line or workdir that cannot be used."""
+
+
+class NotFoundError(ConfigError, FileNotFoundError):
+    """A file, folder or dataset that the configuration names and that is not there."""
+
+
+class DataError(UserError, RuntimeError):
+    """Data that cannot be read; the text says what stopped it."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """Checkpoints of a run that cannot be written or read."""
+
+
+class WriteError(CheckpointError):
+    """A write that failed; the same run may succeed when it is started again."""
+
+    exit_code = 1
+    label = "failed"
+
+
+class Diverged(UserError, RuntimeError):
+    """The loss or the state is no longer finite; the text says at which step."""
+
+    exit_code = 1
+    label = "diverged"
 
 
 def near_names(name: str, known: Iterable[str], count: int = 4) -> list[str]:

@@ -9,10 +9,7 @@ import jax
 import numpy as np
 
 from detailflow_jax.runtime import sharding
-
-
-class DataError(RuntimeError):
-    """The data cannot be read; the text says what stopped it."""
+from detailflow_jax.runtime.errors import DataError
 
 
 class Feed:

@@ -25,14 +25,11 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from detailflow_jax.runtime.errors import Diverged
 from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.runtime.pictures import save_png
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
-
-
-class Diverged(RuntimeError):
-    """The loss or the state is no longer finite; the text says at which step."""
 
 
 # ---------------------------------------------------------------------------------------- the log

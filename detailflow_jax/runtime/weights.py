@@ -17,12 +17,14 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from detailflow_jax.runtime.errors import UserError
+
 VARIABLE, DEFAULT_FOLDER = "DETAILFLOW_WEIGHTS", "~/.cache/detailflow_jax/weights"
 COMMAND = "python -m detailflow_jax.weights"
 _BLOCK = 1 << 22
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Weights that are not there; the text says where they belong and what to do without them."""
 
 

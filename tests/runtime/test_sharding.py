@@ -128,7 +128,8 @@ def test_a_batch_that_processes_hold_only_in_part_is_refused(monkeypatch):
 def on_eight_devices() -> dict:
     environment = dict(os.environ, JAX_PLATFORMS="cpu")
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[2])
+    root = pathlib.Path(__file__).parents[2]
+    environment["PYTHONPATH"] = f"{root}{os.pathsep}{root / 'tests' / 'helpers'}"
     child = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
     )
