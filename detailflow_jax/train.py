@@ -43,6 +43,7 @@ from detailflow_jax.evaluate.training import Scorer, make_scorer
 from detailflow_jax.ops.input_sizes import input_sizes
 from detailflow_jax.runtime import distributed, sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints
+from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import (
     check_fields,
     check_same,
@@ -426,7 +427,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[ConfigDict, s
     Joins the other processes of the run, where there are any.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m detailflow_jax.train",
+        prog=program_name("train"),
         description="Train a tokenizer, generator, autoencoder or FlowAR. The same command again "
         "resumes the run.",
         epilog="""\

@@ -1,8 +1,6 @@
-"""The command `python -m detailflow_jax.weights`; see `runtime.weights`."""
+"""The command `detailflow weights` as a module; see `runtime.weights`."""
 
-import sys
-
-from detailflow_jax.runtime.weights import main
+from detailflow_jax import cli
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run("weights")

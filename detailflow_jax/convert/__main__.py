@@ -27,6 +27,7 @@ from detailflow_jax.convert.load import load
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.writers import appearing, check_replaceable, is_free
 from detailflow_jax.runtime import checkpoint
+from detailflow_jax.runtime.command import program_name
 
 # What the folder holds that `write_jax` makes, and nothing of a run.
 _FOLDER = {pathlib.Path("config.json"), pathlib.Path("checkpoints/0"), pathlib.Path("checkpoints")}
@@ -55,7 +56,7 @@ OVERRIDES = {
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m detailflow_jax.convert",
+        prog=program_name("convert"),
         description="Convert a checkpoint: a published one into a folder that df.load_* reads, or "
         "a model of this project into the published layout. Reading never runs code from a file.",
         epilog="""\

@@ -29,6 +29,7 @@ from detailflow_jax.data.imagenet import TARS, check_tars
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import image_and_label, make_source, unknown_dataset
 from detailflow_jax.data.spool import SpoolError
+from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.runtime.files import hold_workdir
 
@@ -272,7 +273,7 @@ def report(builder: Any) -> str:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m detailflow_jax.data.prepare",
+        prog=program_name("prepare"),
         description="Prepare an image-classification dataset of TFDS as ArrayRecord files, once, "
         "for training with --config.data.source=tfds:NAME. Run the same command again after an "
         "interruption; a finished dataset is left as it is.",

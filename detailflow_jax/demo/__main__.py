@@ -161,7 +161,7 @@ def write_report(out: pathlib.Path, figures: dict, shown: dict[str, np.ndarray])
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo and prints the table."""
-    return stages.main(argv, "detailflow_jax.demo", "runs/demo", run, table)
+    return stages.main(argv, "demo", "runs/demo", run, table)
 
 
 if __name__ == "__main__":

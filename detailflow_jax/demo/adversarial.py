@@ -97,7 +97,7 @@ def write_report(out: pathlib.Path, figures: dict, lines: dict, picture: np.ndar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs all arms and prints the table."""
-    return stages.main(argv, "detailflow_jax.demo.adversarial", "runs/demo-adversarial", run, table)
+    return stages.main(argv, "demo adversarial", "runs/demo-adversarial", run, table)
 
 
 if __name__ == "__main__":

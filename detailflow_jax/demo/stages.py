@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.train import Preempted
@@ -51,14 +52,14 @@ def seconds_table(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def main(
     argv: Sequence[str] | None,
-    module: str,
+    command: str,
     default: str,
     run: Callable[[pathlib.Path], dict],
     table: Callable[[dict], list[tuple[str, str]]],
 ) -> int:
     """The command line of a demo: runs it, prints its table, and returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
+        prog=program_name(command),
         description="Train, sample and report on handwritten digits, in minutes on a CPU.",
     )
     parser.add_argument("--out", default=default, help="folder (default: %(default)s)")

@@ -27,6 +27,7 @@ from detailflow_jax.evaluate.samples import open_samples
 from detailflow_jax.inference import api
 from detailflow_jax.runtime import distributed
 from detailflow_jax.runtime.checkpoint import CheckpointError as RunError
+from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import ConfigError
 
 KINDS = {
@@ -46,7 +47,7 @@ KINDS = {
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m detailflow_jax.evaluate",
+        prog=program_name("evaluate"),
         description="Score generated images or reconstructions. Run the same command again to "
         "resume.",
         allow_abbrev=False,

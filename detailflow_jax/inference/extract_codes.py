@@ -24,6 +24,7 @@ from detailflow_jax.ops import correction
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.runtime import distributed
 from detailflow_jax.runtime.checkpoint import CheckpointError
+from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import ConfigError
 
 
@@ -138,7 +139,7 @@ def extract(
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m detailflow_jax.extract_codes",
+        prog=program_name("extract-codes"),
         description="Encode a data set into code shards for the generator. Run the same command "
         "again to resume.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

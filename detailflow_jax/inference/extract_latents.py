@@ -20,6 +20,7 @@ from detailflow_jax.data.latents import DTYPES
 from detailflow_jax.inference import api, extraction
 from detailflow_jax.runtime import distributed
 from detailflow_jax.runtime.checkpoint import CheckpointError
+from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import read_config
 from detailflow_jax.runtime.errors import ConfigError
 
@@ -107,7 +108,7 @@ def trained_size(path: str) -> int:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m detailflow_jax.extract_latents",
+        prog=program_name("extract-latents"),
         description="Encode a data set into latent shards for FlowAR: the moments of each image "
         "and of its mirror. Run the same command again to resume.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

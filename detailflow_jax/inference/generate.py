@@ -25,6 +25,7 @@ from detailflow_jax.ops import flow
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.runtime import distributed, pictures, sharding
 from detailflow_jax.runtime.checkpoint import CheckpointError
+from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.runtime.files import write_atomically
 
@@ -109,7 +110,7 @@ def write_outputs(
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m detailflow_jax.generate",
+        prog=program_name("generate"),
         description="Generate images of given classes, with DetailFlow (--tokenizer, --generator) "
         "or with FlowAR (--vae, --flowar).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

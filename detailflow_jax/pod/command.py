@@ -24,6 +24,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from detailflow_jax.pod import advice, meshes, programs, report, roofline, topologies
+from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.errors import ConfigError
 
@@ -87,7 +88,7 @@ def compile_pod(
 def parse_command_line(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """(arguments, overrides of the configuration); leaves with UNUSABLE on an unknown option."""
     parser = argparse.ArgumentParser(
-        prog="python -m detailflow_jax.compile_pod",
+        prog=program_name("compile-pod"),
         description="Compile a train step or a sampler for a TPU pod, without a TPU.",
         epilog="""\
 any field of the configuration can be set from here:

@@ -1,18 +1,23 @@
 """Configurations: one readable Python file, fields overridden by flags, written to the workdir.
 
-A configuration is the `ml_collections.ConfigDict` that `get_config(arg)` of a file in `configs/`
-returns. On the command line it is named as FILE.py or FILE.py:ARG, and any field of it can be
-given another value of its own type with `--config.NAME=VALUE`. What cannot be meant, an unknown
-field, variant or option, is refused with the names that come near it.
+A configuration is the `ml_collections.ConfigDict` that `get_config(arg)` of a file returns. On the
+command line it is named as FILE.py or FILE.py:ARG, and `--config.NAME=VALUE` gives a field another
+value of its own type. An unknown field, variant or option is an error that lists the closest names.
+
+The files in `configs/` are part of the package. `configs/tokenizer.py` is looked for in the working
+directory first, then in the clone or installed package. A configuration file elsewhere may import
+the files beside it, and `config_parts` of `configs/`.
 """
 
+import contextlib
 import inspect
 import json
 import os
 import pathlib
 import runpy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import flags
@@ -49,16 +54,17 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads a configuration file and applies overrides, each checked against its field's type.
 
     Args:
-        spec: "FILE.py" or "FILE.py:ARG"; ARG goes to the file's `get_config`.
+        spec: "FILE.py" or "FILE.py:ARG"; ARG goes to the file's `get_config`. A file that is not in
+            the working directory is looked for among those of the package, see `find_config_file`.
         overrides: "--config.optim.lr=1e-3", in order. Tuples as "(0.9, 0.95)"; a field whose
-            default is None takes values when the file declares it as `placeholder(type)`.
+            default is None takes values if the file declares it as `placeholder(type)`.
 
     Returns:
         The configuration, locked: fields can be read and changed, not added.
 
     Raises:
-        ConfigError: no such file, variant or field (near names are listed), a value that is not
-            of the field's type.
+        ConfigError: no such file, variant or field (the closest names are listed), or a value that
+            is not of the field's type.
     """
     config = _run_config_file(spec)
     config.lock()
@@ -67,35 +73,92 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
+def find_config_file(path: str) -> pathlib.Path:
+    """Returns where a configuration file is: as given, or else in the package.
+
+    Raises:
+        ConfigError: it is in neither; the text lists the folders and the files that are there.
+    """
+    file = pathlib.Path(path)
+    if file.is_file():
+        return file
+    places = [pathlib.Path.cwd()]
+    if file.parts[:1] == ("configs",):  # Such a path only: the names of others mean nothing here.
+        places.append(_SHIPPED)
+        shipped = _SHIPPED.joinpath(*file.parts[1:])
+        if shipped.is_file():
+            return shipped
+    known = sorted(f"configs/{x.name}" for x in _SHIPPED.glob("*.py") if x.stem != _PARTS)
+    raise ConfigError(
+        f"there is no config file {path!r}; looked in {' and '.join(map(str, places))}. The files "
+        f"of the package are {', '.join(known)}. Name one as FILE.py:VARIANT, such as "
+        "configs/tokenizer.py:digits"
+    )
+
+
+def _shipped_folder() -> pathlib.Path:
+    package = pathlib.Path(__file__).resolve().parents[1]
+    clone = package.parent / "configs"
+    # Without the check, an unrelated `configs` beside an installed package would be taken.
+    return clone if (clone / f"{_PARTS}.py").is_file() else package / "configs"
+
+
+_PARTS = "config_parts"  # what configuration files share; none itself
+_SHIPPED = _shipped_folder()
+
+
 def _run_config_file(spec: str) -> ConfigDict:
     path, has_arg, arg = spec.partition(":")
-    if not pathlib.Path(path).is_file():
-        raise ConfigError(
-            f"there is no config file {path!r} in {pathlib.Path.cwd()}; name one as FILE.py:VARIANT"
-            ", for example configs/tokenizer.py:digits"
-        )
-    get_config = _run_script(path).get("get_config")
-    if get_config is None:
-        raise ConfigError(f"{path} defines no function get_config(arg)")
-    if has_arg and not inspect.signature(get_config).parameters:
-        raise ConfigError(f"{path} has no variants: write {path!r} instead of {spec!r}")
-    try:
-        config = get_config(arg) if has_arg else get_config()
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{spec}: {error}") from error
+    file = find_config_file(path)
+    with _imports_beside(file):
+        get_config = runpy.run_path(str(file)).get("get_config")
+        if get_config is None:
+            raise ConfigError(f"{path} defines no function get_config(arg)")
+        if has_arg and not inspect.signature(get_config).parameters:
+            raise ConfigError(f"{path} has no variants: write {path!r} instead of {spec!r}")
+        try:
+            config = get_config(arg) if has_arg else get_config()
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{spec}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")
     return config
 
 
-def _run_script(path: str) -> dict[str, Any]:
-    """The globals of a Python file, which may import files beside it as a script may."""
-    folder = str(pathlib.Path(path).resolve().parent)
-    sys.path.insert(0, folder)
+@contextlib.contextmanager
+def _imports_beside(file: pathlib.Path) -> Iterator[None]:
+    """Within, imports find the modules beside `file`, as for a script, and the shipped ones.
+
+    These modules are forgotten at the end, so that two folders with modules of the same name, such
+    as an edited copy of `configs/`, do not mix.
+    """
+    folder, shipped = str(file.resolve().parent), str(_SHIPPED)
+    before = dict(sys.modules)
+    set_aside = _modules_in({shipped} - {folder})
+    for name in set_aside:
+        del sys.modules[name]
+    paths = list(dict.fromkeys([folder, shipped]))
+    sys.path[:0] = paths
     try:
-        return runpy.run_path(path)
+        yield
     finally:
-        sys.path.remove(folder)
+        for path in paths:
+            sys.path.remove(path)
+        for name in _modules_in(paths):
+            if sys.modules[name] is not before.get(name):
+                del sys.modules[name]
+        sys.modules.update(set_aside)
+
+
+def _modules_in(folders: Iterable[str]) -> dict[str, types.ModuleType]:
+    """The imported modules whose files lie directly in one of the folders."""
+    folders = set(folders)
+    return {
+        name: module
+        for name, module in list(sys.modules.items())
+        if name != "__main__"
+        and os.path.dirname(getattr(module, "__dict__", {}).get("__file__") or "") in folders
+    }
 
 
 def _apply_override(config: ConfigDict, override: str, shown_as: str = "config.") -> None:

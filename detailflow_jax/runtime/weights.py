@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 
 VARIABLE, DEFAULT_FOLDER = "DETAILFLOW_WEIGHTS", "~/.cache/detailflow_jax/weights"
@@ -244,7 +245,7 @@ def _judged(good: bool, begins: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the list; returns 0 if all that the recipes need is in its usual place, else 1."""
     parser = argparse.ArgumentParser(
-        prog=COMMAND,
+        prog=program_name("weights"),
         description="List the published weights that recipes need, whether they are there, and "
         f"where people get them. Their folder is ${VARIABLE}, default {DEFAULT_FOLDER}.",
         epilog="exit codes: 0 all there; 1 some missing or damaged; 2 no such recipe",

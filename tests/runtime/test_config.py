@@ -118,6 +118,49 @@ def test_missing_file_is_named():
         config_lib.load_config("configs/nothing.py:digits")
 
 
+def test_missing_file_is_an_error_with_the_places_and_the_files_that_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        config_lib.load_config("configs/tokenizr.py:digits")
+    for words in (str(tmp_path), str(config_lib._SHIPPED), "configs/tokenizer.py, configs/vae.py"):
+        assert words in str(error.value)
+    assert "config_parts" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"no config file 'other/vae\.py'"):
+        config_lib.load_config("other/vae.py")
+
+
+def test_shipped_files_are_found_from_any_folder_but_the_working_directory_wins(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert config_lib.load_config("configs/tokenizer.py:digits").task == "tokenizer"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tokenizer.py").write_text(FILE)
+    assert config_lib.load_config("configs/tokenizer.py:small").task == "toy"
+
+
+def test_folders_of_configurations_do_not_mix(tmp_path):
+    text = """
+from ml_collections import ConfigDict
+import config_parts
+def get_config():
+    import helper  # Also at this time a file beside this one is found.
+    return ConfigDict({"images": config_parts.IMAGENET_IMAGES, "helper": helper.NAME})
+"""
+    for name in ("own_parts", "shipped_parts"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "toy.py").write_text(text)
+        (tmp_path / name / "helper.py").write_text(f"NAME = {name!r}")
+    (tmp_path / "own_parts" / "config_parts.py").write_text("IMAGENET_IMAGES = 7")
+    before = dict(sys.modules), list(sys.path)
+    for _ in range(2):
+        own = config_lib.load_config(str(tmp_path / "own_parts" / "toy.py"))
+        assert (own.images, own.helper) == (7, "own_parts")
+        shipped = config_lib.load_config(str(tmp_path / "shipped_parts" / "toy.py"))
+        assert (shipped.images, shipped.helper) == (1_281_167, "shipped_parts")
+    assert (dict(sys.modules), list(sys.path)) == before
+
+
 def test_workdir_keeps_the_resolved_configuration(spec, tmp_path):
     config = config_lib.load_config(spec, ["--config.optim.betas=(0.1, 0.2)"])
     config_lib.write_config(config, tmp_path / "run")

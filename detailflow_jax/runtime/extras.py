@@ -1,0 +1,42 @@
+"""Packages that a base install leaves out: imported where they are used, named where missing."""
+
+import importlib
+import types
+
+from detailflow_jax.runtime.errors import UserError
+
+EXTRAS = {
+    "tensorflow": "tfds",
+    "tensorflow_datasets": "tfds",
+    "sklearn": "demo",
+    "matplotlib": "evaluate",
+    "torch": "torch",
+}
+"""Top-level module -> the extra in setup.py that brings it."""
+
+
+class MissingExtra(UserError, ImportError):
+    """A package of an extra is not installed; the text says how to install it."""
+
+
+def require(module: str) -> types.ModuleType:
+    """Returns the imported module, one of `EXTRAS` or a submodule of it.
+
+    Args:
+      module: its full name, such as "matplotlib.figure".
+
+    Raises:
+      MissingExtra: it is not installed; the text names the extra. An error inside of an installed
+        package is raised as it is.
+    """
+    package = module.partition(".")[0]
+    extra = EXTRAS[package]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise MissingExtra(
+            f"this needs the package {package!r}, which is not installed: "
+            f"pip install 'detailflow_jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
+        ) from error
