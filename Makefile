@@ -17,7 +17,7 @@ $(VENV)/.ready: setup.py
 	  { echo "error: $(PYTHON) is older than Python 3.11: make PYTHON=python3.12"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -e .
+	$(PY) -m pip install --quiet -e '.[demo]'
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready

@@ -10,7 +10,7 @@ if [[ -f $stamp && ! setup.py -nt $stamp ]]; then exit 0; fi
 for python in "${PYTHON:-python3.12}" python3.11 python3; do
   if "$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet -e ".[$extra]"
+    .venv/bin/python -m pip install --quiet -e ".[all,$extra]"
     touch "$stamp"
     exit 0
   fi
@@ -22,5 +22,5 @@ if ! command -v uv >/dev/null; then
   PATH=$HOME/.local/bin:$PATH
 fi
 uv venv --quiet --allow-existing --python 3.12 .venv
-uv pip install --quiet --python .venv/bin/python -e ".[$extra]"
+uv pip install --quiet --python .venv/bin/python -e ".[all,$extra]"
 touch "$stamp"

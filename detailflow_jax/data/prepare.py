@@ -29,8 +29,9 @@ from detailflow_jax.data.imagenet import TARS, check_tars
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import image_and_label, make_source, unknown_dataset
 from detailflow_jax.data.spool import SpoolError
+from detailflow_jax.runtime import extras
 from detailflow_jax.runtime.command import program_name
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, UserError
 from detailflow_jax.runtime.files import hold_workdir
 
 IMAGENET = "imagenet2012"
@@ -109,9 +110,7 @@ def _manual_files(builder: Any, manual_dir: epath.Path) -> list[epath.Path]:
 
 
 def _open_builder(name: str, data_dir: str | None) -> Any:
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-
+    tf, tfds = extras.require("tensorflow"), extras.require("tensorflow_datasets")
     for kind in ("GPU", "TPU"):  # TensorFlow would take their memory.
         with contextlib.suppress(RuntimeError, ValueError):
             tf.config.set_visible_devices([], kind)
@@ -327,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for split, images in verify(builder).items():
                 print(f"{split}: {len(images)} unreadable images, which training skips and counts")
                 print("".join(f"  {image}\n" for image in images), end="")
-    except (ConfigError, ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

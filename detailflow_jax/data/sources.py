@@ -14,6 +14,7 @@ from PIL import Image
 
 from detailflow_jax.data.errors import UnreadableImage, did_you_mean, unknown_name
 from detailflow_jax.data.images import IMAGE_FILE, Picture, decode_picture
+from detailflow_jax.runtime import extras
 
 SOURCE_KINDS = ("digits", "folder", "tfds")
 
@@ -89,7 +90,7 @@ class DigitsSource(Source):
     """
 
     def __init__(self, split: str = "train"):
-        from sklearn.datasets import load_digits
+        load_digits = extras.require("sklearn.datasets").load_digits
 
         if split not in ("train", "test"):
             raise unknown_name("split of digits", split, ("train", "test"))
@@ -218,8 +219,7 @@ class TfdsSource(Source):
     """
 
     def __init__(self, name: str, split: str, data_dir: str | None = None):
-        import tensorflow_datasets as tfds
-
+        tfds = extras.require("tensorflow_datasets")
         data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or str(tfds.core.constants.DATA_DIR)
         builder = _prepared_builder(tfds, name, data_dir)
         self._image, self._label = image_and_label(builder)

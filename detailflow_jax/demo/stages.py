@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from detailflow_jax.runtime import extras
 from detailflow_jax.runtime.command import program_name
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import UserError
 from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.train import Preempted
 
@@ -65,8 +66,10 @@ def main(
     parser.add_argument("--out", default=default, help="folder (default: %(default)s)")
     out = pathlib.Path(parser.parse_args(argv).out)
     try:
+        for module in ("sklearn.datasets", "matplotlib.figure"):  # Before training, not after it.
+            extras.require(module)
         figures = run(out)
-    except (ConfigError, Preempted) as error:
+    except (UserError, Preempted) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 2
     rows = table(figures)

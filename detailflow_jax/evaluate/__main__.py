@@ -25,10 +25,10 @@ from detailflow_jax.evaluate.models import Reconstructor, Sampler
 from detailflow_jax.evaluate.networks import load_extractor, load_perceptual
 from detailflow_jax.evaluate.samples import open_samples
 from detailflow_jax.inference import api
-from detailflow_jax.runtime import distributed
+from detailflow_jax.runtime import distributed, extras
 from detailflow_jax.runtime.checkpoint import CheckpointError as RunError
 from detailflow_jax.runtime.command import program_name
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import UserError
 
 KINDS = {
     "detailflow": (
@@ -149,6 +149,8 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
         raise EvaluationError("give either --samples, or --model with --decoder")
     if args.model and not args.decoder:
         raise EvaluationError("--model needs --decoder, the tokenizer or VAE that makes images")
+    if len(scales) > 1:
+        extras.require("matplotlib.figure")  # Draws the curve after hours of sampling.
     extractor = load_extractor(args.inception, args.batch_size)
     load_reference = functools.partial(
         references.load_reference,
@@ -256,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = run(args)
         if jax.process_index() == 0:
             generation.write_results(pathlib.Path(args.out), results)
-    except (ConfigError, CheckpointError, RunError, ValueError, OSError) as error:
+    except (UserError, CheckpointError, RunError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if jax.process_index() == 0:

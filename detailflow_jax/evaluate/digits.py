@@ -6,16 +6,15 @@ import numpy as np
 
 from detailflow_jax.data.sources import DigitsSource
 from detailflow_jax.ops import interpolation
+from detailflow_jax.runtime import extras
 
 
 def classifier() -> Any:
     """Returns scikit-learn's RBF support-vector classifier, fitted on the 8x8 training digits."""
-    from sklearn.datasets import load_digits
-    from sklearn.svm import SVC
-
-    digits = load_digits()
+    datasets, svm = extras.require("sklearn.datasets"), extras.require("sklearn.svm")
+    digits = datasets.load_digits()
     train = DigitsSource("train").positions
-    return SVC(gamma=0.001).fit(digits.data[train], digits.target[train])
+    return svm.SVC(gamma=0.001).fit(digits.data[train], digits.target[train])
 
 
 def to_features(images: np.ndarray) -> np.ndarray:

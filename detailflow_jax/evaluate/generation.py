@@ -29,7 +29,7 @@ from detailflow_jax.evaluate.models import Sampler
 from detailflow_jax.evaluate.moments import Moments
 from detailflow_jax.evaluate.references import Reference
 from detailflow_jax.evaluate.samples import write_samples
-from detailflow_jax.runtime import pictures, sharding
+from detailflow_jax.runtime import extras, pictures, sharding
 from detailflow_jax.runtime.files import write_atomically
 
 LABELS = ("balanced", "random")
@@ -253,11 +253,9 @@ def _of_scale(rows: Sequence[dict[str, Any]], scale: float) -> Iterator[dict[str
 
 def curve(summary: dict[str, Any]) -> bytes:
     """FID and inception score over the guidance scale, seeds as error bars: PNG bytes."""
-    from matplotlib.figure import Figure
-
     lines = summary["by_cfg_scale"]
     scales = [line["cfg_scale"] for line in lines]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = extras.require("matplotlib.figure").Figure(figsize=(9, 3.5), layout="constrained")
     for i, (metric, title) in enumerate((("fid", "FID"), ("inception_score", "Inception score"))):
         axes = figure.add_subplot(1, 2, i + 1, title=title, xlabel="guidance scale")
         spread = [line[f"{metric}_std"] or 0.0 for line in lines]

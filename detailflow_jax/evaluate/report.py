@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from detailflow_jax.runtime import extras
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 img { max-width: 100%; image-rendering: pixelated; }
@@ -26,9 +28,9 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, float]]:
 
 def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], names: Sequence[str]) -> bytes:
     """Line plots of the metrics `names`, one panel a metric and one line a run: PNG bytes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    figure = extras.require("matplotlib.figure").Figure(
+        figsize=(4 * len(names), 3), layout="constrained"
+    )
     for i, name in enumerate(names):
         axes = figure.add_subplot(1, len(names), i + 1, title=name, xlabel="step")
         for k, (run, lines) in enumerate(runs.items()):

@@ -25,7 +25,7 @@ from detailflow_jax.ops import images as pixels
 from detailflow_jax.runtime import distributed
 from detailflow_jax.runtime.checkpoint import CheckpointError
 from detailflow_jax.runtime.command import program_name
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import UserError
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shard_size=args.shard_size,
             batch_size=args.batch_size,
         )
-    except (ConfigError, CheckpointError, ValueError, OSError) as error:
+    except (UserError, CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if jax.process_index() > 0:

@@ -22,7 +22,7 @@ from detailflow_jax.runtime import distributed
 from detailflow_jax.runtime.checkpoint import CheckpointError
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import read_config
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import UserError
 
 PUBLISHED_IMAGE_SIZE = 256
 CROPS = ("center", "none")
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shard_size=args.shard_size,
             batch_size=args.batch_size,
         )
-    except (ConfigError, CheckpointError, ValueError, OSError) as error:
+    except (UserError, CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     shape = " x ".join(map(str, manifest["latent_shape"]))

@@ -26,7 +26,7 @@ from detailflow_jax.ops import images as pixels
 from detailflow_jax.runtime import distributed, pictures, sharding
 from detailflow_jax.runtime.checkpoint import CheckpointError
 from detailflow_jax.runtime.command import program_name
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import UserError
 from detailflow_jax.runtime.files import write_atomically
 
 
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         distributed.start(args.coordinator_address, args.num_processes, args.process_id)
         images = generate(args)
-    except (ConfigError, CheckpointError, ValueError, OSError) as error:
+    except (UserError, CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if jax.process_index() == 0:

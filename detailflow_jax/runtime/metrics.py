@@ -26,6 +26,7 @@ from absl import logging
 from tqdm import tqdm
 
 from detailflow_jax.runtime.errors import Diverged
+from detailflow_jax.runtime.event_file import EventFile
 from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.runtime.pictures import save_png
 
@@ -125,7 +126,7 @@ class MetricWriter:
         lines past `step` are dropped, for they will be written again.
 
         Args:
-            tensorboard: write TensorBoard files too. Imports TensorFlow, which takes seconds.
+            tensorboard: write TensorBoard files too.
         """
         self._workdir = pathlib.Path(workdir)
         self._primary = jax.process_index() == 0
@@ -136,7 +137,7 @@ class MetricWriter:
             _keep_lines_until(path, step)
             self._lines = path.open("a")
             if tensorboard:
-                self._tensorboard = _tensorboard_writer(self._workdir / "tensorboard")
+                self._tensorboard = EventFile(self._workdir / "tensorboard")
 
     def __enter__(self):
         return self
@@ -155,7 +156,7 @@ class MetricWriter:
         self._lines.write(json.dumps({"step": step, **line}) + "\n")
         self._lines.flush()
         if self._tensorboard:
-            self._tensorboard.write_scalars(step, values)
+            self._tensorboard.scalars(step, values)
 
     def figures(self, step: int, figures: Mapping[str, np.ndarray]) -> None:
         """figures/NAME_STEP.png and TensorBoard images from {NAME: uint8 [H, W, 3]}."""
@@ -164,7 +165,7 @@ class MetricWriter:
         for name, picture in figures.items():
             save_png(self._workdir / "figures" / f"{name}_{step:06d}.png", picture)
         if self._tensorboard:
-            self._tensorboard.write_images(step, figures)
+            self._tensorboard.images(step, figures)
 
 
 def _keep_lines_until(path: pathlib.Path, step: int) -> None:
@@ -178,22 +179,6 @@ def _keep_lines_until(path: pathlib.Path, step: int) -> None:
         except ValueError:  # The last line of a run that was killed while writing it.
             break
     write_atomically(path, "".join(kept).encode())
-
-
-def _tensorboard_writer(directory: pathlib.Path):
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # Else it greets on standard error.
-    import tensorflow as tf
-
-    # TensorFlow takes the whole memory of every accelerator that it sees.
-    for kind in ("GPU", "TPU"):
-        try:
-            tf.config.set_visible_devices([], kind)
-        except RuntimeError as error:
-            logging.warning("TensorFlow already holds its %s devices: %s", kind, error)
-    from clu import metric_writers
-
-    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(directory)))
 
 
 # ------------------------------------------------------------------------------------ the progress
