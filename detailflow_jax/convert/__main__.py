@@ -28,6 +28,7 @@ from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.writers import appearing, check_replaceable, is_free
 from detailflow_jax.runtime import checkpoint
 from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.errors import UserError
 
 # What the folder holds that `write_jax` makes, and nothing of a run.
 _FOLDER = {pathlib.Path("config.json"), pathlib.Path("checkpoints/0"), pathlib.Path("checkpoints")}
@@ -233,9 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: Any = parse_arguments(argv)
     try:
         lines = convert(args)
-    except (ValueError, checkpoint.CheckpointError, OSError, MemoryError) as error:
+    except (UserError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     print("\n".join(lines))
     return 0
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from detailflow_jax.convert import mapping
-from detailflow_jax.convert.published import KINDS
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.writers import write_pytorch
 
 
@@ -48,7 +49,7 @@ def export(
     average, the weights are under its name as well as "model" (once in the file).
 
     Args:
-      kind: "tokenizer", "generator" or "vae".
+      kind: a name in `registry.NETWORKS`.
       config: of the network.
       params: nested parameters, scanned or not; those in the host's memory are not copied.
       path: see `write_pytorch`.
@@ -58,24 +59,26 @@ def export(
     Raises:
       CheckpointError: see `write_pytorch`.
     """
-    names = KINDS[kind].names
-    tensors = mapping.to_published(names.TABLE, params)
-    left_out = [name for name in tensors if name.startswith(names.SKIPPED)]
+    network = NETWORKS[kind]
+    if network.describe is None:
+        raise CheckpointError(f"a {network.title} is read only", remedy="Keep its published file.")
+    tensors = mapping.to_published(network.table, params)
+    left_out = [name for name in tensors if name.startswith(network.skipped)]
     # In the published orientation and row-major, the only copy made of what is transposed.
     written = [name for name in tensors if name not in left_out]
     weights = {name: np.ascontiguousarray(tensors.pop(name)) for name in progress(written)}
-    buffers = names.buffers(config)
-    both, extra, notices = names.describe(config)
+    buffers = network.buffers(config)
+    both, extra, notices = network.describe(config)
     state = weights | buffers
     single = str(path).endswith(".safetensors")
     path = write_pytorch(
         state,
         path,
         both,
-        ema=state if KINDS[kind].weights == "ema" and not single else None,
-        ema_key=KINDS[kind].ema_key,
+        ema=state if network.weights == "ema" and not single else None,
+        ema_key=network.ema_key,
         extra_yaml=extra,
-        name=KINDS[kind].file_name(config),
+        name=network.file_name(config),
         overwrite=overwrite,
     )
     return Exported(path, written, list(buffers), left_out, notices)

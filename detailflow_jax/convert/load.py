@@ -13,20 +13,10 @@ from detailflow_jax.convert import mapping, published
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.readers import Weights
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.runtime.checkpoint import restore_params
 from detailflow_jax.runtime.config import read_config
 from detailflow_jax.runtime.errors import near_names
-from detailflow_jax.tasks import flowar as flowar_task
-from detailflow_jax.tasks import generator as generator_task
-from detailflow_jax.tasks import tokenizer as tokenizer_task
-from detailflow_jax.tasks import vae as vae_task
-
-_MODEL_CONFIG = {
-    "tokenizer": tokenizer_task.model_config,
-    "generator": generator_task.model_config,
-    "vae": vae_task.model_config,
-    "flowar": flowar_task.model_config,
-}
 
 
 def is_workdir(path: str | os.PathLike[str]) -> bool:
@@ -52,13 +42,13 @@ def load(
     """Reads a network.
 
     Args:
-      kind: "tokenizer", "generator" or "vae"; None is told by what is there.
+      kind: a name in `registry.NETWORKS`; None is told by what is there.
       path: a workdir, or what `read_checkpoint` takes.
       weights: "model" or "ema". Default: of a published checkpoint what its evaluation takes
         (a generator's average, the model of others), of a run the average where it keeps one.
       step: of a run, which checkpoint; default the newest complete one.
       scan: layout wanted of the parameters; those of a run come in the layout it has.
-      allow_missing, allow_unused: see `published.load`.
+      allow_missing, allow_unused: see `published.read`.
       progress: wraps the list of what is to be read of a published checkpoint.
       overrides: fields of the configuration, and `encoder_num_heads`, `decoder_num_heads`.
 
@@ -73,7 +63,7 @@ def load(
         return _load_run(kind, path, weights, step, overrides or {})
     if step is not None:
         raise ValueError(f"step={step} is for the workdir of a run, which {path} is not")
-    return published.load(
+    return published.read(
         kind,
         path,
         weights=weights,
@@ -94,19 +84,20 @@ def _load_run(
 ) -> Loaded:
     run = read_config(path)
     kind = kind or run.task
-    if run.task != kind or kind not in _MODEL_CONFIG:
+    network, of = NETWORKS.get(run.task), NETWORKS.get(kind)
+    if network is not of or not (of and of.from_run):
         raise CheckpointError(
             f"{path} holds a {run.task}",
             expected=f"a {kind}",
-            remedy=f"Load it with df.load_{run.task}." if run.task in _MODEL_CONFIG else "",
+            remedy=f"Load it with df.load_{run.task}." if network and network.task else "",
         )
     notices = []
     if weights == "ema" and not run.get("ema", {}).get("decay"):
         notices.append(f"{path}: the run keeps no 'ema' weights; reading 'model'")
-    config = _override(_MODEL_CONFIG[kind](run.model), overrides)
+    config = _override(of.from_run(run.model), overrides)
     params = restore_params(path, ema=weights != "model", step=step)
     scan = getattr(config, "scan", False)
-    _check_shapes(params, published.KINDS[kind].abstract(config, scan=scan), str(path))
+    _check_shapes(params, of.abstract(config, scan=scan), str(path))
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
     return Loaded(kind, config, params, mapping.Report(), notices, str(path), tuple(dtypes))
 

@@ -1,133 +1,32 @@
 """Published checkpoints as networks of this project: configuration, parameters and a report."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from detailflow_jax.convert import mapping
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.readers import Weights, check_finite, read_checkpoint
-from detailflow_jax.convert.tables import flowar, generator, siglip, tokenizer, vae
-from detailflow_jax.models import flowar as flowar_network
-from detailflow_jax.models import layers
-from detailflow_jax.models.generator import Generator
-from detailflow_jax.models.tokenizer import Tokenizer
-from detailflow_jax.models.vae import VAE
+from detailflow_jax.convert.registry import NETWORKS, Network, with_scan
+from detailflow_jax.ops import interpolation
+from detailflow_jax.runtime.weights import WEIGHTS
 
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A network that is published; adding one is an entry in `KINDS`.
-
-    Attributes:
-      name: as in `config.task`.
-      title: what messages call it.
-      names: the module with TABLE, SKIPPED, SIGNS, `buffers`, `infer_config` and `describe`.
-      network: the Linen module class.
-      example: configuration -> arguments that the network is initialised with.
-      weights: which set the published evaluation takes of a file that holds both.
-      file_name: configuration -> name of the weights in a published folder, without suffix.
-      ema_key: key of the average in a published file.
-    """
-
-    name: str
-    title: str
-    names: Any
-    network: Callable[[Any], nn.Module]
-    example: Callable[[Any], tuple]
-    weights: Weights
-    file_name: Callable[[Any], str]
-    ema_key: str = "ema"
-
-    def initialize(self, config: Any, *, scan: bool) -> Callable[[jax.Array], dict]:
-        """key -> initial parameters, unboxed, in the scanned or the unrolled layout."""
-        network = self.network(with_scan(config, True))
-
-        def init(key: jax.Array) -> dict:
-            params = _unbox(network.init(key, *self.example(config))["params"])
-            return params if scan else layers.unstack_layers(params)
-
-        return init
-
-    def abstract(self, config: Any, *, scan: bool) -> dict[str, Any]:
-        """Parameters as shapes, in the scanned or the unrolled layout."""
-        return jax.eval_shape(self.initialize(config, scan=scan), jax.random.key(0))
-
-
-def with_scan(config: Any, scan: bool) -> Any:
-    """The configuration with `scan` set; a network without scanned layers has one layout only."""
-    has_scan = any(field.name == "scan" for field in dataclasses.fields(config))
-    return dataclasses.replace(config, scan=scan) if has_scan else config
-
-
-def _unbox(params: Any) -> Any:
-    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
-    return jax.tree.map(lambda x: x.value if is_box(x) else x, params, is_leaf=is_box)
-
-
-def _image(config: Any) -> tuple:
-    # A single patch: the parameters' shapes do not depend on the grid.
-    side = config.encoder.patch_size
-    return (jnp.zeros((1, side, side, 3)),)
-
-
-def _codes(config: Any) -> tuple:
-    return jnp.zeros((1, config.num_tokens), jnp.int32), jnp.zeros((1,), jnp.int32)
-
-
-def _one_latent(config: Any) -> tuple:
-    return (jnp.zeros((1, config.stride, config.stride, config.image_channels)),)
-
-
-def _by_tokens(config: Any) -> str:
-    return str(config.num_tokens)
-
-
-def _by_stride(config: Any) -> str:
-    return f"kl{config.stride}"
-
-
-def _by_size(config: Any) -> str:
-    sizes = flowar_network.SIZES.items()
-    same = (name for name, size in sizes if size.items() <= dataclasses.asdict(config).items())
-    return next(same, "FlowAR")
-
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind(
-            "tokenizer", "DetailFlow tokenizer", tokenizer, Tokenizer, _image, "model", _by_tokens
-        ),
-        Kind("generator", "DetailFlow generator", generator, Generator, _codes, "ema", _by_tokens),
-        Kind("vae", "KL autoencoder", vae, VAE, _one_latent, "model", _by_stride),
-        Kind(
-            "flowar",
-            "FlowAR model",
-            flowar,
-            flowar_network.FlowAR,
-            flowar_network.example,
-            "ema",
-            _by_size,
-            "model_ema",
-        ),
-    )
-}
+__all__ = ["Loaded", "check", "name_of", "read", "with_scan"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A network read from a published file.
+    """A network read from a file.
 
     Attributes:
-      kind: "tokenizer", "generator" or "vae".
-      config: of the network.
+      kind: its name in `registry.NETWORKS`.
+      config: of the network; None where parameters were asked for by their shapes.
       params: nested NumPy parameters, float32.
       report: what became of every tensor.
       notices: what the user should know.
@@ -144,28 +43,31 @@ class Loaded:
     dtypes: tuple[str, ...]
 
 
-def load(
-    kind: str | None,
-    path: str | os.PathLike[str],
-    *,
+def read(
+    name: str | None,
+    *paths: str | os.PathLike[str],
+    params: Mapping[str, Any] | None = None,
     weights: Weights | None = None,
-    scan: bool = True,
+    scan: bool | None = None,
     allow_missing: bool = False,
     allow_unused: bool = False,
     progress: Callable[[list], Iterable] = iter,
     overrides: Mapping[str, Any] | None = None,
 ) -> Loaded:
-    """Reads a published checkpoint.
+    """Reads a network from published files.
 
     Args:
-      kind: "tokenizer", "generator" or "vae"; None is told by the tensors.
-      path: what `read_checkpoint` takes.
+      name: key of `registry.NETWORKS`; None is told by the tensors.
+      paths: what `read_checkpoint` takes; several files are read as one.
+      params: nested arrays or shapes that are wanted. Position tables are resized to their grids
+        and layers beyond their depth are left out, where the network has a `layout` for that.
+        Default: those of the configuration that the files tell.
       weights: "model" or "ema"; default what the published evaluation takes.
-      scan: layout of the parameters.
-      allow_missing: start a parameter anew that has no tensor.
-      allow_unused: leave tensors aside that belong to no parameter.
+      scan: layout of the parameters, without `params`; default that of the configuration.
+      allow_missing: initialise a parameter that has no tensor.
+      allow_unused: leave out tensors that belong to no parameter.
       progress: wraps the list of what is to be read.
-      overrides: of the configuration, by name.
+      overrides: fields of the configuration, by name.
 
     Raises:
       CheckpointError: nothing readable there, another network, a contradiction between tensors,
@@ -173,29 +75,43 @@ def load(
     """
 
     def evaluated(names: Collection[str]) -> Weights:
-        found = kind or kind_of(names)
-        return KINDS[found].weights if found in KINDS else "model"
+        found = name or name_of(names)
+        return NETWORKS[found].weights if found else "model"
 
-    read = read_checkpoint(path, weights or evaluated)
-    kind = kind or kind_of(read.tensors)
-    check_kind(kind if kind in KINDS else None, read.tensors, read.source)
-    of = KINDS[kind]
-    config, notices = of.names.infer_config(read.tensors, read.config, overrides or {}, read.source)
-    params, report = mapping.from_published(
-        of.names.TABLE,
-        read.tensors,
-        of.abstract(config, scan=scan),
-        source=read.source,
-        skip=of.names.SKIPPED,
+    if name and NETWORKS[name].weights == "discriminator":
+        weights = "discriminator"
+    files = [read_checkpoint(path, weights or evaluated) for path in paths]
+    tensors = {label: x for file in files for label, x in file.tensors.items()}
+    source = " and ".join(file.source for file in files)
+    notices = [notice for file in files for notice in file.notices]
+    network = check(name, tensors, source)
+    config, initial = None, None
+    if params is None:
+        if network.infer_config:
+            published = {key: value for file in files for key, value in file.config.items()}
+            config, more = network.infer_config(tensors, published, overrides or {}, source)
+            notices += more
+        scan = getattr(config, "scan", True) if scan is None else scan
+        initial = jax.jit(network.initialize(config, scan=scan))
+        params = network.abstract(config, scan=scan)
+    table, skipped = network.table, network.skipped
+    if network.layout:
+        table, skipped = network.layout(tensors, params, source)
+        tensors = _fitted(table, tensors, params)
+    loaded, report = mapping.from_published(
+        table,
+        tensors,
+        params,
+        source=source,
+        skip=skipped,
         allow_missing=allow_missing,
         allow_unused=allow_unused,
-        initial=lambda: jax.jit(of.initialize(config, scan=scan))(jax.random.key(0)),
+        initial=initial and (lambda: initial(jax.random.key(0))),
         progress=progress,
     )
-    used = {name: read.tensors[name] for name in report.loaded}
-    bad = [f"{read.source}: {notice}" for notice in check_finite(used)]
-    notices = [*read.notices, *notices, *bad]
-    return Loaded(kind, config, params, report, notices, read.source, _dtypes(used))
+    used = {label: tensors[label] for label in report.loaded}
+    notices += [f"{source}: {notice}" for notice in check_finite(used)]
+    return Loaded(network.name, config, loaded, report, notices, source, _dtypes(used))
 
 
 def _dtypes(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
@@ -203,37 +119,55 @@ def _dtypes(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     return tuple(sorted(set(names), key=lambda n: (-names.count(n), n)))
 
 
-def kind_of(tensors: Collection[str]) -> str | None:
-    """A name of `KINDS` or "SigLIP2 vision model", by the names of the tensors."""
-    for name, kind in KINDS.items():
-        if any(sign in tensors for sign in kind.names.SIGNS):
-            return name
-    return None if siglip.find(tensors) is None else "SigLIP2 vision model"
+def _fitted(
+    table: Iterable[mapping.Entry], tensors: Mapping[str, np.ndarray], params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The tensors with their position tables resized to the grids of `params`."""
+    fitted = dict(tensors)
+    tables = [entry for entry in table if entry.name.endswith("position_embedding.weight")]
+    for name, (rows, width) in mapping.published_shapes(tables, params).items():
+        have = tensors[name].shape if name in tensors else ()
+        if len(have) != 2 or have[0] == rows or have[1] != width:
+            continue  # Nothing to resize, or an error that `from_published` tells.
+        if math.isqrt(have[0]) ** 2 == have[0]:
+            side, whole = math.isqrt(rows), np.asarray(tensors[name], np.float32)
+            logging.info("%s resized from %d to %d positions", name, have[0], rows)
+            fitted[name] = np.asarray(interpolation.resize_position_table(whole, side, side))
+    return fitted
 
 
-def check_kind(kind: str | None, tensors: Mapping[str, Any], source: str) -> None:
-    """Refuses tensors of another network than `kind`, naming what they look like.
+def name_of(tensors: Collection[str]) -> str | None:
+    """The name in `NETWORKS` of the first network that recognises these names of tensors."""
+    return next((name for name, of in NETWORKS.items() if of.recognise(tensors)), None)
 
-    None stands for any of `KINDS`, and is for tensors of none.
+
+def check(name: str | None, tensors: Collection[str], source: str) -> Network:
+    """The network that these tensors are of.
+
+    Args:
+      name: of the network that is expected; None is any that can be loaded and written.
+      tensors: published names.
+      source: what messages call the file.
+
+    Raises:
+      CheckpointError: they are of another network; the text says of which.
     """
-    found = kind_of(tensors)
-    if found == kind and found:
-        return
+    found = name if name and NETWORKS[name].recognise(tensors) else name_of(tensors)
+    network = NETWORKS[found] if found else None
+    if network and found == (name or found) and (name or network.describe):
+        return network
     some = ", ".join(list(tensors)[:3]) or "no tensors"
-    looks = f"looks like a {_called(found)}" if found else "is of no network known here"
+    looks = f"looks like a {network.title}" if network else "is of no network known here"
+    wanted = [NETWORKS[name]] if name else [n for n in NETWORKS.values() if n.describe]
     remedy = "Check that it is the right file."
-    if found in KINDS:
+    if network and network.task:
         remedy = f"df.load_{found} loads it, config.init_from.model starts training from it."
-    elif found:
-        remedy = (
-            "It needs no conversion: config.init_from.encoder and config.teacher.path of a "
-            "tokenizer take it."
-        )
-    expected = _called(kind) if kind else " or ".join(kind.title for kind in KINDS.values())
+    elif network and network.used_by:
+        remedy = f"It needs no conversion: {network.used_by} take it."
+    if name and (file := next(iter(NETWORKS[name].files), None)):
+        remedy += f" The file expected is published at {WEIGHTS[file].source}."
     raise CheckpointError(
-        f"{source}: {looks} (it holds {some}, ...)", expected=f"a {expected}", remedy=remedy
+        f"{source}: {looks} (it holds {some}, ...)",
+        expected=f"a {' or '.join(n.title for n in wanted)}",
+        remedy=remedy,
     )
-
-
-def _called(kind: str) -> str:
-    return KINDS[kind].title if kind in KINDS else kind

@@ -25,12 +25,12 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from detailflow_jax.convert import mapping
+from detailflow_jax.convert import mapping, published
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.load import is_workdir, load
-from detailflow_jax.convert.published import KINDS, check_kind
 from detailflow_jax.convert.readers import check_finite, read_checkpoint
-from detailflow_jax.convert.tables import discriminator, lpips, siglip, tokenizer
+from detailflow_jax.convert.registry import NETWORKS
+from detailflow_jax.convert.tables import tokenizer
 from detailflow_jax.ops import interpolation
 from detailflow_jax.runtime import weights
 from detailflow_jax.tasks import TrainState, adversarial
@@ -97,9 +97,9 @@ def read_lpips(fields: Any) -> dict[str, Any]:
         )
         for name, field in names.items()
     ]
-    params, notices = lpips.load(*files)
-    _tell(notices)
-    return params
+    read = published.read("lpips", *files)
+    _tell(read.notices)
+    return read.params
 
 
 def _with_discriminator(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
@@ -111,10 +111,11 @@ def _with_discriminator(config: Any, state: TrainState, *, fresh: bool) -> Train
     trained = (config.get("init_from") or {}).get("discriminator")
     if not (fresh and trained):
         return state
-    network = adversarial.network_config(config, config.model)
-    variables, notices = discriminator.load_trained(trained, network)
-    _tell(notices)
     held = state.extra["discriminator"]
+    variables = {"params": held["params"], **held["state"]}
+    read = published.read("discriminator", trained, params=variables)
+    _tell(read.notices)
+    variables = read.params
     held = held | {
         "params": _placed(held["params"], variables.pop("params")),
         "state": _placed(held["state"], variables),
@@ -137,18 +138,15 @@ def read_dino(config: Any) -> dict[str, Any]:
     )
     want = adversarial.network_config(config, config.model)
     free = ("num_heads", "read_blocks", "kernel_size", "dtype", "scan", "remat")
-    found, params, notices = discriminator.load_dino(
-        file, **{name: getattr(want, name) for name in free}
-    )
-    _tell(notices)
+    read = published.read("dino", file, overrides={name: getattr(want, name) for name in free})
+    _tell(read.notices)
     for name, value in dataclasses.asdict(want).items():
-        if getattr(found, name) != value:
+        if (found := getattr(read.config, name)) != value:
             raise CheckpointError(
-                f"{file}: {name} is {getattr(found, name)}, config.discriminator.dino.{name} is "
-                f"{value}",
+                f"{file}: {name} is {found}, config.discriminator.dino.{name} is {value}",
                 expected="a DINO as config.discriminator.dino describes it",
             )
-    return params
+    return read.params
 
 
 def read_vae(fields: Any, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,32 +199,27 @@ def _placed(current: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, 
 
 def read_whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of a whole network, but for the projections for alignment that it lacks."""
-    names = KINDS[kind].names
+    network = NETWORKS[kind]
     if is_workdir(path):
-        tensors, source = mapping.to_published(names.TABLE, load(kind, path).params), path
+        tensors, source = mapping.to_published(network.table, load(kind, path).params), path
     else:
-        read = read_checkpoint(path, KINDS[kind].weights)
+        read = read_checkpoint(path, network.weights)
         _tell(read.notices)
         tensors, source = read.tensors, read.source
-    check_kind(kind, tensors, source)
+    published.check(kind, tensors, source)
     optional = {"align_layers": tokenizer.ALIGNMENT, "repa_layers": tokenizer.REPA}
     absent = tuple(k for k, name in optional.items() if f"{name}0.weight" not in tensors)
     wanted = {k: x for k, x in params.items() if not k.startswith(absent)}
-    return _read(names.TABLE, _fitted(names.TABLE, tensors, wanted), wanted, source, names.SKIPPED)
+    return _read(
+        network.table, _fitted(network.table, tensors, wanted), wanted, source, network.skipped
+    )
 
 
 def read_siglip(path: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of a vision transformer, as deep as `params`."""
-    read = read_checkpoint(path)
+    read = published.read("siglip2", path, params=params)
     _tell(read.notices)
-    prefix = siglip.find(read.tensors)
-    if prefix is None:
-        check_kind("SigLIP2 vision model", read.tensors, read.source)
-    table = siglip.trunk(prefix, "")
-    tensors = siglip.inside(prefix, read.tensors)
-    depth = mapping.depth(table, params)
-    skip = siglip.skipped(prefix, depth, tensors)
-    return _read(table, _fitted(table, tensors, params), params, read.source, skip)
+    return read.params
 
 
 def _read(table, tensors: Tensors, params, source: str, skip) -> dict[str, Any]:

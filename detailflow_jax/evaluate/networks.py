@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import jax
 
-from detailflow_jax.convert.tables import inception as inception_weights
-from detailflow_jax.convert.tables import lpips as lpips_weights
+from detailflow_jax.convert import published
 from detailflow_jax.evaluate import features, reconstruction
 from detailflow_jax.evaluate.samples import hash_file
 from detailflow_jax.models.lpips import LPIPS
@@ -32,7 +31,7 @@ def load_extractor(
       CheckpointError: it is damaged or another network.
     """
     file = weights.locate("inception", path=path, field=field, without=without)
-    params, _ = inception_weights.load(file)
+    params = published.read("inception", file).params
     return features.FeatureExtractor(
         features.inception(params, hash_file(file)), batch_size=batch_size
     )
@@ -48,7 +47,7 @@ def load_perceptual(paths: Sequence[str] | None) -> reconstruction.Perceptual:
     paths = paths or [weights.expected("vgg16"), weights.expected("lpips")]
     locate = functools.partial(weights.locate, field="--lpips", without="--without lpips")
     files = [locate("lpips" if i else "vgg16", path=path) for i, path in enumerate(paths)]
-    params, _ = lpips_weights.load(*files)
+    params = published.read("lpips", *files).params
     network = LPIPS(precision=jax.lax.Precision.HIGHEST)
     compiled = jax.jit(lambda p, x, y: network.apply({"params": p}, x, y))
     return reconstruction.Perceptual(

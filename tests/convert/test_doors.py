@@ -14,7 +14,7 @@ import torch
 import detailflow_jax as df
 import golden_files
 from convert_models import TOKENIZER_HEADS, published, recorded
-from detailflow_jax.convert import CheckpointError
+from detailflow_jax.convert import CheckpointError, registry
 from detailflow_jax.convert import published as published_lib
 
 
@@ -340,12 +340,12 @@ def test_random_corruptions_of_a_whole_checkpoint(tmp_path, monkeypatch):
     settings |= {"dim": 8, "n_head": 2, "vocab_size": 8}
     torch.save({"model": narrow, "args": argparse.Namespace(**settings)}, tmp_path / "x.pt")
     whole = (tmp_path / "x.pt").read_bytes()
-    published_lib.load("generator", tmp_path / "x.pt")
+    published_lib.read("generator", tmp_path / "x.pt")
 
     abstract = {}  # tracing takes most of the time, and depends on the configuration alone
-    trace = published_lib.Kind.abstract
+    trace = registry.Network.abstract
     monkeypatch.setattr(
-        published_lib.Kind, "abstract",
+        registry.Network, "abstract",
         lambda self, config, scan: abstract.get(config)
         or abstract.setdefault(config, trace(self, config, scan=scan)),
     )  # fmt: skip
@@ -354,7 +354,7 @@ def test_random_corruptions_of_a_whole_checkpoint(tmp_path, monkeypatch):
         (tmp_path / "x.pt").write_bytes(corrupt(whole, rng))
         started = time.monotonic()
         try:
-            loaded = published_lib.load("generator", tmp_path / "x.pt")
+            loaded = published_lib.read("generator", tmp_path / "x.pt")
             assert loaded.config.width == 8
             outcomes[True] += 1
         except CheckpointError as error:

@@ -11,7 +11,7 @@ import torch
 import detailflow_jax as df
 import full_weights
 import golden_files
-from detailflow_jax.convert import published, write_pytorch
+from detailflow_jax.convert import mapping, registry, write_pytorch
 from detailflow_jax.convert.__main__ import main as convert
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.tables import flowar as names
@@ -99,13 +99,13 @@ def test_full_size_names_and_shapes(name, size):
     wanted = full_weights.shapes(name)
     tensors = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in wanted.items()}
     config, _ = names.infer_config(tensors, {}, {}, name)
-    for field, value in published.flowar_network.SIZES[size].items():
+    for field, value in registry.flowar_network.SIZES[size].items():
         assert getattr(config, field) == value
-    abstract = published.KINDS["flowar"].abstract(config, scan=True)
-    shapes = published.mapping.published_shapes(names.TABLE, abstract)
+    abstract = registry.NETWORKS["flowar"].abstract(config, scan=True)
+    shapes = mapping.published_shapes(names.TABLE, abstract)
     shapes |= {key: x.shape for key, x in names.buffers(config).items()}
     assert shapes == wanted
-    assert published.KINDS["flowar"].file_name(config) == size
+    assert registry.NETWORKS["flowar"].file_name(config) == size
 
 
 @pytest.mark.full

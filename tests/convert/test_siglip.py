@@ -8,7 +8,7 @@ import torch
 
 import golden_files
 from detailflow_jax.convert import CheckpointError, start
-from detailflow_jax.convert.published import KINDS
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.models import siglip
 from detailflow_jax.models.tokenizer import TokenizerConfig
 
@@ -150,7 +150,7 @@ def test_published_size():
         model = Siglip2VisionModel(Siglip2VisionConfig(**vision_settings(siglip.ViTConfig())))
     want = {k: tuple(x.shape) for k, x in model.state_dict().items() if not k.startswith("head.")}
     assert mapping.published_shapes(names.trunk("", ""), params_like(siglip.ViTConfig())) == want
-    encoder = KINDS["tokenizer"].abstract(TokenizerConfig(), scan=True)["encoder"]["trunk"]
+    encoder = NETWORKS["tokenizer"].abstract(TokenizerConfig(), scan=True)["encoder"]["trunk"]
     twelve = mapping.published_shapes(names.trunk("", ""), encoder)
     left = {k for k in want if k not in twelve}
     assert {int(k.split(".")[2]) for k in left} == set(range(12, 27))

@@ -11,7 +11,7 @@ import torch
 import full_weights
 from convert_models import random_params
 from detailflow_jax.convert import CheckpointError, export, mapping, published
-from detailflow_jax.convert.published import KINDS
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.models import layers
 from detailflow_jax.models.generator import SIZES, GeneratorConfig
 from detailflow_jax.models.siglip import ViTConfig
@@ -58,9 +58,9 @@ SMALL = [
 
 def state_shapes(kind, config):
     """Published name -> shape of what is written, buffers included."""
-    names = KINDS[kind].names
-    abstract = KINDS[kind].abstract(config, scan=True)
-    return mapping.published_shapes(names.TABLE, abstract) | {
+    names = NETWORKS[kind]
+    abstract = NETWORKS[kind].abstract(config, scan=True)
+    return mapping.published_shapes(names.table, abstract) | {
         k: x.shape for k, x in names.buffers(config).items()
     }
 
@@ -114,7 +114,7 @@ def test_names_of_the_wide_layout():
 )
 def test_configuration_survives_the_published_one(kind, config):
     """What `describe` writes, `infer_config` reads, without an override or an assumption."""
-    names = KINDS[kind].names
+    names = NETWORKS[kind]
     both, extra, _ = names.describe(config)
     read, notices = names.infer_config(abstract_tensors(kind, config), both | extra, {}, "here")
     assert read == config and notices == []
@@ -122,7 +122,7 @@ def test_configuration_survives_the_published_one(kind, config):
 
 def test_configuration_is_what_the_published_loaders_take():
     """They pass config.json on as keyword arguments, less some names that must be there."""
-    both, extra, _ = KINDS["tokenizer"].names.describe(TokenizerConfig())
+    both, extra, _ = NETWORKS["tokenizer"].describe(TokenizerConfig())
     assert both.keys() == {
         "image_size", "max_image_size", "codebook_size", "codebook_embed_dim", "encoder_ch_mult",
         "decoder_ch_mult", "enc_type", "dec_type", "encoder_model", "decoder_model",
@@ -136,12 +136,12 @@ def test_configuration_is_what_the_published_loaders_take():
     asked = {"vq_model", "content_degradation", "enc_type", "max_image_size", "min_image_size",
              "num_latent_tokens", "group_size", "degradation_power"}  # fmt: skip
     assert asked <= (both | extra).keys()
-    wide, _, notices = KINDS["tokenizer"].names.describe(WIDE)
+    wide, _, notices = NETWORKS["tokenizer"].describe(WIDE)
     assert (wide["encoder_model"], wide["enc_pretrained"]) == ("siglip2", True)
     assert (wide["decoder_model"], wide["dec_pretrained"]) == ("siglip2_base", True)
     assert notices == []
 
-    both, extra, _ = KINDS["generator"].names.describe(GeneratorConfig())
+    both, extra, _ = NETWORKS["generator"].describe(GeneratorConfig())
     assert both.keys() == {
         "dim", "n_layer", "n_head", "n_kv_head", "multiple_of", "vocab_size", "block_size",
         "num_classes", "group_size", "causal_num", "cls_token_num",
@@ -157,7 +157,7 @@ def test_round_trip_is_bit_exact(tmp_path, kind, config, file, scan):
     params = random_params(kind, config, scan=scan)
     export.export(kind, config, params, tmp_path / file)
     for layout in (scan, not scan):
-        read = published.load(kind, tmp_path / file, scan=layout)
+        read = published.read(kind, tmp_path / file, scan=layout)
         assert read.config == config
         relaid = params
         if layout != scan:
@@ -208,7 +208,7 @@ def test_alignment_is_left_out_and_told(tmp_path):
     want = {f"global_token_proj.{i}.{part}" for i in (0, 2, 4) for part in ("weight", "bias")}
     assert set(done.left_out) == want
     assert done.buffers == ["quantize.codebook_used"]
-    read = published.load("tokenizer", tmp_path / "out").params
+    read = published.read("tokenizer", tmp_path / "out").params
     assert_same_bits(read, {k: x for k, x in params.items() if not k.startswith("align")})
 
 
@@ -216,32 +216,32 @@ def test_parameters_are_in_memory_that_is_taken_over():
     """No second copy of the weights: the arrays that are read become the device's own."""
     config = SMALL_GENERATOR
     tensors = mapping.to_published(
-        KINDS["generator"].names.TABLE, random_params("generator", config, scan=True)
+        NETWORKS["generator"].table, random_params("generator", config, scan=True)
     )
     for scan in (True, False):
         params, _ = mapping.from_published(
-            KINDS["generator"].names.TABLE, tensors, KINDS["generator"].abstract(config, scan=scan)
+            NETWORKS["generator"].table, tensors, NETWORKS["generator"].abstract(config, scan=scan)
         )
         for leaf in jax.tree.leaves(params):
             assert jax.device_put(leaf).unsafe_buffer_pointer() == leaf.ctypes.data
 
 
 def test_a_parameter_without_a_name_is_noticed():
-    abstract = KINDS["generator"].abstract(SMALL_GENERATOR, scan=True)
+    abstract = NETWORKS["generator"].abstract(SMALL_GENERATOR, scan=True)
     abstract["extra"] = {"kernel": jax.ShapeDtypeStruct((2,), np.float32)}
     with pytest.raises(ValueError, match="names no published tensor for extra/kernel"):
-        mapping.from_published(KINDS["generator"].names.TABLE, {}, abstract)
+        mapping.from_published(NETWORKS["generator"].table, {}, abstract)
 
 
 def test_what_is_not_real_numbers_is_refused():
     config = SMALL_GENERATOR
     tensors = mapping.to_published(
-        KINDS["generator"].names.TABLE, random_params("generator", config, scan=True)
+        NETWORKS["generator"].table, random_params("generator", config, scan=True)
     )
     tensors["norm.weight"] = tensors["norm.weight"].astype(np.complex64)
     with pytest.raises(
         CheckpointError, match=r"'norm\.weight' is complex64; expected real numbers"
     ):
         mapping.from_published(
-            KINDS["generator"].names.TABLE, tensors, KINDS["generator"].abstract(config, scan=True)
+            NETWORKS["generator"].table, tensors, NETWORKS["generator"].abstract(config, scan=True)
         )

@@ -34,7 +34,7 @@ class Golden:
         self.frozen, self.dino_report = mapping.from_published(
             names.DINO, dino, nn.unbox(frozen), skip=names.DINO_SKIPPED
         )
-        self.table = names.heads(self.config, names.heads_prefix(state))
+        self.table = names.heads(self.config.read_points, names.heads_prefix(state))
         variables, self.report = mapping.from_published(
             self.table, state, {"params": params, **extra}, skip=names.counters(self.table)
         )

@@ -8,7 +8,8 @@ import torch
 
 import full_weights
 import golden_files
-from detailflow_jax.convert import CheckpointError, mapping
+from detailflow_jax.convert import CheckpointError, mapping, published
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.tables import inception as names
 from detailflow_jax.models import inception
 
@@ -21,7 +22,7 @@ def adjust(key, w):
 
 
 def test_names_and_shapes_are_the_published_ones():
-    shapes = mapping.published_shapes(names.TABLE, names.abstract())
+    shapes = mapping.published_shapes(names.TABLE, NETWORKS["inception"].abstract(None, scan=False))
     assert shapes | dict.fromkeys(names.COUNTERS, ()) == full_weights.shapes("inception_full")
 
 
@@ -30,8 +31,9 @@ def test_recorded_numbers(tmp_path):
     state = full_weights.state_dict("inception_full", ("num_batches_tracked",), adjust)
     path = tmp_path / "inception.pth"
     torch.save({name: torch.from_numpy(np.array(x)) for name, x in state.items()}, path)
-    params, notices = names.load(path)
-    assert notices == []
+    read = published.read("inception", path)
+    params = read.params
+    assert read.notices == []
     arrays, _, _ = golden_files.read("inception_full")
 
     @jax.jit
@@ -70,5 +72,5 @@ def test_resize_is_that_of_tensorflow_1():
 def test_another_network_is_refused(tmp_path):
     path = tmp_path / "inception_v3_google.pth"
     torch.save({"AuxLogits.conv0.conv.weight": torch.zeros(1), "fc.weight": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"not the Inception of FID.*6726825d\.pth"):
-        names.load(path)
+    with pytest.raises(CheckpointError, match=r"no network known.*Inception.*6726825d\.pth"):
+        published.read("inception", path)

@@ -9,7 +9,8 @@ import torch
 
 import full_weights
 import golden_files
-from detailflow_jax.convert import CheckpointError, mapping
+from detailflow_jax.convert import CheckpointError, mapping, published
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.tables import lpips as names
 from detailflow_jax.models import lpips
 from detailflow_jax.models.lpips import LPIPS, VGG16, unit_channels
@@ -33,9 +34,15 @@ def state():
     )
 
 
+def from_tensors(tensors):
+    abstract = NETWORKS["lpips"].abstract(None, scan=False)
+    table, skipped = names.layout(tensors, abstract, "here")
+    return mapping.from_published(table, tensors, abstract, skip=skipped, allow_unused=False)
+
+
 @pytest.fixture(scope="module")
 def params(state):
-    params, report = names.from_tensors(state, "lpips_full")
+    params, report = from_tensors(state)
     assert not report.missing and not report.unused
     assert set(report.skipped) == {"scaling_layer.shift", "scaling_layer.scale"}
     return params
@@ -111,7 +118,7 @@ def test_too_small_images_are_refused():
 
 def in_form(state, form):
     """The same tensors in another of the published forms."""
-    params, _ = names.from_tensors(state, "here")
+    params, _ = from_tensors(state)
     return mapping.to_published(names.table(form), params)
 
 
@@ -142,8 +149,9 @@ def test_every_published_form_is_read(tmp_path, state, params):
         (save(tmp_path / "state.pth", state),),
     ]
     for paths in files:
-        read, notices = names.load(*paths)
-        assert notices == []
+        found = published.read("lpips", *paths)
+        read = found.params
+        assert found.notices == []
         for path, x in mapping.flatten(params).items():
             np.testing.assert_array_equal(mapping.flatten(read)[path], x)
 
@@ -152,6 +160,6 @@ def test_a_part_alone_says_what_is_missing(tmp_path, state):
     torchvision = in_form(state, "torchvision")
     linear = {name: torchvision.pop(name) for name in LINEAR}
     with pytest.raises(CheckpointError, match=r"VGG16 is not in it.*vgg16-397923af"):
-        names.load(save(tmp_path / "vgg.pth", linear))
+        published.read("lpips", save(tmp_path / "vgg.pth", linear))
     with pytest.raises(CheckpointError, match=r"expected lin0\.model\.1\.weight"):
-        names.load(save(tmp_path / "vgg16.pth", torchvision))
+        published.read("lpips", save(tmp_path / "vgg16.pth", torchvision))

@@ -4,7 +4,7 @@ import numpy as np
 
 import golden_files
 from detailflow_jax.convert import write_pytorch
-from detailflow_jax.convert.published import KINDS
+from detailflow_jax.convert.registry import NETWORKS
 
 TOKENIZER_HEADS = {"encoder_num_heads": 4, "decoder_num_heads": 4}
 
@@ -31,5 +31,5 @@ def random_params(kind, config, *, scan, seed=0):
     import jax
 
     rng = np.random.default_rng(seed)
-    abstract = KINDS[kind].abstract(config, scan=scan)
+    abstract = NETWORKS[kind].abstract(config, scan=scan)
     return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), abstract)

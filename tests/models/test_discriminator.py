@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detailflow_jax.convert import CheckpointError, mapping
+from detailflow_jax.convert import CheckpointError, mapping, published
 from detailflow_jax.convert.tables import discriminator as names
 from detailflow_jax.models import discriminator
 from detailflow_jax.models.discriminator import DinoConfig, PatchGANConfig
@@ -212,12 +212,20 @@ def torch_patchgan(channels):
     return torch.nn.ModuleDict({"main": net})
 
 
+def read_trained(path, config):
+    """All variables of a discriminator's trained part from a file."""
+    init = functools.partial(discriminator.make(config).init, image_size=32)
+    params, state, _ = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+    read = published.read("discriminator", path, params={"params": params, **state})
+    assert read.notices == []
+    return read.params
+
+
 def test_patchgan_is_that_of_pytorch(tmp_path):
     reference = torch_patchgan(6)
     config = PatchGANConfig(channels=6, num_layers=2)
     torch.save(reference.state_dict(), tmp_path / "patchgan.pt")
-    variables, notices = names.load_trained(tmp_path / "patchgan.pt", config)
-    assert notices == []
+    variables = read_trained(tmp_path / "patchgan.pt", config)
     disc = discriminator.make(config)
     params = variables.pop("params")
     for seed in range(2):
@@ -225,10 +233,12 @@ def test_patchgan_is_that_of_pytorch(tmp_path):
         want = reference["main"](torch.from_numpy(x).permute(0, 3, 1, 2)).flatten(1)
         logits, variables = disc.logits(params, variables, {}, x, train=True)
         np.testing.assert_allclose(logits, want.detach(), rtol=0, atol=1e-5)
-    state = mapping.to_published(names.patchgan(config), {"params": params, **variables})
+    state = mapping.to_published(names.patchgan(config.num_layers), {"params": params, **variables})
     for name, value in state.items():
         np.testing.assert_allclose(value, reference.state_dict()[name], rtol=0, atol=1e-5)
-    assert len(state) + len(names.counters(names.patchgan(config))) == len(reference.state_dict())
+    assert len(state) + len(names.counters(names.patchgan(config.num_layers))) == len(
+        reference.state_dict()
+    )
     reference.eval()
     want = reference["main"](torch.from_numpy(x).permute(0, 3, 1, 2)).flatten(1)
     logits, same = disc.logits(params, variables, {}, x, train=False)
@@ -300,9 +310,9 @@ def test_wrong_sizes_are_refused(tmp_path):
         DinoConfig(depth=2, read_blocks=[2])
     torch.save({"main.0.weight": torch.zeros(4, 3, 4, 4)}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="tensors are missing: heads"):
-        names.load_trained(tmp_path / "x.pt", HEADS)
-    with pytest.raises(CheckpointError, match="'pos_embed' is missing"):
-        names.load_dino(tmp_path / "x.pt")
+        read_trained(tmp_path / "x.pt", HEADS)
+    with pytest.raises(CheckpointError, match=r"looks like a trained discriminator.*DINO"):
+        published.read("dino", tmp_path / "x.pt")
 
 
 def test_dino_files_are_read(tmp_path):
@@ -316,22 +326,21 @@ def test_dino_files_are_read(tmp_path):
     dino |= {"norm.weight": np.ones(8, np.float32), "norm.bias": np.zeros(8, np.float32)}
     save(tmp_path / "dino.pth", dino)
     read_blocks = SMALL_DINO.read_blocks
-    config, read, notices = names.load_dino(
-        tmp_path / "dino.pth", 2, read_blocks=read_blocks, kernel_size=3
-    )
-    assert config == SMALL_DINO and notices == []
-    jax.tree.map(np.testing.assert_array_equal, read, frozen)
+    told = {"num_heads": 2, "read_blocks": read_blocks, "kernel_size": 3}
+    read = published.read("dino", tmp_path / "dino.pth", overrides=told)
+    config = read.config
+    assert config == SMALL_DINO and read.notices == []
+    jax.tree.map(np.testing.assert_array_equal, read.params, frozen)
     for prefix in ("", "heads."):
-        table = names.heads(config, prefix)
+        table = names.heads(config.read_points, prefix)
         tensors = mapping.to_published(table, {"params": params, **state})
         save(tmp_path / "heads.pt", tensors | {k: np.zeros(()) for k in names.counters(table)})
-        variables, notices = names.load_trained(tmp_path / "heads.pt", config)
-        assert notices == []
+        variables = read_trained(tmp_path / "heads.pt", config)
         jax.tree.map(np.testing.assert_array_equal, variables, {"params": params, **state})
     inside = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
     whole = {"model": {"x": torch.zeros(1)}, "discriminator": inside}
     torch.save(whole, tmp_path / "128.pt")
-    variables, _ = names.load_trained(tmp_path / "128.pt", config)
+    variables = read_trained(tmp_path / "128.pt", config)
     jax.tree.map(np.testing.assert_array_equal, variables, {"params": params, **state})
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import pathlib
+import types
 
 import pytest
 
@@ -100,11 +101,11 @@ def test_evaluation_reads_the_usual_places(folder, monkeypatch):
     put(folder, "lpips")
     read = []
 
-    def load(*files):
+    def fake(name, *files):
         read.extend(files)
-        return {}, []
+        return types.SimpleNamespace(params={})
 
-    monkeypatch.setattr(networks.lpips_weights, "load", load)
+    monkeypatch.setattr(networks.published, "read", fake)
     networks.load_perceptual(None)
     assert read == [weights.expected("vgg16"), weights.expected("lpips")]
     networks.load_perceptual([str(folder / "vgg.pth")])  # a whole LPIPS is one file

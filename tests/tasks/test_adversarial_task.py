@@ -312,7 +312,7 @@ def test_frozen_networks_come_from_their_files(folder, tmp_path):
     network = adversarial.network_config(config, config.model)
     held = before.extra["discriminator"]
     new = {"params": jax.tree.map(draw, held["params"]), **jax.tree.map(draw, held["state"])}
-    table = disc_names.heads(network)
+    table = disc_names.heads(network.read_points)
     counters = {name: np.zeros(()) for name in disc_names.counters(table)}
     save(tmp_path / "heads.pt", mapping.to_published(table, new) | counters)
     config.init_from.discriminator = str(tmp_path / "heads.pt")

@@ -4,21 +4,13 @@ The tables of trained parts are over all variables of a network: `params/...`, `
 `spectral/...`; the one of DINO is over its parameters.
 """
 
-import functools
-import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-
-from detailflow_jax.convert import mapping
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv, linear, norm
-from detailflow_jax.convert.readers import check_finite, read_checkpoint
 from detailflow_jax.convert.settings import count_layers, dimension
-from detailflow_jax.models.discriminator import Dino, DinoConfig, PatchGANConfig, make
+from detailflow_jax.models.discriminator import DinoConfig
 
 HEAD_DIM = 64
 """Of an attention head in every published DINO."""
@@ -86,6 +78,17 @@ def dino_config(
     )
 
 
+def infer_dino(
+    tensors: Mapping[str, Any],
+    published: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    source: str,
+) -> tuple[DinoConfig, list[str]]:
+    """The DINO that these tensors are of; see `dino_config` for the overrides."""
+    del published
+    return dino_config(tensors, source, **overrides), []
+
+
 def _spectral_conv(name: str, path: str) -> Iterator[Entry]:
     yield Entry(f"{name}.bias", (f"params/{path}/bias",))
     yield Entry(f"{name}.weight_orig", (f"params/{path}/kernel",), permute=(2, 1, 0))
@@ -99,10 +102,10 @@ def _batch_norm(name: str, path: str) -> Iterator[Entry]:
         yield Entry(f"{name}.running_{part}", (f"batch_stats/{path}/{part}",))
 
 
-def heads(config: DinoConfig, prefix: str = "heads.") -> tuple[Entry, ...]:
+def heads(read_points: int, prefix: str = "heads.") -> tuple[Entry, ...]:
     """The trained heads, under `prefix` as in a whole discriminator or "" as on their own."""
     table: list[Entry] = []
-    for i in range(config.read_points):
+    for i in range(read_points):
         name, path = f"{prefix}{i}", f"head_{i}"
         table += _spectral_conv(f"{name}.0.0", f"{path}/first_conv")
         table += _batch_norm(f"{name}.0.1", f"{path}/first_norm")
@@ -128,79 +131,30 @@ def counters(table: tuple[Entry, ...]) -> tuple[str, ...]:
     )
 
 
-def patchgan(config: PatchGANConfig, prefix: str = "main.") -> tuple[Entry, ...]:
+def patchgan(num_layers: int, prefix: str = "main.") -> tuple[Entry, ...]:
     """PatchGAN as pix2pix and taming-transformers name it."""
     table = list(conv(f"{prefix}0", "params/conv_0"))
-    for i in range(1, config.num_layers + 1):
+    for i in range(1, num_layers + 1):
         at = 3 * i - 1  # convolution, norm and activation after a first convolution and activation
         table += conv(f"{prefix}{at}", f"params/conv_{i}", use_bias=False)
         table += _batch_norm(f"{prefix}{at + 1}", f"norm_{i}")
-    return (*table, *conv(f"{prefix}{3 * config.num_layers + 2}", "params/output"))
+    return (*table, *conv(f"{prefix}{3 * num_layers + 2}", "params/output"))
 
 
-def load_dino(
-    path: str | os.PathLike[str], num_heads: int | None = None, **fields: Any
-) -> tuple[DinoConfig, dict[str, Any], list[str]]:
-    """A frozen DINO: its configuration, parameters (nested, float32) and notices.
-
-    Args:
-      path: what `read_checkpoint` takes, such as `dino_deitsmall16_pretrain.pth`.
-      num_heads: None: heads of 64.
-      fields: of `DinoConfig`, that no shape tells.
-
-    Raises:
-      CheckpointError: a file that cannot be read, or is of another network.
-    """
-    read = read_checkpoint(path)
-    config = dino_config(read.tensors, read.source, num_heads, **fields)
-    return config, *_read(DINO, read, dino_abstract(config), DINO_SKIPPED)
+def find(names: Collection[str]) -> bool:
+    """Whether these tensors are the trained part of a discriminator."""
+    return heads_prefix(names) is not None or "main.0.weight" in names
 
 
-def dino_abstract(config: DinoConfig) -> dict[str, Any]:
-    """A DINO's parameters as shapes."""
-    example = jnp.zeros((1, config.image_size, config.image_size, 3))
-    boxed = jax.eval_shape(Dino(config).init, jax.random.key(0), example)["params"]
-    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
-    return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
-
-
-def load_trained(
-    path: str | os.PathLike[str], config: DinoConfig | PatchGANConfig
-) -> tuple[dict[str, Any], list[str]]:
-    """The trained part of a discriminator: all its variables, and notices.
-
-    Args:
-      path: what `read_checkpoint` takes: a training checkpoint of a tokenizer, or a state dict of
-        its own.
-      config: of the discriminator.
-
-    Raises:
-      CheckpointError: a file that cannot be read, or is of another network or size.
-    """
-    read = read_checkpoint(path, "discriminator")
-    if isinstance(config, DinoConfig):
-        prefix = heads_prefix(read.tensors)
-        table = heads(config) if prefix is None else heads(config, prefix)
+def layout(
+    tensors: Mapping[str, Any], variables: Mapping[str, Any], source: str
+) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """The table of all `variables` of a trained part, and what is left out."""
+    del source
+    parts = variables["params"]
+    if points := sum(name.startswith("head_") for name in parts):
+        prefix = heads_prefix(tensors)
+        table = heads(points, "heads." if prefix is None else prefix)
     else:
-        table = patchgan(config)
-    return _read(table, read, trained_abstract(config), (*counters(table), "dino_proxy."))
-
-
-def trained_abstract(config: DinoConfig | PatchGANConfig) -> dict[str, Any]:
-    """The variables of a discriminator's trained part as shapes."""
-    example = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    if isinstance(config, DinoConfig):
-        one = jax.ShapeDtypeStruct((1, 1, config.width), jnp.float32)
-        example = (one,) * config.read_points
-    network = make(config).network
-    init = functools.partial(network.init, train=True)
-    return dict(jax.eval_shape(init, jax.random.key(0), example))
-
-
-def _read(table, read, abstract, skip) -> tuple[dict[str, Any], list[str]]:
-    tensors, source = read.tensors, read.source
-    loaded, report = mapping.from_published(
-        table, tensors, abstract, source=source, skip=skip, allow_unused=False
-    )
-    bad = check_finite({name: tensors[name] for name in report.loaded})
-    return loaded, [*read.notices, *(f"{source}: {notice}" for notice in bad)]
+        table = patchgan(sum(name.startswith("conv_") for name in parts) - 1)
+    return table, (*counters(table), "dino_proxy.")

@@ -1,5 +1,6 @@
 """FlowAR in its published names and its published configuration."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -185,6 +186,12 @@ def _scales(s: Settings, positions: int) -> None:
             remedy="Pass scales, and buffer_size where there is a buffer.",
         )
     s.fields |= {"scales": scales, "buffer_size": buffer}
+
+
+def file_name(config: FlowARConfig) -> str:
+    """The published size of these widths and depths, as files are named by it, or FlowAR."""
+    fields = dataclasses.asdict(config).items()
+    return next((name for name, size in SIZES.items() if size.items() <= fields), "FlowAR")
 
 
 def describe(config: FlowARConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:

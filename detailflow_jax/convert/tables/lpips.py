@@ -8,19 +8,12 @@
 The `lpips` package repeats its weights under `lins.K`.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from detailflow_jax.convert import mapping
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv
-from detailflow_jax.convert.readers import check_finite, read_checkpoint
-from detailflow_jax.models.lpips import LPIPS, SMALLEST, STAGES
+from detailflow_jax.models.lpips import STAGES
 
 SKIPPED = ("scaling_layer.", "lins.", "classifier.")
 """Constants, repetitions, and the head of VGG16."""
@@ -61,20 +54,21 @@ def find(tensors: Iterable[str]) -> str | None:
     return next((f for f in FORMS if f"{list(_vgg_names(f))[-1]}.weight" in names), None)
 
 
-def abstract() -> dict[str, Any]:
-    """LPIPS's parameters as shapes."""
-    example = jnp.zeros((1, SMALLEST, SMALLEST, 3))
-    return jax.eval_shape(LPIPS().init, jax.random.key(0), example, example)["params"]
+def recognise(tensors: Iterable[str]) -> bool:
+    """Whether these tensors are of LPIPS or of one of its parts."""
+    names = set(tensors)
+    return find(names) is not None or "lin0.model.1.weight" in names
 
 
-def from_tensors(
-    tensors: Mapping[str, np.ndarray], source: str
-) -> tuple[dict[str, Any], mapping.Report]:
-    """Parameters of LPIPS from its published tensors, in any form.
+def layout(
+    tensors: Mapping[str, Any], params: Mapping[str, Any], source: str
+) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """The table of files in any form, and what is left out.
 
     Raises:
-      CheckpointError: VGG16 or the weights over its features are not among them, or are damaged.
+      CheckpointError: VGG16 or the weights over its features are not among the tensors.
     """
+    del params
     form = find(tensors)
     if form is None:
         raise CheckpointError(
@@ -89,29 +83,4 @@ def from_tensors(
             expected="lin0.model.1.weight ... lin4.model.1.weight",
             remedy="Name LPIPS's vgg.pth beside torchvision's VGG16.",
         )
-    return mapping.from_published(
-        table(form), tensors, abstract(), source=source, skip=SKIPPED, allow_unused=False
-    )
-
-
-def load(*paths: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
-    """Parameters of LPIPS and notices, from one whole file or from VGG16 and the weights apart.
-
-    Args:
-      paths: what `read_checkpoint` takes; in any order.
-
-    Raises:
-      CheckpointError: a file cannot be read, or together they are no LPIPS.
-    """
-    tensors: dict[str, np.ndarray] = {}
-    notices: list[str] = []
-    sources = []
-    for path in paths:
-        read = read_checkpoint(path)
-        tensors |= read.tensors
-        notices += read.notices
-        sources.append(read.source)
-    source = " and ".join(sources)
-    params, report = from_tensors(tensors, source)
-    bad = check_finite({name: tensors[name] for name in report.loaded})
-    return params, [*notices, *(f"{source}: {notice}" for notice in bad)]
+    return table(form), SKIPPED

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.convert.mapping import Entry, linear, norm
+from detailflow_jax.convert.mapping import Entry, depth, linear, norm
 from detailflow_jax.convert.settings import count_layers, dimension
 from detailflow_jax.models.siglip import ViTConfig
 
@@ -58,19 +58,40 @@ def find(tensors: Collection[str]) -> str | None:
     return next((p for p in PREFIXES if _under(p) + SIGN in tensors), None)
 
 
-def inside(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors under a prefix: without a text tower, or the tokenizer around a teacher."""
-    return {name: x for name, x in tensors.items() if name.startswith(_under(prefix))}
-
-
-def skipped(prefix: str, depth: int, tensors: Mapping[str, Any]) -> tuple[str, ...]:
-    """Prefixes of what is not needed: the pooling head, and the layers from `depth` on."""
-    name = _under(prefix)
-    later = range(depth, count_layers(tensors, f"{name}encoder.layers."))
-    return (f"{name}head.", *(f"{name}encoder.layers.{i}." for i in later))
+def layout(
+    tensors: Mapping[str, Any], params: Mapping[str, Any], source: str
+) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """The table of a file, and what is left out: the pooling head, layers beyond those of `params`,
+    and everything outside the vision model.
+    """
+    del source
+    prefix = find(tensors) or ""
+    name, table = _under(prefix), trunk(prefix, "")
+    later = range(depth(table, params), count_layers(tensors, f"{name}encoder.layers."))
+    layers = (f"{name}encoder.layers.{i}." for i in later)
+    around = (label for label in tensors if not label.startswith(name))
+    return table, (f"{name}head.", *layers, *around)
 
 
 def infer_config(
+    tensors: Mapping[str, Any],
+    published: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    source: str,
+) -> tuple[ViTConfig, list[str]]:
+    """The vision transformer that these tensors are of; the override `num_heads` is its own.
+
+    Raises:
+      CheckpointError: see `infer_trunk`.
+    """
+    del published
+    prefix = find(tensors) or ""
+    pixels = dimension(tensors, _under(prefix) + SIGN, 1, 2, source)
+    heads = overrides.get("num_heads")
+    return infer_trunk(tensors, prefix, source, heads, override="num_heads", pixels=pixels), []
+
+
+def infer_trunk(
     tensors: Mapping[str, Any],
     name: str,
     source: str,
@@ -92,7 +113,10 @@ def infer_config(
     Raises:
       CheckpointError: a tensor is missing, or the heads are not known or do not divide the width.
     """
-    table, layers = f"{name}.embeddings.position_embedding.weight", f"{name}.encoder.layers."
+    table, layers = (
+        f"{_under(name)}embeddings.position_embedding.weight",
+        f"{_under(name)}encoder.layers.",
+    )
     rows, width = (dimension(tensors, table, axis, 2, source) for axis in (0, 1))
     num_heads = num_heads or HEADS.get(width)
     if not isinstance(num_heads, int) or num_heads < 1 or width % num_heads:

@@ -119,7 +119,7 @@ def _trunk(part: str, s: Settings, tensors: Mapping[str, Any], num_heads: int | 
     patches, axis = f"{name}.embeddings.patch_embedding.weight", 1
     if part == "decoder":
         patches, axis = "decoder.to_pixel.model.weight", 0
-    config = siglip.infer_config(
+    config = siglip.infer_trunk(
         tensors,
         name,
         s.source,
