@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+PYTEST = $(PY) -m pytest -n 2 --dist loadfile
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help setup demo demo-flowar test lint clean
+.PHONY: help setup demo demo-flowar check test test-full lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -20,21 +21,14 @@ $(VENV)/.ready: setup.py
 	$(PY) -m pip install --quiet -e '.[demo]'
 	touch $@
 
-$(VENV)/.ready-test: $(VENV)/.ready
-	$(PY) -m pip install --quiet -e '.[test]'
-	touch $@
+$(VENV)/.ready-check: lint ## lint, types and unit tests: under two minutes
+	$(PYTEST) -m "not full and not slow"
 
-setup: $(VENV)/.ready ## make the environment in .venv
+test: lint ## everything but what test-full runs: under ten minutes on two cores
+	$(PYTEST) -m "not full"
 
-demo: $(VENV)/.ready ## train, sample and report on handwritten digits: runs/demo/report.html
-	$(PY) -m detailflow_jax.demo --out runs/demo
-
-demo-flowar: $(VENV)/.ready ## the same with FlowAR: runs/demo-flowar/report.html
-	$(PY) -m detailflow_jax.demo.flowar --out runs/demo-flowar
-
-test: $(VENV)/.ready-test ## lint and all tests
-	$(PY) -m ruff check .
-	$(PY) -m pytest -n 2 --dist loadfile
+test-full: $(VENV)/.ready-test ## only the full-size networks and the long series of kills
+	$(PYTEST) -m full
 
 lint: $(VENV)/.ready-test ## ruff only
 	$(PY) -m ruff check .

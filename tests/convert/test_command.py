@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.torch
-import test_siglip
 import torch
 from etils.epath import gpath
 from etils.epath import testing as epath_testing
@@ -26,7 +25,6 @@ from detailflow_jax.runtime import checkpoint
 from detailflow_jax.runtime.checkpoint import restore_params
 from detailflow_jax.runtime.config import load_config
 
-theirs = test_siglip.theirs
 HEADS = [f"--{name}={value}" for name, value in TOKENIZER_HEADS.items()]
 
 

@@ -8,7 +8,6 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-import test_siglip
 import torch
 
 from convert_models import published, random_params
@@ -22,7 +21,6 @@ from detailflow_jax.tasks import generator as generator_task
 from detailflow_jax.tasks import make_task
 from detailflow_jax.tasks import tokenizer as tokenizer_task
 
-theirs = test_siglip.theirs  # Hugging Face's own files of a small SigLIP2
 TASKS = {"tokenizer": tokenizer_task, "generator": generator_task}
 
 

@@ -25,7 +25,7 @@ from detailflow_jax.tasks import TrainState
 from detailflow_jax.train import FINISHED, PREEMPTED, UNUSABLE
 
 ROOT = pathlib.Path(__file__).parents[2]
-TOY = ROOT / "tests" / "toy_task.py"
+TOY = ROOT / "tests" / "helpers" / "toy_task.py"
 TIMES = ("images_per_second", "seconds")
 
 

@@ -1,9 +1,7 @@
 """Scoring images, references and models: formats, refusals, resuming, and what must not matter."""
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import jax
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import children
 import detailflow_jax as df
 from detailflow_jax.evaluate import __main__ as command
 from detailflow_jax.evaluate import chunks, generation, image_quality, reconstruction, references
@@ -242,18 +241,8 @@ def split(sampler):
 
 
 def test_scores_depend_on_neither_batch_size_nor_device_count(tmp_path):
-    environment = dict(os.environ, JAX_PLATFORMS="cpu")
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[2])
-    child = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr
-    on_eight, on_one = json.loads(child.stdout.splitlines()[-1])
+    printed = children.run_on_eight_devices(__file__, tmp_path)
+    on_eight, on_one = json.loads(printed.splitlines()[-1])
     assert (on_eight.pop("parts"), on_one.pop("parts")) == (8, 1)
     for command_name, rows in on_one.items():
         for row, other in zip(rows, on_eight[command_name], strict=True):

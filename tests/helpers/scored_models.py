@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from test_api import TRUNK, random_like
 
 import detailflow_jax as df
 from detailflow_jax.evaluate.features import FeatureExtractor, FeatureNetwork
@@ -14,6 +13,7 @@ from detailflow_jax.models import siglip
 from detailflow_jax.models import tokenizer as tokenizer_network
 from detailflow_jax.models import vae as vae_network
 from detailflow_jax.runtime import pictures, sharding
+from random_weights import TRUNK, random_like
 
 SIZE = 16
 

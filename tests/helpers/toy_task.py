@@ -1,7 +1,7 @@
 """A small task with every feature of a real one, for tests of the loop.
 
-Also a configuration file (`--config tests/toy_task.py`) and a program that trains it:
-`python tests/toy_task.py --config tests/toy_task.py --workdir DIR`.
+Also a configuration file (`--config tests/helpers/toy_task.py`) and a program that trains it:
+`python tests/helpers/toy_task.py --config tests/helpers/toy_task.py --workdir DIR`.
 """
 
 import sys
@@ -129,6 +129,13 @@ def make_iterator(config: ConfigDict) -> grain.DatasetIterator:
 
 def run(config: ConfigDict, workdir: str) -> TrainState:
     return train.train(config, workdir, make_task(config), make_iterator(config))
+
+
+def train_for(workdir: str, fields: dict) -> None:
+    """A whole run with some fields of the configuration changed."""
+    config = get_config()
+    config.update(fields)
+    run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -20,24 +20,10 @@ from detailflow_jax.runtime.checkpoint import CheckpointError as RunError
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.config import load_config, write_config
 from detailflow_jax.runtime.errors import ConfigError
+from random_weights import TRUNK, random_like
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-TRUNK = {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "patch_size": 8, "table_side": 2}
 VIT = siglip.ViTConfig(**TRUNK)
-
-
-def random_like(abstract, seed=0):
-    """Random parameters under which outputs depend on inputs."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        noise = jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32)
-        name = path[-1].key
-        if name in ("bias", "scale"):
-            return 0.1 * noise + (name == "scale")
-        return noise * (2 * leaf.shape[-2] ** -0.5 if name == "kernel" else 1.0)
-
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract))
 
 
 @pytest.fixture(scope="module")

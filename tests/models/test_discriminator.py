@@ -1,11 +1,7 @@
-"""Adversarial training: losses, weights, augmentation, batch statistics, one compiled step."""
+"""Discriminators: their layers against PyTorch's, their files, one compiled step."""
 
 import functools
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
@@ -14,187 +10,21 @@ import numpy as np
 import optax
 import pytest
 import torch
-import torch.nn.functional as F
 
+import children
+from compiling import FAST_TO_COMPILE
 from detailflow_jax.convert import CheckpointError, mapping, published
 from detailflow_jax.convert.tables import discriminator as names
 from detailflow_jax.models import discriminator
 from detailflow_jax.models.discriminator import DinoConfig, PatchGANConfig
 from detailflow_jax.ops import adversarial, augment
+from pixels import images
 
 RNG = np.random.default_rng(0)
-REAL, FAKE = RNG.normal(0.5, 2, (2, 4, 30)).astype(np.float32)
-FAST_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 HEADS = DinoConfig(width=8, depth=2, num_heads=2, read_blocks=(0, 1), kernel_size=3)
 SMALL_DINO = DinoConfig(
     width=8, depth=2, num_heads=2, patch_size=4, image_size=16, read_blocks=(1,), kernel_size=3
 )
-
-
-def images(batch, height, width=None, seed=0):
-    shape = (batch, height, width or height, 3)
-    return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
-
-
-# ------------------------------------------------------------------------------ losses and weights
-
-
-def test_losses_are_what_their_names_say():
-    real, fake = torch.from_numpy(REAL), torch.from_numpy(FAKE)
-    cross_entropy = F.binary_cross_entropy_with_logits
-    logistic = 0.5 * (
-        cross_entropy(real, torch.ones_like(real)) + cross_entropy(fake, torch.zeros_like(fake))
-    )
-    hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-    for kind, want in {"hinge": hinge, "vanilla": logistic, "non_saturating": logistic}.items():
-        got = adversarial.discriminator_loss(kind, REAL, FAKE)
-        assert float(got) == pytest.approx(float(want), rel=1e-5)
-    want = {
-        "hinge": -fake.mean(),
-        "vanilla": -fake.mean(),
-        "non_saturating": cross_entropy(fake, torch.ones_like(fake)),
-    }
-    for kind, value in want.items():
-        got = adversarial.generator_loss(kind, FAKE)
-        assert float(got) == pytest.approx(float(value), rel=1e-5)
-    with pytest.raises(ValueError, match=r"loss 'lsgan'; expected one of hinge, vanilla"):
-        adversarial.generator_loss("lsgan", FAKE)
-
-
-def test_lecam_in_the_published_order():
-    """The averages are updated first, and no gradient passes through them."""
-
-    def loss(real, fake):
-        lecam = adversarial.LeCAM.start().update(real, fake, decay=0.9)
-        return lecam.penalty(real, fake), lecam
-
-    (got, lecam), gradient = jax.value_and_grad(loss, has_aux=True)(REAL, FAKE)
-    real = torch.from_numpy(REAL).requires_grad_()
-    fake = torch.from_numpy(FAKE)
-    averages = 0.1 * REAL.mean(), 0.1 * FAKE.mean()
-    np.testing.assert_allclose(lecam, averages, rtol=1e-5)
-    want = F.relu(real - averages[1]).pow(2).mean() + F.relu(averages[0] - fake).pow(2).mean()
-    want.backward()
-    assert float(got) == pytest.approx(float(want.detach()), rel=1e-5)
-    np.testing.assert_allclose(gradient, real.grad, rtol=1e-4, atol=1e-8)
-
-
-def test_consistency_is_the_mean_over_both():
-    weak, strong = (REAL, FAKE[:2]), (REAL + 1, FAKE[:2] - 2)
-    assert float(adversarial.consistency_loss(weak, strong)) == pytest.approx((4 * 1 + 2 * 4) / 6)
-
-
-def test_adaptive_weight():
-    a, b = jnp.full((4, 4), 3.0), jnp.full((4, 4), 0.5)
-    weight = float(adversarial.adaptive_weight(a, b))
-    assert weight == pytest.approx(12 / (2 + 1e-4))
-    assert float(adversarial.adaptive_weight(a, 0 * b)) == 1e4  # 12 / 1e-4 is clipped
-    gradient = jax.grad(lambda a: adversarial.adaptive_weight(a, b))(a)
-    assert not gradient.any()
-
-
-def test_ramp():
-    step = jax.jit(adversarial.ramp, static_argnums=(1, 2))
-    got = [float(step(i, 10, 4)) for i in (0, 10, 11, 13, 14, 99)]
-    assert got == [0, 0, 0.25, 0.75, 1, 1]
-    assert [float(step(i, 10, 0)) for i in (0, 9, 10, 11)] == [0, 0, 1, 1]
-    assert float(step(5000, 0, 10_000)) == 0.5
-
-
-# ------------------------------------------------------------------------------------ augmentation
-
-
-def test_shift_moves_whole_pixels_and_brings_zeros():
-    x = images(3, 6, 5)
-    down, right = np.array([0, 2, -1]), np.array([0, -1, 4])
-    got = augment.shift(x, down, right)
-    np.testing.assert_array_equal(got[0], x[0])
-    want = np.zeros_like(x[1])
-    want[2:, :-1] = x[1, :-2, 1:]
-    np.testing.assert_array_equal(got[1], want)
-    want = np.zeros_like(x[2])
-    want[:-1, 4:] = x[2, 1:, :-4]
-    np.testing.assert_array_equal(got[2], want)
-
-
-def test_translations_are_whole_pixels_up_to_an_eighth():
-    x = np.zeros((500, 32, 16, 3), np.float32)
-    x[:, 16, 8] = 1
-    moved = np.argwhere(augment.translate(jax.random.key(0), x)[..., 0])[:, 1:] - (16, 8)
-    assert len(moved) == 500
-    assert set(moved[:, 0]) == set(range(-4, 5)) and set(moved[:, 1]) == set(range(-2, 3))
-
-
-@pytest.mark.parametrize(("share", "size"), [(0.2, 6), (0.5, 16)])
-def test_cut_out(share, size):
-    x = np.ones((400, 32, 32, 3), np.float32)
-    got = np.asarray(augment.cut_out(jax.random.key(0), x, share))
-    assert set(np.unique(got)) == {0, 1}
-    heights = 32 - got[..., 0].max(axis=2).sum(axis=1)
-    holes = (got[..., 0] == 0).any(axis=2).sum(axis=1)
-    assert holes.max() == size and holes.min() >= size // 2  # it may lie half outside
-    for axes in ((0, 1), (0, 2)):  # it reaches every row and column
-        assert (got[..., 0] == 0).any(axis=axes).all()
-    areas = (got[..., 0] == 0).sum(axis=(1, 2))
-    assert areas.max() == size * size and heights.max() == 0
-    gradient = jax.grad(lambda x: augment.cut_out(jax.random.key(0), x, share).sum())(x)
-    np.testing.assert_array_equal(gradient, got)
-
-
-def test_colour():
-    """Whatever is drawn, grey stays grey, and order within a channel is kept."""
-    x = images(64, 8)
-    grey = np.repeat(x[..., :1], 3, axis=-1)
-    out = np.asarray(augment.jitter_colour(jax.random.key(1), grey))
-    np.testing.assert_allclose(out, np.repeat(out[..., :1], 3, axis=-1), atol=1e-6)
-    slope = np.std(out, axis=(1, 2, 3)) / np.std(grey, axis=(1, 2, 3))
-    assert 0.5 <= slope.min() < 0.6 and 1.4 < slope.max() <= 1.5
-    level = out.mean(axis=(1, 2, 3)) - grey.mean(axis=(1, 2, 3))
-    assert -0.5 <= level.min() < -0.4 and 0.4 < level.max() <= 0.5
-    out = np.asarray(augment.jitter_colour(jax.random.key(1), x))
-    spread = np.std(out - out.mean(-1, keepdims=True), axis=(1, 2, 3)) / slope
-    spread /= np.std(x - x.mean(-1, keepdims=True), axis=(1, 2, 3))
-    assert 0 <= spread.min() < 0.2 and 1.8 < spread.max() <= 2
-
-
-def test_policies():
-    """Each change is for the whole batch: half of the time when weak, always when strong."""
-    x = images(2, 48)
-    changed = jax.jit(lambda key, p: augment.diff_augment(key, x, p), static_argnums=1)
-    draws = [np.asarray(changed(jax.random.key(i), augment.WEAK)) for i in range(64)]
-    same = np.array([(y == x).reshape(2, -1).all(axis=1) for y in draws])
-    assert (same[:, 0] == same[:, 1]).all()
-    assert 1 <= same[:, 0].sum() <= 20  # an eighth is expected
-    for i in range(8):
-        assert (changed(jax.random.key(i), augment.STRONG) == 0).any(axis=(1, 2, 3)).all()
-
-
-@pytest.mark.parametrize(("size", "mode"), [((48, 40), "area"), ((17, 24), "bicubic")])
-def test_view_without_a_key_resizes_as_published(size, mode):
-    x = images(2, *size)
-    want = F.interpolate(torch.from_numpy(x).permute(0, 3, 1, 2), (32, 32), mode=mode)
-    got = augment.random_view(None, x, 32)
-    if size == (17, 24):
-        got_small = augment.random_view(jax.random.key(0), x, 32)
-        np.testing.assert_array_equal(got, got_small)  # small images are never cropped
-    np.testing.assert_allclose(got, want.permute(0, 2, 3, 1), rtol=0, atol=2e-6)
-    np.testing.assert_array_equal(augment.random_view(None, x[:, :16, :16], 16), x[:, :16, :16])
-
-
-def test_views_of_large_images_are_crops_half_of_the_time():
-    x = images(2, 12, 10)
-    resized = np.asarray(augment.random_view(None, x, 8))
-    view = jax.jit(lambda key: augment.random_view(key, x, 8))
-    windows = {(i, j): x[:, i : i + 8, j : j + 8] for i in range(5) for j in range(3)}
-    seen, cropped = set(), 0
-    for i in range(120):
-        got = np.asarray(view(jax.random.key(i)))
-        at = [place for place, window in windows.items() if np.array_equal(window, got)]
-        seen.update(at)
-        cropped += bool(at)
-        assert at or np.allclose(got, resized, atol=1e-6)
-    assert 40 <= cropped <= 80
-    assert {i for i, _ in seen} == set(range(5)) and {j for _, j in seen} == set(range(3))
 
 
 # ---------------------------------------------------------------------------------- discriminators
@@ -421,20 +251,7 @@ def test_the_start_of_the_adversarial_term_does_not_recompile():
 
 def test_batch_statistics_are_of_the_whole_batch_on_every_mesh():
     """Half of the batch is bright, half dark: devices see one kind only."""
-    child = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    errors = json.loads(child.stdout.splitlines()[-1])
+    errors = json.loads(children.run_on_eight_devices(__file__).splitlines()[-1])
     assert max(errors.values()) < 1e-5, errors
 
 

@@ -1,152 +1,23 @@
-"""Flow matching, scales, the flow head on its own, and sampling of FlowAR."""
+"""The flow head on its own, and sampling and losses of FlowAR."""
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+import children
 import golden_files
 from detailflow_jax.models import flow_sampler, layers
 from detailflow_jax.models.flow_head import INJECTIONS, FlowHead, FlowHeadConfig
-from detailflow_jax.models.flowar import FlowAR, FlowARConfig, example
-from detailflow_jax.ops import flow, rotary
+from detailflow_jax.ops import rotary
 from detailflow_jax.ops import scales as grids
 from detailflow_jax.tasks import flowar as task
+from tiny_flowar import TINY, network, random_like, sampled
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
-
-TINY = FlowARConfig(
-    width=16, first_depth=1, second_depth=1, num_heads=2, scales=(1, 2, 3), channels=3,
-    num_classes=4, head_width=16, head_depth=1, head_dim=8, scan=False,
-)  # fmt: skip
-
-
-def random_like(tree, seed=0):
-    """Parameters of random bits: those of a new head are zero where it matters."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32), tree)
-
-
-def network(config):
-    model = FlowAR(config)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), *example(config))["params"]
-    is_box = lambda x: hasattr(x, "names")  # noqa: E731
-    abstract = jax.tree.map(lambda x: x.value if is_box(x) else x, abstract, is_leaf=is_box)
-    return model, random_like(abstract)
-
-
-# ----------------------------------------------------------------------------------------- scales
-
-schedules = st.sets(st.integers(1, 12), min_size=1, max_size=4).map(lambda s: tuple(sorted(s)))
-
-
-@given(schedules)
-@settings(max_examples=25, deadline=None)
-def test_every_increasing_schedule_is_a_schedule(scales):
-    grids.check_scales(scales)
-    index, mask = grids.scale_index(scales), grids.scale_mask(scales)
-    assert len(index) == grids.offsets(scales)[-1] == sum(s * s for s in scales)
-    for k, (start, stop) in enumerate(
-        zip(grids.offsets(scales), grids.offsets(scales)[1:], strict=False)
-    ):
-        assert (index[start:stop] == k).all()
-        assert mask[start:stop, :stop].all() and not mask[start:stop, stop:].any()
-
-
-@pytest.mark.parametrize("scales", [(), (2, 2), (4, 2), (0, 1), (1, 2.5)])
-def test_what_is_no_schedule_is_refused(scales):
-    with pytest.raises(ValueError, match="no scale schedule"):
-        grids.check_scales(scales)
-
-
-def test_inputs_and_targets_are_those_of_two_interpolations():
-    latents = np.random.default_rng(0).standard_normal((2, 6, 6, 3)).astype(np.float32)
-    targets, inputs = grids.pyramid(jnp.asarray(latents), (1, 2, 3, 6))
-    x = torch.from_numpy(latents).permute(0, 3, 1, 2)
-    wanted, wanted_inputs = [], []
-    for side, after in ((1, 2), (2, 3), (3, 6), (6, None)):
-        low = torch.nn.functional.adaptive_avg_pool2d(x, side)
-        wanted.append(low.flatten(2).transpose(1, 2))
-        if after:
-            up = torch.nn.functional.interpolate(low, (6, 6), mode="bicubic", align_corners=False)
-            down = torch.nn.functional.adaptive_avg_pool2d(up, after)
-            wanted_inputs.append(down.flatten(2).transpose(1, 2))
-    np.testing.assert_allclose(targets, torch.cat(wanted, 1), atol=1e-5)
-    np.testing.assert_allclose(inputs, torch.cat(wanted_inputs, 1), atol=1e-5)
-
-
-def test_latents_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"\(2, 8, 8, 3\).*last of the scales"):
-        grids.pyramid(jnp.zeros((2, 8, 8, 3)), (1, 2, 4))
-
-
-def test_a_stretched_grid_covers_the_finest_one():
-    small, large = rotary.grid_rotary_table(2, 4.0, 8), rotary.grid_rotary_table(8, 1.0, 8)
-    np.testing.assert_array_equal(small.reshape(2, 2, 4, 2)[1, 1], large.reshape(8, 8, 4, 2)[4, 4])
-
-
-# ------------------------------------------------------------------------------ times and solvers
-
-
-def test_time_grids():
-    assert len(flow.published_times(25)) == len(flow.published_times(24)) == 25
-    np.testing.assert_allclose(flow.published_times(25)[:2], [1.0, 1 - 0.7 / 11])
-    np.testing.assert_array_equal(flow.published_times(50), np.linspace(1, 0, 51))
-    assert flow.sde_times(5)[-2:].tolist() == [0.04, 0.0]
-    for grid in flow.GRIDS.values():
-        times = grid(7)
-        assert times[0] == 1 and times[-1] == 0 and (np.diff(times) < 0).all()
-    assert flow.annealed_steps(25, 15, 5) == (25, 22, 20, 18, 15)
-    with pytest.raises(ValueError, match="num_steps=1"):
-        flow.published_times(1)
-
-
-def test_time_embedding_floors_a_float32_product():
-    times = np.linspace(1, 0, 51)
-    levels = np.floor(np.float32(1000) * times.astype(np.float32))
-    assert (levels != np.floor(1000 * times)).sum() > 5  # float64 would be another embedding
-    got = flow.time_features(jnp.asarray(times, jnp.float32), 4)
-    np.testing.assert_allclose(got[:, 0], np.cos(levels.astype(np.float64)), atol=1e-5)
-
-
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
-def test_solvers_converge_with_their_order(solver, order):
-    """dx/dt = x from t = 1 to 0 shrinks x by e."""
-
-    def error(steps):
-        x = jnp.ones(())
-        for i in range(steps):
-            step = jax.tree.map(lambda a: a[0], flow.steps(flow.uniform_times(steps), i, i + 1))
-            x = flow.SOLVERS[solver](lambda x, t: x, x, step)
-        return abs(float(x) - np.exp(-1))
-
-    assert error(8) / error(16) == pytest.approx(2**order, rel=0.15)
-
-
-def test_the_sde_keeps_the_marginals():
-    """For Gaussian data of std s, the exact velocity is known; the SDE must end at std s."""
-    s, count = 0.5, 20_000
-
-    def velocity(x, t):
-        return x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
-
-    key, x = jax.random.key(0), jax.random.normal(jax.random.key(1), (count,))
-    times = flow.sde_times(200)
-    for i in range(200):
-        step = jax.tree.map(lambda a: a[0], flow.steps(times, i, i + 1))
-        noise = jax.random.normal(jax.random.fold_in(key, i), (count,))
-        x = flow.euler_maruyama_step(velocity, x, step, noise)
-    assert float(jnp.std(x)) == pytest.approx(s, rel=0.05)
-
 
 # --------------------------------------------------------------------------------------- the head
 
@@ -220,17 +91,6 @@ def test_a_new_head_starts_from_zero_velocity():
 # --------------------------------------------------------------------------------------- sampling
 
 
-def sampled(config, params, labels, indices, cfg_scale=3.0, noise=None, **fields):
-    steps = fields.pop("num_steps", 4)
-    times = flow_sampler.flow_times(len(config.scales), steps, fields.pop("grid", "published"))
-    options = flow_sampler.FlowSamplingOptions(times, guided=cfg_scale != 1, **fields)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(7), jnp.asarray(indices))
-    factors = flow_sampler.guidance_factors(cfg_scale, len(config.scales))
-    return flow_sampler.sample(
-        FlowAR(config), params, jnp.asarray(labels), keys, factors, noise, options=options
-    )
-
-
 def test_a_sample_does_not_depend_on_its_neighbours():
     _, params = network(TINY)
     both = sampled(TINY, params, [1, 3], [0, 1], guidance_high=0.9)
@@ -287,7 +147,7 @@ def test_one_program_serves_every_guidance_scale():
 DEVICES = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-import test_flow as t
+import golden_files, tiny_flowar as t
 from detailflow_jax.runtime import sharding
 _, params = t.network(t.TINY)
 labels, indices = np.arange(8, dtype=np.int32) % 4, np.arange(8)
@@ -297,20 +157,12 @@ split = NamedSharding(mesh, P(("data", "fsdp")))
 with sharding.use(mesh):
     eight = t.sampled(t.TINY, params, jax.device_put(labels, split), jax.device_put(indices, split))
 assert len(eight.sharding.device_set) == 8, eight.sharding
-assert t.golden_files.error(eight, one) < 5e-5
+assert golden_files.error(eight, one) < 5e-5
 """
 
 
 def test_samples_on_eight_devices_are_those_of_one():
-    flags = "--xla_force_host_platform_device_count=8"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    subprocess.run(
-        [sys.executable, "-c", DEVICES],
-        check=True,
-        env=env,
-        cwd=os.path.dirname(__file__),
-        timeout=300,
-    )
+    children.run_on_eight_devices("-c", DEVICES)
 
 
 # ------------------------------------------------------------------------------------ the losses

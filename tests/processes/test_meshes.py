@@ -2,9 +2,7 @@
 
 import functools
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import jax
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+import children
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.tasks import make_task
@@ -64,12 +63,9 @@ SMALL = {
 @pytest.fixture(scope="module")
 def found():
     """{task: {mesh: [losses, sum of every parameter]}} of a child with eight devices."""
-    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(pathlib.Path(__file__).parents[2]))
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # Twenty programs are compiled, and run once.
-    child = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-3000:]
-    return json.loads(child.stdout.splitlines()[-1])
+    # Twenty programs are compiled, and run once.
+    hasty = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return json.loads(children.run_on_eight_devices(__file__, **hasty).splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -119,7 +115,7 @@ def test_the_discriminator_is_of_the_published_size():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_placements_are_the_recorded_ones(name):
-    """After a change that is meant: `python tests/test_meshes.py placements` records them anew."""
+    """`python tests/processes/test_meshes.py placements` records them after an intended change."""
     assert json.loads(PLACEMENTS.read_text())[name] == placements(name)
 
 

@@ -1,7 +1,6 @@
 """Of two processes that train together one is killed; started again, they lose nothing."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -11,10 +10,11 @@ import jax
 import numpy as np
 import psutil
 
+import children
 from detailflow_jax.runtime.checkpoint import restore_params
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS, PROGRAM = 60, ROOT / "tests" / "toy_task.py"
+STEPS, PROGRAM = 60, ROOT / "tests" / "helpers" / "toy_task.py"
 
 
 def launch(workdir: pathlib.Path, cache: pathlib.Path, *options: str, delay: float):
@@ -22,12 +22,8 @@ def launch(workdir: pathlib.Path, cache: pathlib.Path, *options: str, delay: flo
     command += ["python", PROGRAM, f"--config={PROGRAM}", f"--workdir={workdir}"]
     command += [f"--config.total_steps={STEPS}", "--config.mesh.fsdp=4"]
     command += ["--config.log_every=1", "--config.checkpoint_every=5", f"--config.delay={delay}"]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_COMPILATION_CACHE_DIR=str(cache))
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
-    )
+    cached = {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    return children.start(*command, **cached, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
 
 
 def log(workdir: pathlib.Path) -> list[dict]:
@@ -61,8 +57,9 @@ def kill(launcher: subprocess.Popen, number: int, condition) -> None:
 
 def test_either_process_is_killed_and_the_run_ends_with_the_same_bits(tmp_path):
     cache, undisturbed, workdir = tmp_path / "compiled", tmp_path / "undisturbed", tmp_path / "run"
-    with launch(undisturbed, cache, delay=0.0) as child:
-        assert child.wait(120) == 0, child.stdout.read()
+    child = launch(undisturbed, cache, delay=0.0)
+    output = children.finish(child)
+    assert child.returncode == 0, output
 
     with launch(workdir, cache, "--max-failures", "2", delay=0.1) as child:
         # A worker between its saves, then the one that leads, in the middle of a save.
@@ -70,7 +67,7 @@ def test_either_process_is_killed_and_the_run_ends_with_the_same_bits(tmp_path):
         before = len(log(workdir))
         saving = lambda: any((workdir / "checkpoints").glob("*tmp*"))  # noqa: E731
         kill(child, 0, lambda: len(log(workdir)) > before and saving())
-        output, _ = child.communicate(timeout=180)
+        output = children.finish(child, 180)
     assert child.returncode == 0, output
     assert output.count("starting again") == 2, output
     assert output.count("resuming after step") == 2, output

@@ -1,11 +1,10 @@
-"""Two processes of four devices against one of eight; and a run that is killed twenty times.
+"""Two processes of four devices against one of eight; and a run that is killed many times.
 
 The two processes are launched once, and so is the one; each does all that the tests look at.
 """
 
 import json
 import multiprocessing
-import os
 import pathlib
 import random
 import signal
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+import children
 import toy_task
 from detailflow_jax import train
 from detailflow_jax.evaluate import training
@@ -49,12 +49,9 @@ def launch(folder: pathlib.Path, *arguments: str) -> subprocess.Popen:
     command = [ROOT / "launch" / "local.sh", *arguments, "--", "python", __file__, folder]
     # Compiling is most of what they do.
     hasty = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=hasty)
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    cached = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    cached["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return children.start(*command, XLA_FLAGS=hasty, **cached)
 
 
 def steps_logged(workdir: pathlib.Path) -> int:
@@ -85,7 +82,7 @@ def two(tmp_path_factory):
         assert child.poll() is None, child.communicate()[0]
         time.sleep(0.02)
     child.terminate()
-    output, _ = child.communicate(timeout=120)
+    output = children.finish(child, 120)
     assert child.returncode == train.PREEMPTED, output
     return folder, output
 
@@ -95,7 +92,7 @@ def one(two):
     """(folder, output) of one process that does the same undisturbed, then resumes their run."""
     folder, _ = two
     child = launch(folder, "--cpu-devices", "8")
-    output, _ = child.communicate(timeout=300)
+    output = children.finish(child)
     assert child.returncode == train.FINISHED, output
     return folder, output
 
@@ -179,17 +176,7 @@ def test_a_tensor_axis_across_processes_gives_both_the_same_rows(two):
         assert found["skipped"] == 5
 
 
-# ---------------------------------------------------------------------------------- twenty kills
-
-
-TOY = {"total_steps": 320, "log_every": 5}
-SLOW = {"checkpoint_every": 5, "delay": 0.03}
-
-
-def train_toy(workdir: str, **overrides) -> None:
-    config = toy_task.get_config()
-    config.update(TOY | overrides)
-    toy_task.run(config, workdir)
+# ----------------------------------------------------------------------------------------- kills
 
 
 def wait_for(child, condition) -> None:
@@ -200,24 +187,28 @@ def wait_for(child, condition) -> None:
         time.sleep(0.001)
 
 
-def test_twenty_kills_lose_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.full)])
+def test_kills_lose_nothing(tmp_path, monkeypatch, kills):
     """Every second one in the middle of a save."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    total = 40 + 16 * kills
+    slow, fast = (
+        {"total_steps": total, "log_every": 5, "checkpoint_every": 5, "delay": delay}
+        for delay in (0.03, 0.0)
+    )
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     context = multiprocessing.get_context("forkserver")  # Imports once for all.
-    context.set_forkserver_preload(["test_processes"])
+    context.set_forkserver_preload(["toy_task"])
     undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
     checkpoints, saved, chance = workdir / "checkpoints", [], random.Random()
 
-    def start(folder, **overrides):
-        child = context.Process(target=train_toy, args=(str(folder),), kwargs=overrides)
+    def start(folder, fields):
+        child = context.Process(target=toy_task.train_for, args=(str(folder), fields))
         child.start()
         return child
 
-    for life in range(20):
-        child = start(workdir, **SLOW)
+    for life in range(kills):
+        child = start(workdir, slow)
         before = steps_logged(workdir)
         wait_for(child, lambda before=before: steps_logged(workdir) > before)
         time.sleep(chance.uniform(0, 0.15))
@@ -228,13 +219,14 @@ def test_twenty_kills_lose_nothing(tmp_path, monkeypatch):
         assert child.exitcode == -signal.SIGKILL
         whole = [int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()]
         saved.append(max(whole, default=0))
-    assert saved == sorted(saved) and saved[-1] < TOY["total_steps"]
+    assert saved == sorted(saved) and saved[-1] < total
 
-    for folder, overrides in ((workdir, SLOW), (undisturbed, {})):
-        child = start(folder, **overrides)
+    for folder, fields in ((workdir, slow), (undisturbed, fast)):
+        child = start(folder, fields)
         child.join(120)
         assert child.exitcode == 0
-    for a, b in zip(*map(jax.tree.leaves, map(final_state, (workdir, undisturbed))), strict=True):
+    states = [jax.tree.leaves(final_state(run, total)) for run in (workdir, undisturbed)]
+    for a, b in zip(*states, strict=True):
         np.testing.assert_array_equal(a, b)
     assert losses(workdir) == losses(undisturbed)
 
@@ -244,13 +236,13 @@ def losses(workdir: pathlib.Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["skipped"]) for line in lines]
 
 
-def final_state(workdir):
+def final_state(workdir, total):
     task = toy_task.make_task(toy_task.get_config())
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     abstract = sharding.abstract_state(task.init, jax.random.key(0), mesh)
     with Checkpoints(workdir, 2) as checkpoints:
         restored = checkpoints.restore(abstract.replace(frozen={}))
-    assert restored.step == TOY["total_steps"]
+    assert restored.step == total
     return restored.state
 
 

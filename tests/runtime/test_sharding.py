@@ -1,10 +1,6 @@
 """Meshes and placement rules; one child process with eight virtual devices does what needs them."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 import types
 
 import flax.linen as nn
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+import children
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.errors import ConfigError
 
@@ -126,15 +123,7 @@ def test_a_batch_that_processes_hold_only_in_part_is_refused(monkeypatch):
 
 @pytest.fixture(scope="module")
 def on_eight_devices() -> dict:
-    environment = dict(os.environ, JAX_PLATFORMS="cpu")
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    root = pathlib.Path(__file__).parents[2]
-    environment["PYTHONPATH"] = f"{root}{os.pathsep}{root / 'tests' / 'helpers'}"
-    child = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
+    return json.loads(children.run_on_eight_devices(__file__).splitlines()[-1])
 
 
 def test_training_on_a_mesh_equals_training_on_one_device(on_eight_devices):

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_tasks
 import torch
-from test_discriminator import FAST_TO_COMPILE
 
+import small_tasks
+from compiling import FAST_TO_COMPILE
 from detailflow_jax import tasks, train
 from detailflow_jax.convert import CheckpointError, mapping, start
 from detailflow_jax.convert.tables import discriminator as disc_names
@@ -30,7 +30,7 @@ D_METRICS = {"loss", "lecam", "consistency", "real", "fake", "gradient_norm"}
 
 def tiny(**fields):
     """Sixteen pixels, no teacher, PatchGAN from step 3 on, every term of the discriminator."""
-    config = test_tasks.tokenizer_config()
+    config = small_tasks.tokenizer_config()
     with config.unlocked():
         config.model.teacher_width = 0
         del config["teacher"]
@@ -65,16 +65,13 @@ def run(config, images, steps):
     task = tasks.make_task(config)
     options = {"compiler_options": FAST_TO_COMPILE}
     step = jax.jit(task.train_step, static_argnames="variant", **options)
-    variant, plan = test_tasks.plan_with(task, 8)
+    variant, plan = small_tasks.plan_with(task, 8)
     states, metrics = [nn.unbox(jax.jit(task.init, **options)(jax.random.key(0)))], []
     for _ in range(steps):
         state, found = step(states[-1], images, plan, variant=variant)
         states.append(state)
         metrics.append({name: float(value) for name, value in found.items()})
     return states, metrics, step
-
-
-images = test_tasks.images
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +338,7 @@ def test_a_checkpoint_holds_the_discriminator(trained, images, tmp_path):
         )
         restored = checkpoints.restore(sharded).state
     assert not differing(saved, restored)
-    variant, plan = test_tasks.plan_with(tasks.make_task(tiny()), 8)
+    variant, plan = small_tasks.plan_with(tasks.make_task(tiny()), 8)
     restored = jax.tree.map(jnp.asarray, jax.device_get(restored))
     again, _ = step(
         dataclasses.replace(restored, frozen=states[-1].frozen), images, plan, variant=variant

@@ -1,7 +1,5 @@
 """Training steps of both tasks on tiny networks, and what decides their batches and updates."""
 
-import pathlib
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,61 +9,17 @@ import pytest
 from detailflow_jax import tasks
 from detailflow_jax.models import layers
 from detailflow_jax.models.layers import drop_labels
-from detailflow_jax.runtime.config import load_config
 from detailflow_jax.tasks import generator as generator_task
 from detailflow_jax.tasks import optim
 from detailflow_jax.tasks import tokenizer as tokenizer_task
+from small_tasks import generator_config, plan_with, start, step_function, tokenizer_config
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
-
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-
-
-def tokenizer_config(**loss):
-    """Sixteen pixels, eight tokens, two layers in all; every loss term is on."""
-    config = load_config(f"{CONFIGS / 'tokenizer.py'}:digits")
-    trunk = {"width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32, "patch_size": 8}
-    with config.unlocked():
-        config.model.update(image_size=16, num_tokens=8, group_size=2, codebook_size=32)
-        for part in (config.model.encoder, config.model.decoder):
-            part.update(**trunk, table_side=2)
-        config.model.teacher_width = 16
-        config.teacher = {**trunk, "table_side": 2, "random": True}
-    config.loss.update(align=1.0, entropy=0.01, **loss)
-    config.optim.update(lr=3e-3, warmup_steps=2)
-    return config
-
-
-def generator_config():
-    config = load_config(f"{CONFIGS / 'generator.py'}:digits")
-    config.model.update(width=16, depth=2, num_heads=2, multiple_of=8)
-    config.model.update(num_tokens=8, group_size=2, codebook_size=16, num_classes=3)
-    config.optim.update(lr=1e-2, warmup_steps=2)
-    return config
-
-
-def start(task):
-    return nn.unbox(jax.jit(task.init)(jax.random.key(0)))
-
-
-def step_function(task):
-    return jax.jit(task.train_step, static_argnames="variant")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return tasks.make_task(tokenizer_config())
-
-
-@pytest.fixture(scope="module")
-def images():
-    pictures = np.random.default_rng(0).integers(0, 256, (4, 2, 2, 3), np.uint8)
-    return {"image": pictures.repeat(8, axis=1).repeat(8, axis=2)}
-
-
-def plan_with(task, count):
-    plans = (task.plan(step) for step in range(10_000))
-    return next(plan for plan in plans if plan[1]["token_count"] == count)
 
 
 # -------------------------------------------------------------------------------------- tokenizer

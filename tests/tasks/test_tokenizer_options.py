@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_tasks
-from test_discriminator import FAST_TO_COMPILE
 
+import small_tasks
+from compiling import FAST_TO_COMPILE
 from detailflow_jax import tasks
 from detailflow_jax.convert import CheckpointError, mapping
 from detailflow_jax.convert.tables import tokenizer as names
@@ -30,7 +30,7 @@ IMAGES = {16: 8, 24: 8, 32: 4}  # 8 * (24 / 32)^2 = 4.5, down to a multiple of 2
 
 def tiny(**fields):
     """At most 32 pixels, 16 tokens in groups of two; the input usually has 24 pixels."""
-    config = test_tasks.tokenizer_config()
+    config = small_tasks.tokenizer_config()
     config.loss.update(perceptual=0.0, adversarial=0.0)
     config.model.update(image_size=32, num_tokens=16)
     config.data.update(image_size=24)
@@ -205,7 +205,7 @@ def test_repa_in_a_step_of_several_parts(repa):
     state, images, want = repa
     config = tiny(**REPA, accumulate=2)
     task = tasks.make_task(config)
-    variant, plan = test_tasks.plan_with(task, 10)
+    variant, plan = small_tasks.plan_with(task, 10)
     assert variant == 24
     step = jit(task.train_step, static_argnames="variant")
     after, metrics = step(state, {"image": images}, plan, variant=variant)

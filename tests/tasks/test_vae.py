@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_discriminator import FAST_TO_COMPILE
 
 import detailflow_jax as df
+from compiling import FAST_TO_COMPILE
 from detailflow_jax import tasks
 from detailflow_jax.convert import CheckpointError
 from detailflow_jax.models.vae import VAEConfig

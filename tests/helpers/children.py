@@ -1,0 +1,63 @@
+"""Programs that tests run in processes of their own."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import psutil
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Variables under which Python finds the package and these helpers, and shows its stacks."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "helpers")))
+    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
+    return os.environ | own | more
+
+
+def start(*command, **variables: str) -> subprocess.Popen:
+    """A process of its own, whose standard output and errors are one stream of text."""
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(child: subprocess.Popen, timeout: float = 240) -> str:
+    """What a child prints until its end. One that hangs is aborted, and fails with its stacks."""
+    family = [psutil.Process(child.pid)]
+    try:
+        return child.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        family += family[0].children(recursive=True)
+        signal_all(family[::-1], signal.SIGABRT)
+        printed = child.communicate(timeout=60)[0]
+        raise AssertionError(f"did not end within {timeout} s:\n{printed}") from None
+    finally:
+        signal_all(family, signal.SIGKILL)
+
+
+def signal_all(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
+
+
+def run(*arguments, timeout: float = 240, **variables: str) -> str:
+    """Runs Python to its end, and returns what it printed."""
+    child = start(sys.executable, *arguments, **variables)
+    printed = finish(child, timeout)
+    assert child.returncode == 0, f"exit status {child.returncode}:\n{printed}"
+    return printed
+
+
+def run_on_eight_devices(*arguments, **options) -> str:
+    """`run`, on eight devices of this machine's processor."""
+    return run(*arguments, XLA_FLAGS="--xla_force_host_platform_device_count=8", **options)
