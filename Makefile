@@ -21,7 +21,19 @@ $(VENV)/.ready: setup.py
 	$(PY) -m pip install --quiet -e '.[demo]'
 	touch $@
 
-$(VENV)/.ready-check: lint ## lint, types and unit tests: under two minutes
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(PY) -m pip install --quiet -e '.[test]'
+	touch $@
+
+setup: $(VENV)/.ready ## make the environment in .venv
+
+demo: $(VENV)/.ready ## train, sample and report on handwritten digits: runs/demo/report.html
+	$(PY) -m detailflow_jax.demo --out runs/demo
+
+demo-flowar: $(VENV)/.ready ## the same with FlowAR: runs/demo-flowar/report.html
+	$(PY) -m detailflow_jax.demo.flowar --out runs/demo-flowar
+
+check: lint ## lint, types and unit tests: under two minutes
 	$(PYTEST) -m "not full and not slow"
 
 test: lint ## everything but what test-full runs: under ten minutes on two cores
