@@ -1,9 +1,11 @@
-"""Fixtures of several files, and what every test process starts with."""
+"""What every test process starts with."""
 
+import os
 import pathlib
 import signal
 
 import jax
+import jaxlib
 import pytest
 
 # The background jobs of a shell script ignore SIGINT, and so would the processes that tests start.
@@ -11,21 +13,38 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_ROOMS = ("benchmarks", "end_to_end", "processes")
-FULL_TIMEOUT = 900  # Seconds; that of the other tests stands in pyproject.toml.
+LONG = 900  # Seconds for slow and full tests; the limit of the others stands in pyproject.toml.
+
+
+def pytest_configure(config):
+    """Has XLA compile fast, here and in child processes: most of the tests' time is its own.
+
+    `-m full` keeps XLA as it is for users: there networks are large, and results recorded.
+    """
+    if config.option.markexpr == "full":
+        return
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+    if jaxlib.__version__.startswith("0.10."):  # XLA aborts on flags that it does not know.
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        flag = "--xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*flags, flag]))
 
 
 def pytest_collection_modifyitems(items):
-    """Marks by room, and a longer limit for what is of full size."""
+    """Marks by room, and a longer limit for what takes long."""
     for item in items:
         if pathlib.Path(item.path).parent.name in SLOW_ROOMS:
             item.add_marker("slow")
-        if item.get_closest_marker("full") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(FULL_TIMEOUT))
+        long = item.get_closest_marker("full") or item.get_closest_marker("slow")
+        if long and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG))
 
 
-@pytest.fixture(scope="module")
-def hasty_compiler():
-    """For files of small networks, whose time is XLA's: leaves its costly passes out."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+@pytest.fixture(scope="package")
+def optimizing_compiler():
+    """XLA as it is for users, where small programs compute much or the compiler is the subject."""
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -4,7 +4,6 @@ import os
 import pathlib
 import random
 import signal
-import subprocess
 import sys
 import time
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import children
 import detailflow_jax as df
 from detailflow_jax import data, train
 from detailflow_jax.inference import extract_codes, generate
@@ -37,29 +37,26 @@ GENERATOR = [
 def compile_once(tmp_path_factory):
     """The processes share compiled programs: compiling is most of what they would do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Small networks: mostly compiled.
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
         yield
 
 
 def start(module, *args):
-    command = [sys.executable, "-m", f"detailflow_jax.{module}", *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return children.start(sys.executable, "-m", f"detailflow_jax.{module}", *args)
 
 
 def finish(module, *args):
-    process = start(module, *args)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+    return children.run("-m", f"detailflow_jax.{module}", *args)
 
 
 def kill_when(process, condition):
     """SIGKILL as soon as the condition holds; fails if the process ends before."""
-    while not condition():
+    deadline = time.monotonic() + 240
+    while not condition() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
+    assert condition(), children.finish(process, 1)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
 

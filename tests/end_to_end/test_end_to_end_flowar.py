@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import children
 import detailflow_jax as df
 from detailflow_jax.inference import generate
 from detailflow_jax.runtime.checkpoint import restore_params
@@ -18,10 +17,7 @@ QUICK = ["--config.tensorboard=False", "--config.checkpoint_every=4", "--config.
 
 
 def finish(module, *args, code=0):
-    command = [sys.executable, "-m", f"detailflow_jax.{module}", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return children.run("-m", f"detailflow_jax.{module}", *args, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +25,6 @@ def runs(tmp_path_factory):
     """An autoencoder, its latents and a FlowAR trained on them."""
     root = tmp_path_factory.mktemp("flowar")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Small networks: mostly compiled.
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
         vae = ["--config=configs/vae.py:digits:runlocal", *QUICK]

@@ -58,7 +58,6 @@ def test_autoencoder_and_flowar_give_what_they_gave(runs, expected):
     close(latents, expected["sampled_latents"])
 
 
-@pytest.mark.usefixtures("hasty_compiler")
 @pytest.mark.parametrize("name", RUNS)
 def test_run_resumes_as_if_never_stopped(runs, name, monkeypatch):
     monkeypatch.chdir(runs)  # its source is codes:codes or latents:latents

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 import random
 import signal
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import children
 import toy_task
 from detailflow_jax import train
 from detailflow_jax.runtime import sharding
@@ -249,16 +249,15 @@ def test_tensorboard_files_hold_scalars_and_figures(tmp_path):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Starts a training process; the processes of this module share their compilations."""
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), XLA_FLAGS="")
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return functools.partial(_start, environment)
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
+    variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return functools.partial(_start, variables)
 
 
-def _start(environment: dict, workdir, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, str(TOY), "--config", str(TOY), "--workdir", str(workdir)]
+def _start(variables: dict[str, str], workdir, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, TOY, "--config", TOY, "--workdir", workdir]
     command += [f"--config.{override}" for override in ("log_every=1", *overrides)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return children.start(*command, **variables)
 
 
 def wait_for_step(child: subprocess.Popen, workdir, step: int) -> None:
@@ -268,13 +267,14 @@ def wait_for_step(child: subprocess.Popen, workdir, step: int) -> None:
         if path.exists() and f'{{"step": {step},' in path.read_text():
             return
         time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached: {child.communicate()[1]}")
+    raise AssertionError(f"step {step} was not reached: {children.finish(child, 1)}")
 
 
 def test_killed_and_preempted_run_ends_with_the_bits_of_an_undisturbed_one(start, tmp_path):
     steps = "total_steps=40"
     undisturbed = start(tmp_path / "undisturbed", steps)
-    assert undisturbed.wait() == FINISHED, undisturbed.communicate()[1]
+    output = children.finish(undisturbed)
+    assert undisturbed.returncode == FINISHED, output
 
     chance = random.Random()
     kill_at, leave_at = chance.randrange(1, 22), chance.randrange(24, 39)
@@ -288,7 +288,7 @@ def test_killed_and_preempted_run_ends_with_the_bits_of_an_undisturbed_one(start
     child = start(workdir, steps, "delay=0.02")
     wait_for_step(child, workdir, leave_at)
     child.terminate()
-    message = child.communicate()[1]
+    message = children.finish(child)
     assert child.returncode == PREEMPTED, message
     (saved,) = (p for p in message.splitlines() if p.startswith("preempted: saved step "))
     saved = int(saved.split()[3].rstrip(";"))
@@ -296,7 +296,7 @@ def test_killed_and_preempted_run_ends_with_the_bits_of_an_undisturbed_one(start
     assert (workdir / "checkpoints" / str(saved)).exists()
 
     child = start(workdir, steps, "delay=0.02")
-    message = child.communicate()[1]
+    message = children.finish(child)
     assert child.returncode == FINISHED, message
     assert f"resuming after step {saved}" in message
 
@@ -311,11 +311,11 @@ def test_second_interrupt_leaves_at_once(start, tmp_path):
     child = start(tmp_path, "delay=3.0")  # Two threads: two steps, then three seconds of waiting.
     wait_for_step(child, tmp_path, 2)
     child.send_signal(signal.SIGINT)
-    while "asked to leave" not in child.stderr.readline():
+    while "asked to leave" not in child.stdout.readline():
         assert child.poll() is None
     child.send_signal(signal.SIGINT)
     assert child.wait(60) == train.INTERRUPTED
-    child.stderr.close()
+    child.stdout.close()
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
@@ -324,7 +324,7 @@ def test_second_interrupt_leaves_at_once(start, tmp_path):
 
 def launch(*arguments: str) -> subprocess.CompletedProcess:
     command = [str(ROOT / "launch" / "local.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
 def test_launcher_restarts_a_preempted_command_only(tmp_path):

@@ -17,8 +17,6 @@ from detailflow_jax.tasks import TrainState
 from detailflow_jax.train import train
 from scored_models import SIZE, network
 
-pytestmark = pytest.mark.usefixtures("hasty_compiler")
-
 
 @pytest.fixture(autouse=True)
 def features(monkeypatch):

@@ -44,13 +44,14 @@ class Golden:
 
     @functools.cached_property
     def training_forward(self):
-        def mean(images):
+        def mean(images, params, state, frozen):  # Weights that are constants would be folded.
             logits, state = self.disc.logits(
-                self.params, self.state, self.frozen, images, train=True, key=jax.random.key(0)
+                params, state, frozen, images, train=True, key=jax.random.key(0)
             )
             return logits.mean(), (logits, state)
 
-        (_, aux), grad = jax.jit(jax.value_and_grad(mean, has_aux=True))(self.images)
+        compiled = jax.jit(jax.value_and_grad(mean, has_aux=True))
+        (_, aux), grad = compiled(self.images, self.params, self.state, self.frozen)
         return *aux, grad
 
 

@@ -19,6 +19,11 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | own | more
 
 
+def xla_flags(*flags: str) -> str:
+    """A value of XLA_FLAGS: this process's flags and some more."""
+    return " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
+
+
 def start(*command, **variables: str) -> subprocess.Popen:
     """A process of its own, whose standard output and errors are one stream of text."""
     return subprocess.Popen(
@@ -50,14 +55,15 @@ def signal_all(processes: list[psutil.Process], number: int) -> None:
             process.send_signal(number)
 
 
-def run(*arguments, timeout: float = 240, **variables: str) -> str:
-    """Runs Python to its end, and returns what it printed."""
+def run(*arguments, timeout: float = 240, code: int = 0, **variables: str) -> str:
+    """Runs Python until it ends with an exit code, and returns what it printed."""
     child = start(sys.executable, *arguments, **variables)
     printed = finish(child, timeout)
-    assert child.returncode == 0, f"exit status {child.returncode}:\n{printed}"
+    assert child.returncode == code, f"exit code {child.returncode}:\n{printed}"
     return printed
 
 
 def run_on_eight_devices(*arguments, **options) -> str:
     """`run`, on eight devices of this machine's processor."""
-    return run(*arguments, XLA_FLAGS="--xla_force_host_platform_device_count=8", **options)
+    flags = xla_flags("--xla_force_host_platform_device_count=8")
+    return run(*arguments, XLA_FLAGS=flags, **options)

@@ -17,8 +17,6 @@ from detailflow_jax.ops import scales as grids
 from detailflow_jax.tasks import flowar as task
 from tiny_flowar import TINY, network, random_like, sampled
 
-pytestmark = pytest.mark.usefixtures("hasty_compiler")
-
 # --------------------------------------------------------------------------------------- the head
 
 
@@ -28,7 +26,7 @@ def head(injection, **fields):
     )
     model = FlowHead(config)
     x, time, condition = jnp.zeros((1, 4, 3)), jnp.zeros(1), jnp.zeros((1, 4, 8))
-    params = model.init(jax.random.key(0), x, time, condition)["params"]
+    params = jax.eval_shape(model.init, jax.random.key(0), x, time, condition)["params"]
     return model, {"params": random_like(params, seed=1)}
 
 
@@ -57,11 +55,12 @@ def test_segments_are_as_separate_calls(injection):
     time[:, 1:] = time[:, 1:2]
     rope = grids.rotary_table((1, 2), 16)
     segments = grids.scale_index((1, 2))
-    together = model.apply(variables, x, time, condition, rope=rope, segments=segments)
+    apply = jax.jit(model.apply)
+    together = jax.jit(functools.partial(model.apply, segments=segments))(
+        variables, x, time, condition, rope=rope
+    )
     for part in (slice(0, 1), slice(1, 5)):
-        alone = model.apply(
-            variables, x[:, part], time[:, part], condition[:, part], rope=rope[part]
-        )
+        alone = apply(variables, x[:, part], time[:, part], condition[:, part], rope=rope[part])
         np.testing.assert_allclose(together[:, part], alone, atol=1e-5)
 
 
@@ -69,8 +68,9 @@ def test_one_condition_for_all_positions_and_what_the_head_refuses():
     model, variables = head("spatial")
     x, time = jnp.ones((2, 4, 3)), jnp.ones(2)
     one = jnp.ones((2, 1, 8))
-    same = model.apply(variables, x, time, jnp.tile(one, (1, 4, 1)))
-    np.testing.assert_allclose(model.apply(variables, x, time, one), same, atol=1e-6)
+    apply = jax.jit(model.apply)
+    same = apply(variables, x, time, jnp.tile(one, (1, 4, 1)))
+    np.testing.assert_allclose(apply(variables, x, time, one), same, atol=1e-6)
     with pytest.raises(ValueError, match=r"x has shape \(2, 4, 2\), expected \[B, T, 3\]"):
         model.apply(variables, x[..., :2], time, one)
     with pytest.raises(ValueError, match="condition has shape"):
@@ -84,8 +84,9 @@ def test_one_condition_for_all_positions_and_what_the_head_refuses():
 def test_a_new_head_starts_from_zero_velocity():
     model = FlowHead(FlowHeadConfig(width=64, depth=1, channels=3))
     x = jnp.ones((1, 4, 3))
-    params = model.init(jax.random.key(0), x, jnp.ones(1), jnp.ones((1, 4, 8)))
-    assert not model.apply(params, x, jnp.ones(1), jnp.ones((1, 4, 8))).any()
+    arguments = x, jnp.ones(1), jnp.ones((1, 4, 8))
+    params = jax.jit(model.init)(jax.random.key(0), *arguments)
+    assert not jax.jit(model.apply)(params, *arguments).any()
 
 
 # --------------------------------------------------------------------------------------- sampling

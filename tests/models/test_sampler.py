@@ -15,8 +15,6 @@ from detailflow_jax.models import layers, sampler
 from detailflow_jax.models.generator import Generator, GeneratorConfig
 from detailflow_jax.ops import logits as filters
 
-pytestmark = pytest.mark.usefixtures("hasty_compiler")
-
 CODES, CLASSES = 32, 5
 TINY = GeneratorConfig(
     width=32,

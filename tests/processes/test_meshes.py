@@ -60,20 +60,35 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def found():
-    """{task: {mesh: [losses, sum of every parameter]}} of a child with eight devices."""
-    # Twenty programs are compiled, and run once.
-    hasty = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return json.loads(children.run_on_eight_devices(__file__, **hasty).splitlines()[-1])
+OTHERS = ("data", "both", "fsdp")
+SERIES = {
+    # The adversarial step has the tokenizer's in it, and a mesh of all axes has the others' axes.
+    "quick": dict.fromkeys(("adversarial", "generator", "vae", "flowar"), ("all",)),
+    "full": {
+        **dict.fromkeys(("generator", "vae", "flowar"), OTHERS),
+        "tokenizer": (*OTHERS, "all"),
+    },
+}
+CASES = [("quick", name) for name in SERIES["quick"]]
+CASES += [pytest.param("full", name, marks=pytest.mark.full) for name in SERIES["full"]]
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_a_step_on_every_mesh_is_that_of_one_device(found, name):
-    single = found[name].pop("single")
-    for mesh, differences in found[name].items():
-        assert differences["loss"] <= 1e-5 * abs(single["loss"]), mesh
-        assert differences["update"] <= 1e-5, mesh  # of the largest parameter
+@functools.cache
+def differences(series: str) -> dict:
+    """{task: {mesh: differences}} of a series, from one child with eight devices."""
+    printed = children.run_on_eight_devices(__file__, series, timeout=800)
+    return json.loads(printed.splitlines()[-1])
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("series", "name"), CASES)
+def test_a_step_on_every_mesh_is_that_of_one_device(series, name):
+    found = dict(differences(series)[name])
+    single = found.pop("single")
+    assert found.keys() == set(SERIES[series][name])
+    for mesh, difference in found.items():
+        assert difference["loss"] <= 1e-5 * abs(single["loss"]), mesh
+        assert difference["update"] <= 1e-5, mesh  # of the largest parameter
 
 
 def abstract_mesh(shape):
@@ -159,12 +174,11 @@ def step_on(task, mesh, state, batch):
     return kept, float(metrics["loss"])
 
 
-def compare_meshes(name):
+def compare_meshes(name, meshes):
     """The step of one device, and how far from it the step of every mesh ends."""
-    sizes = {"single": (1, 1, 1), **MESHES}
+    sizes = {"single": (1, 1, 1)} | {mesh: MESHES[mesh] for mesh in meshes}
     if name == "adversarial":  # the tokenizer's step with the discriminator's
         config = load_config("configs/tokenizer.py:digits", SMALL["tokenizer"] + SMALL[name])
-        sizes = {name: sizes[name] for name in ("single", "all")}  # the slowest to compile
     else:
         config = load_config(f"configs/{name}.py:digits", SMALL[name])
     task, batch = make_task(config), small_batch(name, config)
@@ -190,4 +204,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["placements"]:
         PLACEMENTS.write_text(json.dumps({n: placements(n) for n in CONFIGS}, indent=1) + "\n")
     else:
-        print(json.dumps({name: compare_meshes(name) for name in SMALL}))
+        series = SERIES[sys.argv[1]]
+        print(json.dumps({name: compare_meshes(name, series[name]) for name in series}))

@@ -47,11 +47,9 @@ RUNS = ("run", "undisturbed")
 
 def launch(folder: pathlib.Path, *arguments: str) -> subprocess.Popen:
     command = [ROOT / "launch" / "local.sh", *arguments, "--", "python", __file__, folder]
-    # Compiling is most of what they do.
-    hasty = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     cached = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     cached["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return children.start(*command, XLA_FLAGS=hasty, **cached)
+    return children.start(*command, **cached)
 
 
 def steps_logged(workdir: pathlib.Path) -> int:

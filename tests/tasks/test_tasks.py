@@ -14,8 +14,6 @@ from detailflow_jax.tasks import optim
 from detailflow_jax.tasks import tokenizer as tokenizer_task
 from small_tasks import generator_config, plan_with, start, step_function, tokenizer_config
 
-pytestmark = pytest.mark.usefixtures("hasty_compiler")
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
