@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(LONG))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def optimizing_compiler():
     """XLA as it is for users, where small programs compute much or the compiler is the subject."""
     before = jax.config.jax_disable_most_optimizations

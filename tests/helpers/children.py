@@ -37,7 +37,7 @@ def start(*command, **variables: str) -> subprocess.Popen:
 
 def finish(child: subprocess.Popen, timeout: float = 240) -> str:
     """What a child prints until its end. One that hangs is aborted, and fails with its stacks."""
-    family = [psutil.Process(child.pid)]
+    family = [] if child.poll() is not None else [psutil.Process(child.pid)]
     try:
         return child.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
