@@ -41,7 +41,7 @@ def finish(child: subprocess.Popen, timeout: float = 240) -> str:
     try:
         return child.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
-        family += family[0].children(recursive=True)
+        family += [each for one in family for each in one.children(recursive=True)]
         signal_all(family[::-1], signal.SIGABRT)
         printed = child.communicate(timeout=60)[0]
         raise AssertionError(f"did not end within {timeout} s:\n{printed}") from None
