@@ -94,8 +94,8 @@ exit codes: 0 done; 2 not done, the last line says why and nothing partial is le
         help="which set to take; default of a published generator or FlowAR ema, of others model, "
         "of a run the average where it keeps one",
     )
-    add("--allow_missing", action="store_true", help="start anew what the file lacks")
-    add("--allow_unused", action="store_true", help="leave tensors aside that have no place")
+    add("--allow_missing", action="store_true", help="initialise parameters that the file lacks")
+    add("--allow_unused", action="store_true", help="leave out tensors that belong to no parameter")
     add("--overwrite", action="store_true", help="replace a checkpoint at --dst")
     group = parser.add_argument_group(
         "overrides", "what shapes cannot tell; default: the configuration beside the weights"
@@ -108,10 +108,10 @@ exit codes: 0 done; 2 not done, the last line says why and nothing partial is le
 
 
 def convert(args: argparse.Namespace) -> list[str]:
-    """Does what the arguments say; returns the lines of the report.
+    """Converts as the arguments say; returns the lines of the report.
 
     Raises:
-      CheckpointError and others: see `load`, `export` and `write_jax`; nothing partial is left.
+      UserError: see `load`, `export` and `write_jax`; nothing partial is left.
     """
     started = time.perf_counter()
     _check_target(args)
@@ -234,9 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: Any = parse_arguments(argv)
     try:
         lines = convert(args)
-    except (UserError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+    except UserError as error:
+        return error.report()
     print("\n".join(lines))
     return 0
 

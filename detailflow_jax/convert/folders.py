@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from etils import epath
+
 from detailflow_jax.convert.errors import CheckpointError
 
 _BUCKETS = ("gs://", "s3://")
@@ -51,15 +53,13 @@ def open_folder(
     text = os.fspath(path)
     if text.startswith("hf:"):
         return _open_hub(text)
-    if text.startswith(_BUCKETS):
-        return _open_bucket(text, stack)
-    if "://" in text:
+    if "://" in text and not text.startswith(_BUCKETS):
         raise CheckpointError(
             f"{text}: an address of an unknown kind",
             expected="a local path, gs://BUCKET/PATH or hf:OWNER/NAME",
             remedy="Download the file and pass its path.",
         )
-    return _open_local(text)
+    return _open_path(text, stack)
 
 
 def join(where: str, name: str) -> str:
@@ -75,48 +75,25 @@ def _split(path: Any) -> tuple[Any, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _LocalFolder:
-    root: Path
+class _PathFolder:
+    """A local folder, or one of a bucket, whose files are copied to `scratch`."""
+
+    root: epath.Path
     where: str
-
-    def names(self) -> list[str]:
-        found = (*self.root.glob("*"), *self.root.glob("checkpoints/*"))
-        return sorted(p.relative_to(self.root).as_posix() for p in found if p.is_file())
-
-    def fetch(self, name: str) -> Path:
-        return self.root / name
-
-
-def _open_local(text: str) -> tuple[Folder, str | None]:
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return _LocalFolder(path, str(path)), None
-    if not path.is_file():
-        hub = f" For the hub, write hf:{text}." if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
-        raise CheckpointError(
-            f"{text}: there is no such file or folder",
-            expected="a checkpoint file or its folder",
-            remedy=f"Check the path.{hub}",
-        )
-    root, name = _split(path)
-    return _LocalFolder(root, str(root)), name
-
-
-@dataclasses.dataclass(frozen=True)
-class _BucketFolder:
-    root: Any  # epath.Path
-    where: str
-    scratch: Path
+    scratch: Path | None = None
 
     def names(self) -> list[str]:
         with _reaching(self.where):
-            found = {path.name for path in self.root.iterdir()}
-            if "checkpoints" in found:
-                inner = (self.root / "checkpoints").iterdir()
-                found |= {f"checkpoints/{path.name}" for path in inner}
-        return sorted(found)
+            found = [*self.root.iterdir()]
+            if any(path.name == "checkpoints" for path in found):
+                found += (self.root / "checkpoints").iterdir()
+            # Each such question to a bucket takes a request; there only files have suffixes.
+            files = found if self.scratch else [path for path in found if path.is_file()]
+            return sorted(path.relative_to(self.root).as_posix() for path in files)
 
     def fetch(self, name: str) -> Path:
+        if self.scratch is None:
+            return Path(self.root / name)
         target = self.scratch / name
         target.parent.mkdir(exist_ok=True)
         with (
@@ -142,18 +119,23 @@ def _reaching(where: str) -> Iterator[None]:
         ) from error
 
 
-def _open_bucket(text: str, stack: contextlib.ExitStack) -> tuple[Folder, str | None]:
-    from etils import epath
-
-    path = epath.Path(text)
+def _open_path(text: str, stack: contextlib.ExitStack) -> tuple[Folder, str | None]:
+    path, in_bucket = epath.Path(text).expanduser(), text.startswith(_BUCKETS)
     with _reaching(text):
         is_folder = path.is_dir()
         missing = not is_folder and not path.exists()
     if missing:
-        raise CheckpointError(f"{text}: there is no such object", remedy="Check the path.")
+        hub = f" For the hub, write hf:{text}." if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
+        raise CheckpointError(
+            f"{text}: there is no such {'object' if in_bucket else 'file or folder'}",
+            expected="a checkpoint file or its folder",
+            remedy=f"Check the path.{hub}",
+        )
     root, name = (path, None) if is_folder else _split(path)
-    scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="detailflow-"))
-    return _BucketFolder(root, str(root), Path(scratch)), name
+    scratch = None
+    if in_bucket:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="detailflow-"))
+    return _PathFolder(root, str(root), scratch and Path(scratch)), name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +194,7 @@ def _open_hub(text: str) -> tuple[Folder, str | None]:
         if snapshot is None:
             raise _hub_error(where, repo, error) from error
         where = where if root == PurePosixPath(".") else join(where, str(root))
-        return _LocalFolder(snapshot / root, where), name
+        return _PathFolder(epath.Path(snapshot / root), where), name
     where = where if root == PurePosixPath(".") else join(where, str(root))
     return _HubFolder(repo, revision, tuple(files), root, where), name
 

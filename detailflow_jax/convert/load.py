@@ -16,7 +16,7 @@ from detailflow_jax.convert.readers import Weights
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.runtime.checkpoint import restore_params
 from detailflow_jax.runtime.config import read_config
-from detailflow_jax.runtime.errors import near_names
+from detailflow_jax.runtime.errors import ConfigError, near_names
 
 
 def is_workdir(path: str | os.PathLike[str]) -> bool:
@@ -42,7 +42,7 @@ def load(
     """Reads a network.
 
     Args:
-      kind: a name in `registry.NETWORKS`; None is told by what is there.
+      kind: a name in `registry.NETWORKS`; None: recognised by what is there.
       path: a workdir, or what `read_checkpoint` takes.
       weights: "model" or "ema". Default: of a published checkpoint what its evaluation takes
         (a generator's average, the model of others), of a run the average where it keeps one.
@@ -53,16 +53,16 @@ def load(
       overrides: fields of the configuration, and `encoder_num_heads`, `decoder_num_heads`.
 
     Raises:
-      ConfigError, CheckpointError (here and of `runtime.checkpoint`): nothing to load there, or
-        not of this kind; the text says what to do.
-      ValueError: `weights` is neither, or an unknown override.
+      ConfigError: `weights`, `step` or an override that cannot be, or a folder without a config.
+      CheckpointError: nothing to load there, or another network; the text says what to do. It is
+        that of `convert.errors` for published files, that of `runtime.errors` for runs.
     """
     if weights not in (None, "model", "ema"):
-        raise ValueError(f"weights={weights!r}; expected 'model', 'ema' or None")
+        raise ConfigError(f"weights={weights!r}; expected 'model', 'ema' or None")
     if is_workdir(path):
         return _load_run(kind, path, weights, step, overrides or {})
     if step is not None:
-        raise ValueError(f"step={step} is for the workdir of a run, which {path} is not")
+        raise ConfigError(f"step={step} is for the workdir of a run, which {path} is not")
     return published.read(
         kind,
         path,
@@ -94,7 +94,10 @@ def _load_run(
     notices = []
     if weights == "ema" and not run.get("ema", {}).get("decay"):
         notices.append(f"{path}: the run keeps no 'ema' weights; reading 'model'")
-    config = _override(of.from_run(run.model), overrides)
+    try:
+        config = _override(of.from_run(run.model), overrides)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     params = restore_params(path, ema=weights != "model", step=step)
     scan = getattr(config, "scan", False)
     _check_shapes(params, of.abstract(config, scan=scan), str(path))
@@ -103,7 +106,7 @@ def _load_run(
 
 
 def _check_shapes(params: Any, abstract: Any, source: str) -> None:
-    """Refuses parameters that are not those of the configuration."""
+    """Raises CheckpointError unless the parameters have the shapes of the configuration."""
     there, here = mapping.flatten(params), mapping.flatten(abstract)
     for name in dict.fromkeys([*here, *there]):
         a, b = (tuple(x[name].shape) if name in x else "absent" for x in (there, here))
@@ -129,5 +132,5 @@ def _override(config: Any, overrides: Mapping[str, Any]) -> Any:
         else:
             known += heads
             near = ", ".join(near_names(name, known)) or ", ".join(known)
-            raise ValueError(f"unknown override {name!r}; near names: {near}")
+            raise ConfigError(f"unknown override {name!r}; closest names: {near}")
     return config

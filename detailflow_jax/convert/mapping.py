@@ -1,8 +1,8 @@
-"""One table a network: published tensor names <-> parameter paths, read in both directions.
+"""One table per network: published tensor names <-> parameter paths, read in both directions.
 
-A published name with `{}` stands for one tensor a layer; its parameters lie under `layers` with a
-leading layer axis where blocks are scanned, under `layers_0`, `layers_1`, ... where they are not.
-Tables name the former; both layouts are read and written, told apart by the parameters themselves.
+A published name with `{}` stands for one tensor per layer. Its parameters lie under `layers` with a
+leading layer axis if blocks are scanned, under `layers_0`, `layers_1`, ... if they are not. Tables
+name the former; both layouts are read and written, depending on the parameters that are given.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _ALIGNMENT = 64
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One published tensor, or one a layer where `name` holds `{}`.
+    """One published tensor, or one per layer if `name` holds `{}`.
 
     Attributes:
       name: published name.
@@ -165,7 +165,7 @@ def from_published(
       source: what messages call the file.
       skip: prefixes of published names that are not needed, by design.
       allow_missing: take a parameter without a published tensor from `initial`.
-      allow_unused: leave tensors aside that no parameter needs.
+      allow_unused: leave out tensors that belong to no parameter.
       initial: makes parameters like `abstract`; called only if one is missing and allowed to be.
       progress: wraps the list of what is to be read, such as `tqdm`.
       dtype: of the result.
@@ -191,7 +191,7 @@ def from_published(
     )
     if report.missing and not (allow_missing and initial):
         raise _missing(report, len(tensors), source)
-    for tensor in wanted:  # All shapes first: a wrong one is told before gigabytes are read.
+    for tensor in wanted:  # All shapes first: an error comes before gigabytes are read.
         if tensor.name in tensors:
             _check_tensor(tensor, tensors[tensor.name], flat, source)
     if report.unused and not allow_unused:
@@ -230,8 +230,8 @@ def _missing(report: Report, count: int, source: str) -> CheckpointError:
         f"{source}: {len(report.missing)} of {total} tensors are missing: {_some(report.missing)} "
         f"(the file holds {count})",
         expected="every tensor of this network",
-        remedy="Is this a checkpoint of another network or size? To start the missing ones anew, "
-        "allow it (allow_missing).",
+        remedy="Is this a checkpoint of another network or size? To initialise the missing "
+        "ones, allow it (allow_missing).",
     )
 
 
@@ -240,7 +240,7 @@ def _unused(report: Report, source: str) -> CheckpointError:
         f"{source}: {len(report.unused)} of its tensors belong to no parameter: "
         f"{_some(report.unused)}",
         expected="the tensors of this network alone",
-        remedy="Is this a checkpoint of another network or size? To leave them aside, allow it "
+        remedy="Is this a checkpoint of another network or size? To leave them out, allow it "
         "(allow_unused).",
     )
 

@@ -57,7 +57,7 @@ def read(
     """Reads a network from published files.
 
     Args:
-      name: key of `registry.NETWORKS`; None is told by the tensors.
+      name: key of `registry.NETWORKS`; None: recognised by the tensors.
       paths: what `read_checkpoint` takes; several files are read as one.
       params: nested arrays or shapes that are wanted. Position tables are resized to their grids
         and layers beyond their depth are left out, where the network has a `layout` for that.
@@ -87,10 +87,9 @@ def read(
     network = check(name, tensors, source)
     config, initial = None, None
     if params is None:
-        if network.infer_config:
-            published = {key: value for file in files for key, value in file.config.items()}
-            config, more = network.infer_config(tensors, published, overrides or {}, source)
-            notices += more
+        published = {key: value for file in files for key, value in file.config.items()}
+        config, more = network.infer(tensors, published, overrides or {}, source)
+        notices += more
         scan = getattr(config, "scan", True) if scan is None else scan
         initial = jax.jit(network.initialize(config, scan=scan))
         params = network.abstract(config, scan=scan)
@@ -128,7 +127,7 @@ def _fitted(
     for name, (rows, width) in mapping.published_shapes(tables, params).items():
         have = tensors[name].shape if name in tensors else ()
         if len(have) != 2 or have[0] == rows or have[1] != width:
-            continue  # Nothing to resize, or an error that `from_published` tells.
+            continue  # Nothing to resize, or an error that `from_published` raises.
         if math.isqrt(have[0]) ** 2 == have[0]:
             side, whole = math.isqrt(rows), np.asarray(tensors[name], np.float32)
             logging.info("%s resized from %d to %d positions", name, have[0], rows)

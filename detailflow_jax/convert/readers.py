@@ -1,7 +1,7 @@
 """Reads published weights: `.pt`, `.pth`, `.ckpt`, `.bin`, `.safetensors`, shards and folders.
 
-Reading never runs code from a file and needs no PyTorch; see `torch_file`. What a file is, is
-told by its content, not by its name.
+Reading never runs code from a file and needs no PyTorch; see `torch_file`. The format
+of a file is recognised by its content, not by its name.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def read_checkpoint(path: str | os.PathLike[str], weights: Preference = None) ->
     Args:
         path: a file or a folder (see `locate` for what is chosen there), local, `gs://` or
             `s3://`; or `hf:OWNER/NAME[@REVISION][/FILE]`, through the hub's cache.
-        weights: the set preferred where a file holds several: "model" (also what None means) or
-            "ema", or a function of the tensors' names that tells. The other one is read with a
-            notice if the preferred one is absent. "discriminator" is what a training checkpoint
-            keeps under this name; of any other file it is the same as "model".
+        weights: the set to read if a file holds several: "model" (also None), "ema", or a function
+            from the tensors' names to one of them. If the file lacks it, the other one is read with
+            a notice. "discriminator" is what training checkpoints keep under this name; of any
+            other file it is the same as "model".
 
     Raises:
         CheckpointError: nothing readable there, a file that would run code (it is not run), a

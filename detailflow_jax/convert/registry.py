@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from detailflow_jax.convert.mapping import Entry
 from detailflow_jax.convert.readers import Weights
+from detailflow_jax.convert.settings import Settings
 from detailflow_jax.convert.tables import (
     discriminator,
     flowar,
@@ -54,8 +55,8 @@ class Network:
       table: published tensor names <-> parameter paths.
       skipped: prefixes of published names that are left out by design.
       layout: (names, parameters, source) -> (table, skipped), where files differ in their names.
-      infer_config: (tensors, published configuration, overrides, source) -> (configuration,
-        notices). None: a configuration is nothing to be told, or the caller has to know it.
+      infer_config: what is known of a file -> configuration. None: the network has none, or the
+        caller has to know it.
       from_run: the `model` part of a run's config -> configuration. None: it has no runs.
       describe: configuration -> (config.json, what config.yaml holds beside it, notices), for
         writing. None: it is read only.
@@ -76,7 +77,7 @@ class Network:
     table: tuple[Entry, ...] = ()
     skipped: tuple[str, ...] = ()
     layout: Callable[[Mapping[str, Any], Any, str], Layout] | None = None
-    infer_config: Callable[..., tuple[Any, list[str]]] | None = None
+    infer_config: Callable[[Settings], Any] | None = None
     from_run: Callable[[Any], Any] | None = None
     describe: Callable[[Any], tuple[dict[str, Any], dict[str, Any], list[str]]] | None = None
     buffers: Callable[[Any], dict[str, Any]] = lambda config: {}
@@ -86,6 +87,28 @@ class Network:
     task: str | None = None
     used_by: str = ""
     files: tuple[str, ...] = ()
+
+    def infer(
+        self,
+        tensors: Mapping[str, Any],
+        published: Mapping[str, Any],
+        overrides: Mapping[str, Any],
+        source: str,
+    ) -> tuple[Any, list[str]]:
+        """The configuration that these tensors are of, and notices about what was assumed.
+
+        Args:
+          tensors: published name -> anything with `.shape`.
+          published: the configuration beside them, may be empty.
+          overrides: values by name; fields of the configuration, and head counts.
+          source: what messages call the file.
+
+        Raises:
+          CheckpointError: a contradiction, a value that is not known, an unknown override.
+        """
+        settings = Settings(tensors, published, overrides, source)
+        config = self.infer_config(settings) if self.infer_config else None
+        return config, settings.notices
 
     def initialize(self, config: Any, *, scan: bool) -> Callable[[jax.Array], dict]:
         """key -> initial parameters, unboxed, in the scanned or the unrolled layout."""
@@ -125,7 +148,7 @@ def _unboxed(params: Any) -> Any:
 
 
 def any_of(signs: Collection[str]) -> Callable[[Collection[str]], bool]:
-    """The function that tells whether any of these names is among a file's."""
+    """names -> whether any of `signs` is among them."""
     return lambda names: any(sign in names for sign in signs)
 
 

@@ -1,7 +1,7 @@
 """What is known about a network: from its tensors, from the file's configuration, from overrides.
 
-The tensors' shapes are always right. An override by name comes before the configuration beside the
-weights, and both are refused where they contradict the shapes.
+The tensors' shapes are always right. An override comes before the configuration beside the weights,
+and both raise an error where they contradict the shapes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,31 @@ _MOST = 1 << 14
 
 
 class Settings:
-    """Collects the fields of a network's configuration, refusing contradictions.
+    """Collects the fields of a network's configuration; contradictions raise CheckpointError.
 
     Attributes:
+      tensors: published name -> anything with `.shape`.
+      published: the configuration beside the tensors, may be empty.
+      overrides: values by name of our field; each is removed when it is used.
+      source: what messages call the file.
       fields: what has been settled so far, by the name of our field.
       notices: what the user should know: a value that had to be assumed.
     """
 
-    def __init__(self, source: str, published: Mapping[str, Any], overrides: Mapping[str, Any]):
-        """Args: what messages call the file, its configuration, values by name."""
-        self.source, self.published = source, published
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        published: Mapping[str, Any],
+        overrides: Mapping[str, Any],
+        source: str,
+    ):
+        self.tensors, self.published, self.source = tensors, published, source
         self.overrides = dict(overrides)
         self.fields: dict[str, Any] = {}
         self.notices: list[str] = []
 
     def by_shape(self, name: str, value: Any, names: Sequence[str] = ()) -> None:
-        """A field that the tensors tell; `names` are those of the published configuration."""
+        """A field that shapes determine; `names` are those of the published configuration."""
         self.check(value, names)
         given = self.overrides.pop(name, None)
         if given is not None and given != value:
@@ -41,7 +50,7 @@ class Settings:
         self.fields[name] = value
 
     def check(self, value: Any, names: Sequence[str]) -> None:
-        """Refuses a configuration that says anything but `value` under one of `names`."""
+        """Raises CheckpointError if the configuration has another value under one of `names`."""
         for name in names:
             said = self.published.get(name)
             if said is not None and said != value:
@@ -67,14 +76,14 @@ class Settings:
         why: str = "",
         signed: bool = False,
     ) -> Any:
-        """A field that no tensor tells: the override, the configuration's, or the default.
+        """A field that no shape determines: from the override, the configuration or the default.
 
         Args:
           name: of our field.
           kind: int or float.
           names: of the published configuration, the first one present counts; default `name`.
           default: None, or a value of this kind.
-          why: where a default comes from; if given, a notice tells that it was taken.
+          why: where a default comes from; if given, a notice says that it was used.
           signed: whether zero and negative numbers are allowed.
 
         Raises:
@@ -105,7 +114,7 @@ class Settings:
         return kind(value)
 
     def only(self, name: str, supported: Any, meaning: str) -> None:
-        """Refuses weights whose configuration has another value than the one supported."""
+        """Raises CheckpointError if the configuration has another value than the supported one."""
         said = self.published.get(name)
         if said is not None and said != supported:
             raise CheckpointError(
@@ -114,8 +123,12 @@ class Settings:
                 remedy="Such a network is not supported here.",
             )
 
-    def rest(self, known: Sequence[str]) -> dict[str, Any]:
-        """The settled fields, with the overrides of `known` fields that nothing has settled."""
+    def build(self, config: type, known: Sequence[str]) -> Any:
+        """A `config` of the settled fields and the overrides of `known` ones not settled yet.
+
+        Raises:
+          CheckpointError: an unknown override, or values that do not belong together.
+        """
         free = [name for name in known if name not in self.fields]
         unknown = [name for name in self.overrides if name not in free]
         if unknown:
@@ -123,26 +136,28 @@ class Settings:
                 f"unknown override {unknown[0]!r}",
                 expected=f"one of {', '.join(sorted({*free, *self.fields}))}",
             )
-        return self.fields | self.overrides
+        try:
+            return config(**self.fields, **self.overrides)
+        except ValueError as error:
+            raise CheckpointError(f"{self.source}: {error}") from error
 
+    def size(self, name: str, axis: int, rank: int = 2) -> int:
+        """One dimension of a tensor of `rank` dimensions that every file of this network has.
 
-def dimension(tensors: Mapping[str, Any], name: str, axis: int, rank: int, source: str) -> int:
-    """One dimension of a tensor that every file of this network has.
-
-    Raises:
-      CheckpointError: no such tensor, or one of another rank.
-    """
-    if name not in tensors:
-        raise CheckpointError(
-            f"{source}: tensor {name!r} is missing",
-            remedy="Is this a checkpoint of another network, or a part of one?",
-        )
-    shape = tuple(tensors[name].shape)
-    if len(shape) != rank:
-        raise CheckpointError(
-            f"{source}: tensor {name!r} has shape {shape}", expected=f"{rank} dimensions"
-        )
-    return int(shape[axis])
+        Raises:
+          CheckpointError: no such tensor, or one of another rank.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.source}: tensor {name!r} is missing",
+                remedy="Is this a checkpoint of another network, or a part of one?",
+            )
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) != rank:
+            raise CheckpointError(
+                f"{self.source}: tensor {name!r} has shape {shape}", expected=f"{rank} dimensions"
+            )
+        return int(shape[axis])
 
 
 def count_layers(tensors: Mapping[str, Any], prefix: str) -> int:

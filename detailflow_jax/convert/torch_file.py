@@ -69,7 +69,7 @@ class Namespace(dict):
 
 
 class Storage(NamedTuple):
-    """A flat run of `numel` numbers elsewhere in the file."""
+    """`numel` numbers elsewhere in the file."""
 
     key: str
     dtype: np.dtype
@@ -142,6 +142,7 @@ _KNOWN: dict[str, Any] = {
     # Numbers that remember how they stood in a YAML file; the published training scripts keep
     # their arguments in these.
     "ruamel.yaml.scalarbool.ScalarBoolean": lambda value=False, *_: value != 0,
+    "ruamel.yaml.comments.CommentedSeq": lambda *_: [],
 }
 _RUAMEL = ("ruamel.yaml.scalarfloat.", "ruamel.yaml.scalarint.", "ruamel.yaml.scalarstring.")
 # What torch.save never writes: text instructions, calls other than REDUCE, references to the
@@ -153,7 +154,10 @@ _UNUSED = (
 )  # fmt: skip
 
 
-class _Unpickler(pickle._Unpickler):  # pyright: ignore
+_Base: Any = pickle._Unpickler  # pyright: ignore
+
+
+class _Unpickler(_Base):
     """Makes plain containers, numbers, strings, `TensorSpec`, `Namespace` and `Inert` only."""
 
     def __init__(self, stream: io.BytesIO):
@@ -162,7 +166,9 @@ class _Unpickler(pickle._Unpickler):  # pyright: ignore
 
     def find_class(self, module: str, name: str) -> Any:
         dotted = f"{module}.{name}"
-        return _first if dotted.startswith(_RUAMEL) else _KNOWN.get(dotted) or Inert(dotted)
+        if dotted.startswith(_RUAMEL):
+            return _first
+        return _KNOWN[dotted] if dotted in _KNOWN else Inert(dotted)
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
@@ -194,19 +200,19 @@ class _Unpickler(pickle._Unpickler):  # pyright: ignore
     def load_unused(self) -> None:
         raise ValueError("an instruction that torch.save does not write")
 
-    dispatch = pickle._Unpickler.dispatch | {  # pyright: ignore
+    dispatch = _Base.dispatch | {
         pickle.BUILD[0]: load_build,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         # An object is made by calling what stands for its class.
-        pickle.NEWOBJ[0]: pickle._Unpickler.load_reduce,  # pyright: ignore
+        pickle.NEWOBJ[0]: _Base.load_reduce,
         pickle.NEWOBJ_EX[0]: load_newobj_ex,
         # Its own method allocates any length that the file states.
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,  # pyright: ignore
+        pickle.BYTEARRAY8[0]: _Base.load_binbytes8,
         # Sets are lists here, so that their items are not hashed.
-        pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,  # pyright: ignore
-        pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,  # pyright: ignore
-        pickle.FROZENSET[0]: pickle._Unpickler.load_list,  # pyright: ignore
+        pickle.EMPTY_SET[0]: _Base.load_empty_list,
+        pickle.ADDITEMS[0]: _Base.load_appends,
+        pickle.FROZENSET[0]: _Base.load_list,
         **dict.fromkeys((code[0] for code in _UNUSED), load_unused),
     }
 

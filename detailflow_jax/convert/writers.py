@@ -18,6 +18,7 @@ import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.locate import TORCH_SUFFIXES
+from detailflow_jax.runtime.extras import require
 
 Tensors = Mapping[str, np.ndarray]
 _FILE_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
@@ -63,8 +64,9 @@ def write_pytorch(
         The path written.
 
     Raises:
-        CheckpointError: `path` exists and `overwrite` is false, PyTorch is missing for a PyTorch
-            file, or `config` holds something that JSON cannot.
+        CheckpointError: `path` exists and `overwrite` is false, it cannot be written, or `config`
+            holds something that JSON cannot.
+        MissingExtra: PyTorch is missing for a PyTorch file.
     """
     target = Path(path).expanduser()
     if "://" in os.fspath(path):
@@ -119,17 +121,10 @@ def _plain(value: Any) -> Any:
 def _saver(
     suffix: str, tensors: Tensors, averages: dict[str, Tensors], wrap: str | None, dtype: Any
 ) -> Callable[[Path], None]:
-    """The function that writes the weights to a path; a missing library is told before writing."""
+    """The function that writes the weights to a path; a missing library raises at once."""
     if suffix == ".safetensors":
         return functools.partial(_save_safetensors, tensors, dtype)
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"writing a {suffix} file needs PyTorch",
-            remedy="Install it with `pip install 'detailflow_jax[torch]'`, or write a "
-            ".safetensors file, which needs none.",
-        ) from error
+    torch = require("torch")  # a .safetensors file does not need it
 
     def save(path: Path) -> None:
         state = {k: _torch_tensor(_prepared(x, dtype)) for k, x in tensors.items()}
@@ -262,10 +257,15 @@ def _write_beside(
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A temporary name in the folder of `target`; what is still there in the end is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield path
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: cannot be written: {error}",
+            remedy="Is the disk full or read-only? What was there before is unchanged.",
+        ) from error
     finally:
         if path.is_dir():
             shutil.rmtree(path)

@@ -166,7 +166,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path, folders, to, capsys, mon
     monkeypatch.setattr(checkpoint, "save_params", save)
     monkeypatch.setattr(torch, "save", torch_save)
     assert run("--to", to, "--src", folders["generator"], "--dst", tmp_path / "dst") == 2
-    assert "error: disk full" in capsys.readouterr().err
+    assert "disk full" in capsys.readouterr().err
     assert names_in(tmp_path) == []
 
 
@@ -268,7 +268,7 @@ def test_runs_refuse_what_does_not_fit(runs):
         CheckpointError, match=r"latent_positions is \(16, 96\); expected \(32, 96\)"
     ):
         df.load_tokenizer(workdir, num_tokens=32)
-    with pytest.raises(ValueError, match="unknown override 'groupsize'; near names: group_size"):
+    with pytest.raises(ValueError, match="unknown override 'groupsize'; closest names: group_size"):
         df.load_tokenizer(workdir, groupsize=8)
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint of step 7"):
         df.load_tokenizer(workdir, step=7)

@@ -98,7 +98,7 @@ def test_scales_that_the_rows_do_not_tell_are_asked_for(recorded, tmp_path):
 def test_full_size_names_and_shapes(name, size):
     wanted = full_weights.shapes(name)
     tensors = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in wanted.items()}
-    config, _ = names.infer_config(tensors, {}, {}, name)
+    config, _ = registry.NETWORKS["flowar"].infer(tensors, {}, {}, name)
     for field, value in registry.flowar_network.SIZES[size].items():
         assert getattr(config, field) == value
     abstract = registry.NETWORKS["flowar"].abstract(config, scan=True)

@@ -33,6 +33,12 @@ class Toy(nn.Module):
         return nn.Dense(self.config.width, name="first")(x) ** self.config.power + shift
 
 
+def infer_config(s):
+    s.by_shape("width", s.size("toy.fc.weight", 0))
+    s.told("power", float, default=1.0)
+    return s.build(ToyConfig, [])
+
+
 TOY = Network(
     name="toy",
     title="toy of another package",
@@ -41,10 +47,7 @@ TOY = Network(
     example=lambda config: (jnp.zeros((1, 3)),),
     table=(*linear("toy.fc", "first"), Entry("toy.shift", ("shift",))),
     skipped=("toy.counter",),
-    infer_config=lambda tensors, config, overrides, source: (
-        ToyConfig(tensors["toy.fc.weight"].shape[0], **({"power": config["power"]} | overrides)),
-        [],
-    ),
+    infer_config=infer_config,
     from_run=lambda model: ToyConfig(**model.to_dict()),
     describe=lambda config: ({"power": config.power}, {}, []),
 )

@@ -116,7 +116,7 @@ def test_configuration_survives_the_published_one(kind, config):
     """What `describe` writes, `infer_config` reads, without an override or an assumption."""
     names = NETWORKS[kind]
     both, extra, _ = names.describe(config)
-    read, notices = names.infer_config(abstract_tensors(kind, config), both | extra, {}, "here")
+    read, notices = names.infer(abstract_tensors(kind, config), both | extra, {}, "here")
     assert read == config and notices == []
 
 

@@ -10,7 +10,7 @@ import golden_files
 from convert_models import published
 from detailflow_jax.convert import CheckpointError, mapping, start
 from detailflow_jax.convert.__main__ import main
-from detailflow_jax.convert.tables import vae as names
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.models.vae import VAEConfig
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.tasks import TrainState
@@ -201,6 +201,6 @@ def test_the_scale_of_other_widths_must_be_told():
     for name, axis in (("decoder.conv_in.weight", 1), ("post_quant_conv.weight", 0)):
         shapes[name] = np.take(shapes[name], range(8), axis=axis)
     with pytest.raises(CheckpointError, match=r"x: nothing tells the scale.*scale_factor=\.\.\."):
-        names.infer_config(shapes, {}, {}, "x")
-    config, notices = names.infer_config(shapes, {"scaling_factor": 0.3}, {}, "x")
+        NETWORKS["vae"].infer(shapes, {}, {}, "x")
+    config, notices = NETWORKS["vae"].infer(shapes, {"scaling_factor": 0.3}, {}, "x")
     assert isinstance(config, VAEConfig) and config.scale_factor == 0.3 and notices == []

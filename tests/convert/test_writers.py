@@ -127,7 +127,7 @@ def test_nothing_half_written(tmp_path, file, monkeypatch):
     for broken in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, broken, fail)
-            with pytest.raises(OSError, match="disk full"):
+            with pytest.raises(CheckpointError, match="disk full"):
                 write_pytorch({}, tmp_path / file, {"a": 2}, overwrite=True)
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     write_pytorch({"w": np.ones(2)}, tmp_path / file, {"a": 2}, name="model", overwrite=True)
@@ -157,7 +157,7 @@ def test_second_rename_failing_restores_the_folder(tmp_path, monkeypatch):
         original(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         write_pytorch({}, tmp_path / "out", {"a": 2}, overwrite=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 

@@ -9,6 +9,7 @@ import pytest
 
 import golden_files
 from detailflow_jax.convert import mapping
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.tables import discriminator as names
 from detailflow_jax.models import discriminator
 
@@ -21,13 +22,12 @@ class Golden:
     def __init__(self):
         self.arrays, settings, state = golden_files.read("discriminator")
         dino = {k[5:]: v for k, v in self.arrays.items() if k.startswith("dino/")}
-        self.config = names.dino_config(
-            dino,
-            "discriminator.npz",
-            settings["num_heads"],
-            read_blocks=settings["key_depths"],
-            kernel_size=settings["kernel_size"],
-        )
+        told = {
+            "num_heads": settings["num_heads"],
+            "read_blocks": tuple(settings["key_depths"]),
+            "kernel_size": settings["kernel_size"],
+        }
+        self.config, _ = NETWORKS["dino"].infer(dino, {}, told, "discriminator.npz")
         self.disc = discriminator.make(self.config)
         init = functools.partial(self.disc.init, image_size=settings["image"])
         params, extra, frozen = jax.eval_shape(init, jax.random.key(0))

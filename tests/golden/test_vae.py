@@ -13,6 +13,7 @@ import detailflow_jax as df
 import full_weights
 import golden_files
 from detailflow_jax.convert import mapping
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.tables import vae as names
 from detailflow_jax.models.vae import VAE, VAEConfig
 
@@ -21,7 +22,7 @@ TOLERANCE = golden_files.VAE
 
 def network(state_dict, **fields):
     """The module and its parameters, from published tensors."""
-    config, _ = names.infer_config(state_dict, {"scale_factor": 1.0} | fields, {}, "golden")
+    config, _ = NETWORKS["vae"].infer(state_dict, {"scale_factor": 1.0} | fields, {}, "golden")
     model = VAE(config)
     side = config.stride
     init = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))

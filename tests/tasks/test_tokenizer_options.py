@@ -13,6 +13,7 @@ import small_tasks
 from compiling import FAST_TO_COMPILE
 from detailflow_jax import tasks
 from detailflow_jax.convert import CheckpointError, mapping
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.tables import tokenizer as names
 from detailflow_jax.data import make_iterator
 from detailflow_jax.models import layers, siglip, tokenizer
@@ -461,13 +462,13 @@ def test_published_form_of_the_options(narrow):
     both, extra, _ = names.describe(model.config)
     assert both["causal_encoder"] is False
     told = {"encoder_num_heads": 2, "decoder_num_heads": 2}
-    config, _ = names.infer_config(tensors, both | extra, dict(told), "here")
+    config, _ = NETWORKS["tokenizer"].infer(tensors, both | extra, dict(told), "here")
     assert not config.causal_encoder and config.repa_layer == config.teacher_width == 0
     again = {"repa_layer": 2, "teacher_width": 16, "scan": False, "causal_encoder": True}
-    config, _ = names.infer_config(tensors, both | extra, told | again, "here")
+    config, _ = NETWORKS["tokenizer"].infer(tensors, both | extra, told | again, "here")
     assert config.causal_encoder
     found, report = mapping.from_published(names.TABLE, tensors, params, skip=names.SKIPPED)
     assert not report.missing and not report.unused
     jax.tree.map(np.testing.assert_array_equal, found, params)
     with pytest.raises(CheckpointError, match=r"causal_encoder='yes'.*true or false"):
-        names.infer_config(tensors, both | {"causal_encoder": "yes"}, dict(told), "here")
+        NETWORKS["tokenizer"].infer(tensors, both | {"causal_encoder": "yes"}, dict(told), "here")

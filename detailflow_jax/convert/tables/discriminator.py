@@ -9,7 +9,7 @@ from typing import Any
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv, linear, norm
-from detailflow_jax.convert.settings import count_layers, dimension
+from detailflow_jax.convert.settings import Settings, count_layers
 from detailflow_jax.models.discriminator import DinoConfig
 
 HEAD_DIM = 64
@@ -44,49 +44,19 @@ DINO_SIGNS = ("blocks.0.attn.qkv.weight",)
 """Names by which such a checkpoint is known."""
 
 
-def dino_config(
-    tensors: Mapping[str, Any], source: str, num_heads: int | None = None, **fields: Any
-) -> DinoConfig:
-    """The DINO that these tensors are of.
-
-    Args:
-      tensors: published name -> anything with `.shape`.
-      source: what messages call the file.
-      num_heads: None: heads of 64, as in every published one.
-      fields: of `DinoConfig`, that no shape tells.
-
-    Raises:
-      CheckpointError: a tensor is missing or of another rank, or the sizes are no DINO's.
-    """
-    width = dimension(tensors, "pos_embed", 2, 3, source)
-    length = dimension(tensors, "pos_embed", 1, 3, source)
-    patch = dimension(tensors, "patch_embed.proj.weight", 3, 4, source)
-    side = round((length - 1) ** 0.5)
-    num_heads = num_heads or width // HEAD_DIM
+def infer_dino(s: Settings) -> DinoConfig:
+    """The DINO that these tensors are of, with heads of 64 where `num_heads` is no override."""
+    width, length = s.size("pos_embed", 2, 3), s.size("pos_embed", 1, 3)
+    patch, side = s.size("patch_embed.proj.weight", 3, 4), round((length - 1) ** 0.5)
+    num_heads = s.overrides.pop("num_heads", None) or width // HEAD_DIM
     if side**2 != length - 1 or not num_heads or width % num_heads:
         raise CheckpointError(
-            f"{source}: {length} positions, width {width} and {num_heads} heads",
+            f"{s.source}: {length} positions, width {width} and {num_heads} heads",
             expected="a class token and a square grid, heads that divide the width",
         )
-    return DinoConfig(
-        width=width,
-        depth=count_layers(tensors, "blocks."),
-        num_heads=num_heads,
-        patch_size=patch,
-        image_size=side * patch,
-        **fields,
-    )
-
-
-def infer_dino(
-    tensors: Mapping[str, Any],
-    published: Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    source: str,
-) -> tuple[DinoConfig, list[str]]:
-    """The DINO that these tensors are of; see `dino_config` for the overrides."""
-    del published
-    return dino_config(tensors, source, **overrides), []
+    s.fields |= {"width": width, "num_heads": num_heads, "patch_size": patch}
+    s.fields |= {"depth": count_layers(s.tensors, "blocks."), "image_size": side * patch}
+    return s.build(DinoConfig, ["read_blocks", "kernel_size", "dtype", "scan", "remat"])
 
 
 def _spectral_conv(name: str, path: str) -> Iterator[Entry]:

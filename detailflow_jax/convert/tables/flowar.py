@@ -1,14 +1,14 @@
 """FlowAR in its published names and its published configuration."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear
-from detailflow_jax.convert.settings import Settings, count_layers, dimension
+from detailflow_jax.convert.settings import Settings, count_layers
 from detailflow_jax.models.flowar import SIZES, FlowARConfig
 from detailflow_jax.ops import rotary
 from detailflow_jax.ops import scales as grids
@@ -108,50 +108,27 @@ def buffers(config: FlowARConfig) -> dict[str, np.ndarray]:
     return found
 
 
-def infer_config(
-    tensors: Mapping[str, Any],
-    published: Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    source: str,
-) -> tuple[FlowARConfig, list[str]]:
-    """The network that these tensors are of, and notices about what had to be assumed.
-
-    Args:
-      tensors: published name -> anything with `.shape`.
-      published: the configuration beside them, may be empty.
-      overrides: values by name, fields of `FlowARConfig`.
-      source: what messages call the file.
-
-    Raises:
-      CheckpointError: a contradiction, a value that nothing tells, an unknown override.
-    """
-    s = Settings(source, published, overrides)
-
-    def size(name: str, axis: int, rank: int = 2) -> int:
-        return dimension(tensors, name, axis, rank, source)
-
-    s.by_shape("width", size("class_emb.weight", 1), ["encoder_embed_dim", "decoder_embed_dim"])
-    s.by_shape("num_classes", size("class_emb.weight", 0) - 1, ["class_num"])
-    s.by_shape("channels", size("z_proj.weight", 1), ["vae_embed_dim"])
-    s.by_shape("first_depth", count_layers(tensors, "encoder_blocks."), ["encoder_depth"])
-    s.by_shape("second_depth", count_layers(tensors, "decoder_blocks."), ["decoder_depth"])
-    s.by_shape("head_width", size("flownet.input_proj.weight", 0), ["diffloss_w"])
-    s.by_shape("head_depth", count_layers(tensors, "flownet.res_blocks."), ["diffloss_d"])
-    crosses = "flownet.res_blocks.0.crossattn.q.weight" in tensors
+def infer_config(s: Settings) -> FlowARConfig:
+    """The network that these tensors are of."""
+    s.by_shape("width", s.size("class_emb.weight", 1), ["encoder_embed_dim", "decoder_embed_dim"])
+    s.by_shape("num_classes", s.size("class_emb.weight", 0) - 1, ["class_num"])
+    s.by_shape("channels", s.size("z_proj.weight", 1), ["vae_embed_dim"])
+    s.by_shape("first_depth", count_layers(s.tensors, "encoder_blocks."), ["encoder_depth"])
+    s.by_shape("second_depth", count_layers(s.tensors, "decoder_blocks."), ["decoder_depth"])
+    s.by_shape("head_width", s.size("flownet.input_proj.weight", 0), ["diffloss_w"])
+    s.by_shape("head_depth", count_layers(s.tensors, "flownet.res_blocks."), ["diffloss_d"])
+    crosses = "flownet.res_blocks.0.crossattn.q.weight" in s.tensors
     s.check(crosses, ["cross"])
     s.by_shape("injection", "spatial_cross" if crosses else "spatial")
-    _heads(s, tensors)
-    _scales(s, size("encoder_pos_embed_learned", 1, rank=3))
+    _heads(s)
+    _scales(s, s.size("encoder_pos_embed_learned", 1, rank=3))
     rates = ["class_dropout", "attention_dropout", "projection_dropout"]
-    try:
-        return FlowARConfig(**s.rest([*rates, "dtype", "scan", "remat"])), s.notices
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    return s.build(FlowARConfig, [*rates, "dtype", "scan", "remat"])
 
 
-def _heads(s: Settings, tensors: Mapping[str, Any]) -> None:
+def _heads(s: Settings) -> None:
     """Heads by the rotary buffers, where they are kept; else by configuration or size."""
-    own = tensors.get("encoder_blocks.0.attn.rope.freqs")
+    own = s.tensors.get("encoder_blocks.0.attn.rope.freqs")
     if own is not None and own.shape and s.fields["width"] % (4 * own.shape[0]) == 0:
         s.by_shape("num_heads", s.fields["width"] // (4 * own.shape[0]), ["encoder_num_heads"])
     else:
@@ -163,7 +140,7 @@ def _heads(s: Settings, tensors: Mapping[str, Any]) -> None:
                 expected="num_heads=..., a divisor of the width",
                 remedy="Pass num_heads.",
             )
-    head = tensors.get("flownet.res_blocks.0.attn.rope.freqs")
+    head = s.tensors.get("flownet.res_blocks.0.attn.rope.freqs")
     if head is not None and head.shape:
         s.by_shape("head_dim", 4 * int(head.shape[0]))
     else:
@@ -171,7 +148,7 @@ def _heads(s: Settings, tensors: Mapping[str, Any]) -> None:
 
 
 def _scales(s: Settings, positions: int) -> None:
-    """The schedule by override or configuration; else the doubling one of so many positions."""
+    """The schedule by override or configuration; else the doubling one of `positions`."""
     buffer = s.overrides.pop("buffer_size", s.published.get("buffer_size", 0))
     given = s.overrides.pop("scales", s.published.get("scale"))
     doubling = [tuple(2**i for i in range(k)) for k in range(1, 10)]

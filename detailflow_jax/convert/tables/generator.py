@@ -1,13 +1,12 @@
 """The DetailFlow generator in its published names and its published configuration."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry
-from detailflow_jax.convert.settings import Settings, count_layers, dimension
+from detailflow_jax.convert.settings import Settings, count_layers
 from detailflow_jax.models.generator import SIZES, GeneratorConfig
 
 _LAYER, _OURS = "layers.{}", "blocks/layers"
@@ -47,49 +46,26 @@ def buffers(config: GeneratorConfig) -> dict[str, np.ndarray]:
     return {_SPECIAL: np.zeros((0, config.width), np.float32)} if config.group_size == 1 else {}
 
 
-def infer_config(
-    tensors: Mapping[str, Any],
-    published: Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    source: str,
-) -> tuple[GeneratorConfig, list[str]]:
-    """The network that these tensors are of, and notices about what had to be assumed.
-
-    Args:
-      tensors: published name -> anything with `.shape`.
-      published: the configuration beside them, may be empty.
-      overrides: values by name, fields of `GeneratorConfig`.
-      source: what messages call the file.
-
-    Raises:
-      CheckpointError: a contradiction, a value that nothing tells, an unknown override.
-    """
-    s = Settings(source, published, overrides)
+def infer_config(s: Settings) -> GeneratorConfig:
+    """The network that these tensors are of."""
     s.only("cls_token_num", 1, "so a class is several positions")
     s.only("model_type", "c2i", "so it is not conditioned on classes")
     s.only("rope_base", 10000, "so its rotary frequencies are others")
     s.only("norm_eps", 1e-5, "so its norms are others")
-
-    def size(name: str, axis: int) -> int:
-        return dimension(tensors, name, axis, 2, source)
-
-    s.by_shape("codebook_size", size("tok_embeddings.weight", 0), ["vocab_size"])
-    s.by_shape("width", size("tok_embeddings.weight", 1), ["dim"])
-    s.by_shape("depth", count_layers(tensors, "layers."), ["n_layer"])
-    classes = size("cls_embedding.embedding_table.weight", 0) - 1  # the last is the null class
+    s.by_shape("codebook_size", s.size("tok_embeddings.weight", 0), ["vocab_size"])
+    s.by_shape("width", s.size("tok_embeddings.weight", 1), ["dim"])
+    s.by_shape("depth", count_layers(s.tensors, "layers."), ["n_layer"])
+    classes = s.size("cls_embedding.embedding_table.weight", 0) - 1  # the last is the null class
     s.by_shape("num_classes", classes, ["num_classes"])
-    group = size(_SPECIAL, 0) + 1
+    group = s.size(_SPECIAL, 0) + 1
     s.by_shape("group_size", group, ["group_size"])
-    _heads(s, rows=size("layers.0.attention.wqkv.weight", 0))
-    _hidden(s, size("layers.0.feed_forward.w1.weight", 0))
+    _heads(s, rows=s.size("layers.0.attention.wqkv.weight", 0))
+    _hidden(s, s.size("layers.0.feed_forward.w1.weight", 0))
     why = "as in DetailFlow-16; pass num_tokens=256 or 512 if it is of another tokenizer"
     s.told("num_tokens", int, ["block_size"], default=128, why=why)
-    s.told("causal_num", int, signed=True)  # zero has a meaning; the network refuses the rest
+    s.told("causal_num", int, signed=True)  # 0 is allowed; the network checks the rest
     rates = ["class_dropout", "token_dropout", "residual_dropout"]
-    try:
-        return GeneratorConfig(**s.rest([*rates, "dtype", "scan", "remat"])), s.notices
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    return s.build(GeneratorConfig, [*rates, "dtype", "scan", "remat"])
 
 
 def _heads(s: Settings, rows: int) -> None:

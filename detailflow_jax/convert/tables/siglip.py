@@ -6,7 +6,7 @@ from typing import Any
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, depth, linear, norm
-from detailflow_jax.convert.settings import count_layers, dimension
+from detailflow_jax.convert.settings import Settings, count_layers
 from detailflow_jax.models.siglip import ViTConfig
 
 HEADS = {1152: 16, 768: 12}
@@ -73,39 +73,21 @@ def layout(
     return table, (f"{name}head.", *layers, *around)
 
 
-def infer_config(
-    tensors: Mapping[str, Any],
-    published: Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    source: str,
-) -> tuple[ViTConfig, list[str]]:
-    """The vision transformer that these tensors are of; the override `num_heads` is its own.
-
-    Raises:
-      CheckpointError: see `infer_trunk`.
-    """
-    del published
-    prefix = find(tensors) or ""
-    pixels = dimension(tensors, _under(prefix) + SIGN, 1, 2, source)
-    heads = overrides.get("num_heads")
-    return infer_trunk(tensors, prefix, source, heads, override="num_heads", pixels=pixels), []
+def infer_config(s: Settings) -> ViTConfig:
+    """The network that these tensors are of; `num_heads` may be an override."""
+    prefix, heads = find(s.tensors) or "", s.overrides.get("num_heads")
+    pixels = s.size(_under(prefix) + SIGN, 1)
+    return infer_trunk(s, prefix, heads, override="num_heads", pixels=pixels)
 
 
 def infer_trunk(
-    tensors: Mapping[str, Any],
-    name: str,
-    source: str,
-    num_heads: int | None,
-    *,
-    override: str,
-    pixels: int,
+    s: Settings, name: str, num_heads: int | None, *, override: str, pixels: int
 ) -> ViTConfig:
     """Sizes of the vision transformer under published `name`.
 
     Args:
-      tensors: published name -> anything with `.shape`.
+      s: of the whole file.
       name: what its tensors' names begin with.
-      source: what messages call the file.
       num_heads: None takes what is usual for the width.
       override: what the number of heads is called where it can be given.
       pixels: numbers of a patch.
@@ -117,21 +99,21 @@ def infer_trunk(
         f"{_under(name)}embeddings.position_embedding.weight",
         f"{_under(name)}encoder.layers.",
     )
-    rows, width = (dimension(tensors, table, axis, 2, source) for axis in (0, 1))
+    rows, width = s.size(table, 0), s.size(table, 1)
     num_heads = num_heads or HEADS.get(width)
     if not isinstance(num_heads, int) or num_heads < 1 or width % num_heads:
         raise CheckpointError(
-            f"{source}: {name} has width {width} and {num_heads} heads",
+            f"{s.source}: {name} has width {width} and {num_heads} heads",
             expected=f"{override}=..., a divisor of the width; shapes do not tell it",
             remedy=f"Pass {override}.",
         )
     return ViTConfig(
         width=width,
-        depth=count_layers(tensors, layers),
+        depth=count_layers(s.tensors, layers),
         num_heads=num_heads,
-        mlp_dim=dimension(tensors, f"{layers}0.mlp.fc1.weight", 0, 2, source),
-        patch_size=_side(pixels, 3, f"{source}: the patches of {name}"),
-        table_side=_side(rows, 1, f"{source}: {table!r}"),
+        mlp_dim=s.size(f"{layers}0.mlp.fc1.weight", 0),
+        patch_size=_side(pixels, 3, f"{s.source}: the patches of {name}"),
+        table_side=_side(rows, 1, f"{s.source}: {table!r}"),
     )
 
 

@@ -1,13 +1,12 @@
 """The DetailFlow tokenizer in its published names and its published configuration."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear
-from detailflow_jax.convert.settings import Settings, dimension
+from detailflow_jax.convert.settings import Settings
 from detailflow_jax.convert.tables import siglip
 from detailflow_jax.models.siglip import ViTConfig
 from detailflow_jax.models.tokenizer import TokenizerConfig
@@ -59,37 +58,22 @@ def buffers(config: TokenizerConfig) -> dict[str, np.ndarray]:
     return {_USAGE: np.zeros(_USAGE_LENGTH, np.float32)}
 
 
-def infer_config(
-    tensors: Mapping[str, Any],
-    published: Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    source: str,
-) -> tuple[TokenizerConfig, list[str]]:
-    """The network that these tensors are of, and notices about what had to be assumed.
+def infer_config(s: Settings) -> TokenizerConfig:
+    """The network that these tensors are of.
 
-    Args:
-      tensors: published name -> anything with `.shape`.
-      published: the configuration beside them, may be empty.
-      overrides: values by name; fields of `TokenizerConfig`, `encoder_num_heads`,
-        `decoder_num_heads`.
-      source: what messages call the file.
-
-    Raises:
-      CheckpointError: a contradiction, a value that nothing tells, an unknown override.
+    Overrides are its fields, `encoder_num_heads` and `decoder_num_heads`.
     """
-    s = Settings(source, published, overrides)
     s.fields["causal_encoder"] = _causal_encoder(s)
     s.only("causal_decoder", False, "so its decoder is causal")
     s.only("codebook_l2_norm", True, "so its codes are not normalised")
     heads = {part: s.overrides.pop(f"{part}_num_heads", None) for part in ("encoder", "decoder")}
-    trunks = {part: _trunk(part, s, tensors, heads[part]) for part in heads}
-    table, d = "quantize.embedding.weight", dimension
-    s.by_shape("codebook_size", d(tensors, table, 0, 2, source), ["codebook_size"])
-    s.by_shape("codebook_dim", d(tensors, table, 1, 2, source), ["codebook_embed_dim"])
-    tokens = d(tensors, "encoder.latent_tokens", 1, 3, source)
-    s.by_shape("num_tokens", tokens, ["num_latent_tokens"])
+    trunks = {part: _trunk(part, s, heads[part]) for part in heads}
+    table = "quantize.embedding.weight"
+    s.by_shape("codebook_size", s.size(table, 0), ["codebook_size"])
+    s.by_shape("codebook_dim", s.size(table, 1), ["codebook_embed_dim"])
+    s.by_shape("num_tokens", s.size("encoder.latent_tokens", 1, 3), ["num_latent_tokens"])
     s.told("group_size", int, default=8, why="as in every published model")
-    s.told("causal_num", int, signed=True)  # 0 has a meaning; the network refuses less
+    s.told("causal_num", int, signed=True)  # 0 is allowed; the network checks the rest
     s.told(
         "image_size",
         int,
@@ -98,11 +82,8 @@ def infer_config(
         why="the size that the position table was made for",
     )
     s.told("resolution_power", float, ["degradation_power"], default=1.5)
-    fields = s.rest(["teacher_width", "repa_layer", "dtype", "scan", "remat"])
-    try:
-        return TokenizerConfig(**fields, **trunks), s.notices
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    s.fields |= trunks
+    return s.build(TokenizerConfig, ["teacher_width", "repa_layer", "dtype", "scan", "remat"])
 
 
 def _causal_encoder(s: Settings) -> bool:
@@ -113,19 +94,18 @@ def _causal_encoder(s: Settings) -> bool:
     return value
 
 
-def _trunk(part: str, s: Settings, tensors: Mapping[str, Any], num_heads: int | None) -> ViTConfig:
+def _trunk(part: str, s: Settings, num_heads: int | None) -> ViTConfig:
     """Sizes of the encoder's or decoder's trunk; heads by override, ours beside it, or width."""
     name = f"{part}.visual_model"
     patches, axis = f"{name}.embeddings.patch_embedding.weight", 1
     if part == "decoder":
         patches, axis = "decoder.to_pixel.model.weight", 0
     config = siglip.infer_trunk(
-        tensors,
+        s,
         name,
-        s.source,
         num_heads or s.published.get(f"{part}_num_heads"),
         override=f"{part}_num_heads",
-        pixels=dimension(tensors, patches, axis, 2, s.source),
+        pixels=s.size(patches, axis),
     )
     s.check(config.patch_size, [f"{part[:3]}_patch_size"])
     model, pretrained = (s.published.get(k) for k in (f"{part}_model", f"{part[:3]}_pretrained"))

@@ -1,13 +1,13 @@
 """The KL autoencoder in the names of the LDM family and in its published configuration."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv, norm
-from detailflow_jax.convert.settings import Settings, count_layers, dimension
+from detailflow_jax.convert.settings import Settings, count_layers
 from detailflow_jax.models.vae import VAEConfig
 
 MOST_LEVELS, MOST_BLOCKS = 8, 8
@@ -67,65 +67,42 @@ def buffers(config: VAEConfig) -> dict[str, np.ndarray]:
     return {}
 
 
-def infer_config(
-    tensors: Mapping[str, Any],
-    published: Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    source: str,
-) -> tuple[VAEConfig, list[str]]:
-    """The network that these tensors are of, and notices about what had to be assumed.
-
-    Args:
-      tensors: published name -> anything with `.shape`.
-      published: the configuration beside them, may be empty.
-      overrides: values by name, fields of `VAEConfig`.
-      source: what messages call the file.
-
-    Raises:
-      CheckpointError: a contradiction, a value that nothing tells, an unknown override.
-    """
-    s = Settings(source, published, overrides)
-
-    def size(name: str, axis: int) -> int:
-        return dimension(tensors, name, axis, 4, source)
-
-    s.by_shape("channels", size("encoder.conv_in.weight", 0), ["ch"])
-    s.by_shape("image_channels", size("encoder.conv_in.weight", 1), ["in_channels"])
-    s.by_shape("latent_channels", size("decoder.conv_in.weight", 1), ["z_channels"])
-    s.by_shape("quant_conv", "quant_conv.weight" in tensors)
-    levels = _count(tensors, "encoder.down.", MOST_LEVELS, source)
-    widths = [size(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)]
+def infer_config(s: Settings) -> VAEConfig:
+    """The network that these tensors are of."""
+    s.by_shape("channels", s.size("encoder.conv_in.weight", 0, 4), ["ch"])
+    s.by_shape("image_channels", s.size("encoder.conv_in.weight", 1, 4), ["in_channels"])
+    s.by_shape("latent_channels", s.size("decoder.conv_in.weight", 1, 4), ["z_channels"])
+    s.by_shape("quant_conv", "quant_conv.weight" in s.tensors)
+    levels = _count(s, "encoder.down.", MOST_LEVELS)
+    widths = [s.size(f"encoder.down.{i}.block.0.conv1.weight", 0, 4) for i in range(levels)]
     multipliers = tuple(width // s.fields["channels"] for width in widths)
     s.check(list(multipliers), ["ch_mult"])
     s.by_shape("multipliers", multipliers)
-    blocks = _count(tensors, "encoder.down.0.block.", MOST_BLOCKS - 1, source)
+    blocks = _count(s, "encoder.down.0.block.", MOST_BLOCKS - 1)
     s.by_shape("res_blocks", blocks, ["num_res_blocks"])
     for part, level in (("encoder", "down"), ("decoder", "up")):
-        attending = (i for i in range(levels) if f"{part}.{level}.{i}.attn.0.q.weight" in tensors)
+        attending = (i for i in range(levels) if f"{part}.{level}.{i}.attn.0.q.weight" in s.tensors)
         s.by_shape(f"{part}_attention", tuple(attending))
     usual = _SCALES.get(s.fields["latent_channels"])
     why = f"the usual one of {s.fields['latent_channels']} latent channels; pass scale_factor="
     s.told("scale_factor", float, ["scale_factor", "scaling_factor"], default=usual, why=why)
     if s.fields["scale_factor"] is None:
         raise CheckpointError(
-            f"{source}: nothing tells the scale of its latents",
+            f"{s.source}: nothing tells the scale of its latents",
             expected="scale_factor=..., 1 / standard deviation of the latents",
             remedy="Pass scale_factor.",
         )
     s.told("shift_factor", float, default=0.0, signed=True)
     s.told("norm_groups", int, default=32)
-    try:
-        return VAEConfig(**s.rest(["dtype"])), s.notices
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    return s.build(VAEConfig, ["dtype"])
 
 
-def _count(tensors: Mapping[str, Any], prefix: str, most: int, source: str) -> int:
+def _count(s: Settings, prefix: str, most: int) -> int:
     """How many levels or blocks there are; what is made of them must stay bounded."""
-    count = count_layers(tensors, prefix)
+    count = count_layers(s.tensors, prefix)
     if not 0 < count <= most:
         raise CheckpointError(
-            f"{source}: its tensors are numbered {prefix}0 to {prefix}{count - 1}",
+            f"{s.source}: its tensors are numbered {prefix}0 to {prefix}{count - 1}",
             expected=f"1 to {most} of them",
             remedy="Such an autoencoder is not supported here.",
         )
