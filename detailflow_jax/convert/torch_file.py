@@ -261,10 +261,7 @@ def strided_view(
 
 
 def read_tensors(
-    raw: np.ndarray,
-    spans: Spans,
-    specs: Mapping[str, TensorSpec],
-    name: str,
+    raw: np.ndarray, spans: Spans, specs: Mapping[str, TensorSpec], name: str
 ) -> dict[str, np.ndarray]:
     """The arrays that `specs` describe, as views of the file.
 
@@ -280,52 +277,50 @@ def read_tensors(
     """
     arrays, total = {}, 0
     for label, spec in specs.items():
-        where, (storage, offset, shape, strides, dtype, metadata) = (
-            f"{name}: tensor {label!r}",
-            spec,
-        )
-        if not isinstance(storage, Storage) or not isinstance(dtype, np.dtype):
-            problem = "it has no storage or no type that is known here"
-        elif not all(map(_are_sizes, ((offset,), shape, strides))):
-            problem = "its shape or strides are not whole numbers"
-        elif len(shape) != len(strides) or len(shape) > 64:
-            problem = "its shape and strides do not match"
-        else:
-            problem = "it is stored negated or conjugated" if any(metadata) else ""
+        problem = _problem(spec, spans)
+        if not problem:
+            total += math.prod(spec.shape) * spec.dtype.itemsize
+            if total > _MAX_UNFOLDING * len(raw):
+                problem = f"{len(raw)} bytes of file unfold to tensors of {total}"
+        if not problem:
+            start, itemsize = spans[spec.storage.key][0], spec.dtype.itemsize
+            start, strides = start + spec.offset * itemsize, [n * itemsize for n in spec.strides]
+            try:
+                arrays[label] = strided_view(
+                    raw, start, spec.dtype, tuple(spec.shape), tuple(strides)
+                )
+            except (ValueError, OverflowError) as error:
+                problem = f"shape {spec.shape} is impossible: {error}"
         if problem:
-            raise CheckpointError(f"{where}: {problem}", expected="a plain tensor", remedy=_RESAVE)
-        start, size = spans.get(storage.key, (0, -1))
-        if size != (declared := storage.numel * storage.dtype.itemsize):
-            there = "is not in the file" if size < 0 else f"holds {size} bytes"
             raise CheckpointError(
-                f"{where}: its storage {storage.key!r} {there}",
-                expected=f"{declared} bytes, as the pickle says",
-                remedy=_AGAIN,
+                f"{name}: tensor {label!r}: {problem}", remedy=f"{_AGAIN} {_RESAVE}"
             )
-        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        if 0 not in shape and (last + 1) * dtype.itemsize > size:
-            raise CheckpointError(
-                f"{where}: shape {shape} with strides {strides} from element {offset} reaches "
-                f"element {last}",
-                expected=f"at most the {size // dtype.itemsize} elements of its storage",
-                remedy=_AGAIN,
-            )
-        total += math.prod(shape) * dtype.itemsize
-        if total > _MAX_UNFOLDING * len(raw):
-            raise CheckpointError(
-                f"{name}: {len(raw)} bytes unfold to tensors of {total} and more",
-                expected=f"at most {_MAX_UNFOLDING} times the size of the file",
-                remedy="Save contiguous tensors.",
-            )
-        try:
-            steps = tuple(s * dtype.itemsize for s in strides)
-            start += offset * dtype.itemsize
-            arrays[label] = strided_view(raw, start, dtype, tuple(shape), steps)
-        except (ValueError, OverflowError) as error:
-            raise CheckpointError(
-                f"{where}: shape {shape} is impossible: {error}", remedy=_AGAIN
-            ) from error
     return arrays
+
+
+def _problem(spec: TensorSpec, spans: Spans) -> str:
+    """What is wrong with a description; empty if it is a plain tensor inside its storage."""
+    storage, offset, shape, strides, dtype, metadata = spec
+    if not isinstance(storage, Storage) or not isinstance(dtype, np.dtype):
+        return "it has no storage or no type that is known here"
+    if not all(map(_are_sizes, ((offset,), shape, strides))):
+        return "its shape or strides are not whole numbers"
+    if len(shape) != len(strides) or len(shape) > 64:
+        return "its shape and strides do not match"
+    if any(metadata):
+        return "it is stored negated or conjugated"
+    size, declared = spans.get(storage.key, (0, -1))[1], storage.numel * storage.dtype.itemsize
+    if size < 0:
+        return f"its storage {storage.key!r} is not in the file"
+    if size != declared:
+        return f"its storage {storage.key!r} holds {size} bytes; expected {declared}"
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if 0 not in shape and (last + 1) * dtype.itemsize > size:
+        return (
+            f"shape {shape} with strides {strides} from element {offset} reaches element {last}; "
+            f"expected at most the {size // dtype.itemsize} elements of its storage"
+        )
+    return ""
 
 
 def _are_sizes(numbers: Any) -> bool:

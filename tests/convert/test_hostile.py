@@ -150,7 +150,7 @@ OPEN = b"\x80\x02"
         (b"}K\x01a.", "damaged"),
         (b"}]K\x01s.", "a key of type list"),
         (b"}\x8a\x10" + b"\x01" * 16 + b"K\x01s.", "a key of type int"),
-        (b"})" + b"\x85" * 300_000 + b"Ns.", "a key of type tuple"),  # a hash of any depth
+        (b"})" + b"\x85" * 100_000 + b"Ns.", "a key of type tuple"),  # a hash of any depth
         (b"})" + b"q\x00h\x00\x86" * 80 + b"Ns.", "a key of type tuple"),  # 2**80 hashes
         (b"\x8f()" + b"q\x00h\x00\x86" * 80 + b"\x90.", "holds: list"),
         (b"()" + b"q\x00h\x00\x86" * 80 + b"\x91.", "holds: list"),

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from detailflow_jax.convert import CheckpointError, read_checkpoint, write_pytorch
+from detailflow_jax.runtime.extras import MissingExtra
 
 TENSORS = {
     "float32": np.arange(12, dtype=np.float32).reshape(3, 4) / 7,
@@ -187,7 +188,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch, path, config, found):
 
 def test_without_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'detailflow_jax\[torch\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'detailflow_jax\[torch\]'"):
         write_pytorch(TENSORS, tmp_path / "out", {})
     assert list(tmp_path.iterdir()) == []
     write_pytorch(TENSORS, tmp_path / "x.safetensors", {})
