@@ -90,7 +90,14 @@ def options(arrays, case, **changes):
     return flow_sampler.FlowSamplingOptions(times, **fields)
 
 
-@pytest.mark.parametrize("case", ["sample_a", "sample_b"])
+SAMPLES = [("flowar_attn_mlp", "sample_a"), ("flowar_cross_attn", "sample_b")]
+SAMPLES += [
+    pytest.param("flowar_attn_mlp", "sample_b", marks=pytest.mark.full),
+    pytest.param("flowar_cross_attn", "sample_a", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("golden", "case"), SAMPLES, indirect=["golden"])
 def test_sampling_scale_by_scale(golden, case):
     a, unrolled = golden.arrays, case == "sample_b"  # one case in each layout
     model, params = golden.model, golden.params
