@@ -99,6 +99,7 @@ def test_a_killed_tokenizer_run_ends_with_the_same_bits(runs, tmp_path):
         assert_same_bits(got, restore_params(runs / "tok", ema=ema, step=20))
 
 
+@pytest.mark.full  # The loop is that of the tokenizer's run.
 def test_a_killed_generator_run_ends_with_the_same_bits(runs, tmp_path):
     source = f"--config.data.source=codes:{runs / 'codes'}"
     killed_and_resumed([*GENERATOR, source], tmp_path / "gen")
