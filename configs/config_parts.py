@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 IMAGENET_IMAGES = 1_281_167
-"""In its training split."""
+"""Images in the training split of ImageNet."""
 
 
 def imagenet(**crop: Any) -> dict[str, Any]:
@@ -14,16 +14,16 @@ def imagenet(**crop: Any) -> dict[str, Any]:
     return {
         "source": "tfds:imagenet2012",
         "split": "train",
-        "data_dir": "",  # where TFDS keeps its data; empty: $TFDS_DATA_DIR, then TFDS's default
+        "data_dir": "",  # folder of TFDS data; empty: $TFDS_DATA_DIR, then TFDS's default
         "image_size": 256,
         "crop": "random",
         **crop,
         "flip": True,
         "num_workers": 8,
         "prefetch": 4,
-        "num_threads": 0,  # that make the batches ahead, in each worker; 0: one a batch
-        "worker_buffer": 1,  # finished batches that each worker keeps
-        "scaled_decode": False,  # decode large JPEGs at a fraction of their size
+        "num_threads": 0,  # threads per worker that prepare batches; 0: one per batch
+        "worker_buffer": 1,  # finished batches that each worker keeps ready
+        "scaled_decode": False,  # decode large JPEGs at a reduced size
     }
 
 
@@ -83,22 +83,22 @@ def adam(lr: float, warmup_steps: int) -> dict[str, Any]:
 
 
 def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_every: int) -> None:
-    """Adds what every training configuration needs beside its task: cadences and the mesh."""
+    """Adds the fields that every training configuration needs: intervals in steps, and the mesh."""
     config.log_every = log_every
     config.figures_every = figures_every
     config.checkpoint_every = checkpoint_every
     config.keep_checkpoints = 3
-    config.accumulate = 1  # parts of a batch that are computed one after another, to save memory
-    config.stall_seconds = 600  # warn, naming the step, when none has ended for so long; 0: never
+    config.accumulate = 1  # compute a batch in this many parts, to save memory
+    config.stall_seconds = 600  # warn if no step ends within this time; 0: never
     config.tensorboard = True
-    config.score = {  # a score of a few images, of raw and averaged weights (evaluate/training.py)
+    config.score = {  # of a few images, with raw and averaged weights (evaluate/training.py)
         "every": 0,  # steps; 0: never
         "reference": "",  # an .npz, a folder of pictures, tfds:NAME:SPLIT, digits:test
-        "num_samples": 1024,  # FID of so few compares with itself only
+        "num_samples": 1024,  # FID of this few images compares only with FID of as many
         "batch_size": 64,
-        "decoder": "",  # of a generator's samples: the tokenizer, or VAE
+        "decoder": "",  # for a generator: the tokenizer or VAE that decodes its samples
         "cfg_scale": 1.5,
-        "features": True,  # FID and its kin, by Inception; False: PSNR and SSIM alone
+        "features": True,  # FID and other scores by Inception; False: PSNR and SSIM alone
         "inception": placeholder(str),  # None: where `python -m detailflow_jax.weights` says
     }
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1}

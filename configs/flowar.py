@@ -4,12 +4,12 @@ Variants:
   flowar_s, flowar_b, flowar_l, flowar_h   the published recipe on ImageNet at 256 px
   digits                                   latents of the digits autoencoder, minutes on a CPU
 
-They train on moments that `extract_latents` cached, or on images with a frozen autoencoder:
+They train on latents that `detailflow extract` wrote, or on images with a frozen autoencoder:
 `--config.data.source=tfds:imagenet2012 --config.vae.path=kl16.ckpt`.
 The huge model is that of the published weights, with 12 blocks in its head; the paper's has 18:
 `--config.model.head_depth=18`.
 
-Options, after a second colon: `latents=DIR` (where `extract_latents` wrote), `vae=PATH` (a run or
+Options, after a second colon: `latents=DIR` (of `detailflow extract`), `vae=PATH` (a run or
 a published file; needed for images, and with latents for drawing samples), `runlocal`,
 `batch_size=N`, `epochs=N`.
 """
@@ -90,7 +90,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     }
     # Where a new run takes weights from, a workdir or a published checkpoint; None: from scratch.
     config.init_from = {"model": placeholder(str)}
-    config.loss = {"scale_weights": placeholder(tuple)}  # one a scale; None: side^2 / last^2
+    config.loss = {"scale_weights": placeholder(tuple)}  # one per scale; None: side^2 / last^2
     lr = 5e-5 * batch_size / 256
     config.optim = {
         "lr": lr,

@@ -5,7 +5,7 @@ Variants:
   digits                                        codes of the digits tokenizer, minutes on a CPU
 
 Options, after a second colon: `size=GPT-L` (GPT-B, GPT-L, GPT-XL, GPT-XLPlus, GPT-XXL, GPT-XXLPlus,
-GPT-XXXL, GPT-1B, GPT-3B, GPT-7B), `codes=DIR` (where `extract_codes` wrote), `runlocal`,
+GPT-XXXL, GPT-1B, GPT-3B, GPT-7B), `codes=DIR` (of `detailflow extract`), `runlocal`,
 `batch_size=N`, `epochs=N`.
 """
 
@@ -91,7 +91,7 @@ def _digits(options: ConfigDict) -> ConfigDict:
     config.model.update(
         size=None, num_tokens=16, group_size=4, codebook_size=256, num_classes=10, dtype="float32"
     )
-    # So few layers compile and run faster one by one.
+    # Few layers compile and run faster without a scan.
     config.model.update(width=128, depth=3, num_heads=4, multiple_of=64, scan=False)
     config.optim.update(lr=1e-3, warmup_steps=50, final=0.05)
     config.ema.update(decay=0.99, warmup=True)

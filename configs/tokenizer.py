@@ -46,7 +46,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     config.total_steps = int((options.epochs or 250) * steps_per_epoch)
     config.data = imagenet(min_scale=0.8)  # the crop's share of the resized short side: U[0.8, 1]
     config.data.dynamic = {  # input resolution; sizes up to model.image_size
-        "probability": 0.0,  # of a batch of another size, of so many tokens as decode to it
+        "probability": 0.0,  # of a batch of another size, with as many tokens as decode to it
         "sizes": (128, 192),  # one of them, uniformly
         "multiple": 8,  # of images, in batches of larger sizes; of the devices that split one
     }
@@ -126,7 +126,7 @@ def _loss() -> dict:
         "full_probability": 0.8,  # share of batches that reconstruct from all tokens
         "correction": True,  # the self-correcting second pass
         "noise_per_sample": True,  # False: one noise position for the whole batch, as published
-        "noise_top": 50,  # a perturbed token becomes one of its so many nearest codes
+        "noise_top": 50,  # a perturbed token becomes one of this many nearest codes
     }
 
 
@@ -148,7 +148,7 @@ def _digits(options: ConfigDict) -> ConfigDict:
         codebook_dim=4,
         teacher_width=0,
         dtype="float32",
-        scan=False,  # so few layers compile and run faster one by one
+        scan=False,  # few layers compile and run faster without a scan
     )
     size = {"width": 128, "depth": 2, "num_heads": 4, "mlp_dim": 256}
     for part in ("encoder", "decoder"):

@@ -29,7 +29,7 @@ from detailflow_jax.runtime.files import write_atomically
 
 T = TypeVar("T")
 
-# Fields that change how a run is watched or where it computes, not what it computes.
+# Fields that a resumed run may change: they do not change what it computes.
 MAY_DIFFER = (
     "log_every",
     "figures_every",
@@ -173,8 +173,8 @@ def _apply_override(config: ConfigDict, override: str, shown_as: str = "config."
         raise ConfigError(_unknown(f"config field {name!r}", near_names(name, fields), fields))
     private_flags = flags.FlagValues()
     try:
-        # The same machinery as `config_flags.DEFINE_config_file`, one override at a time, so
-        # that an error is known to be this field's and the file's own errors stay readable.
+        # As `config_flags.DEFINE_config_file` does, but one override at a time, so that an error
+        # names its field and errors of the file itself stay readable.
         config_flags.DEFINE_config_dict(
             "config", config, flag_values=private_flags, sys_argv=["", override]
         )
@@ -190,14 +190,14 @@ def _expected(config: ConfigDict, name: str) -> str:
     kind, value = config.get_type(field), config[field]
     if kind in (type(None), list):
         return (
-            f"the default {value!r} does not tell what type is expected (in the file, write "
+            f"the default {value!r} does not determine the type (in the file, write "
             "placeholder(float) for a number that may be None, a tuple for a list)"
         )
     return f"expected {kind.__name__} (the default is {value!r})"
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
-    """{"optim.lr": 1e-3, ...}: every field under its full name."""
+    """Returns every field under its full name: {"optim.lr": 1e-3, ...}."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, Mapping | ConfigDict) and len(value):
@@ -212,12 +212,21 @@ def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
 
 def _unknown(what: str, near: Sequence[str], known: Iterable[str]) -> str:
     if near:
-        return f"unknown {what}; near names: {', '.join(near)}"
+        return f"unknown {what}; closest names: {', '.join(near)}"
     return f"unknown {what}; expected one of {', '.join(known)}"
 
 
 def choose(name: str, options: Mapping[str, T], what: str) -> T:
-    """options[name]; an unknown name is a ConfigError that says `what` and lists near names."""
+    """Returns options[name].
+
+    Args:
+        name: the option wanted.
+        options: what there is, by name.
+        what: what the error calls an option, such as "generator size".
+
+    Raises:
+        ConfigError: unknown; the text lists the closest names.
+    """
     if name not in options:
         raise ConfigError(_unknown(f"{what} {name!r}", near_names(name, options), options))
     return options[name]
@@ -238,12 +247,12 @@ def decode_variant(
         (variant, options as a ConfigDict with one entry for each of `options`).
 
     Raises:
-        ConfigError: no or an unknown variant or option, a value of another type.
+        ConfigError: no variant, an unknown variant or option, or a value of another type.
     """
     variant, _, rest = (arg or "").partition(":")
     variants = dict.fromkeys(variants)
     if not variant:
-        raise ConfigError(f"name a variant, FILE.py:VARIANT, one of {', '.join(variants)}")
+        raise ConfigError(f"name a variant, FILE.py:VARIANT; expected one of {', '.join(variants)}")
     choose(variant, variants, "variant")
     values = ConfigDict(options)
     for item in filter(None, rest.split(",")):
@@ -256,7 +265,7 @@ def decode_variant(
 
 
 def check_fields(config: ConfigDict, expected: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Raises ConfigError for the first field of `expected` that is missing or of another type."""
+    """Raises ConfigError if a field of `expected` is missing or has another type."""
     fields = flatten(config)
     for name, kind in expected.items():
         if name not in fields:
@@ -286,7 +295,7 @@ def write_config(config: ConfigDict, workdir: str | os.PathLike) -> None:
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
-    """The configuration that WORKDIR/config.json holds (locked; sequences are tuples).
+    """Returns the configuration in WORKDIR/config.json, locked, with tuples for sequences.
 
     Raises:
         ConfigError: no such file, or not a configuration.
@@ -295,7 +304,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     try:
         fields = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ConfigError(f"{workdir} is no workdir of a run: it holds no config.json") from error
+        raise ConfigError(f"{workdir} is not a workdir: it holds no config.json") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(fields, dict):
@@ -306,15 +315,15 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
 def check_same(
     config: ConfigDict, workdir: str | os.PathLike, may_differ: Sequence[str] = MAY_DIFFER
 ) -> None:
-    """Refuses to go on in a workdir that was started with another configuration.
+    """Checks that a workdir was not started with another configuration.
 
     Args:
         config: the configuration to run now.
-        workdir: where to; without a config.json there is nothing to compare.
+        workdir: of the run; if it has no config.json there is nothing to compare.
         may_differ: full names of fields, or of groups of fields, that a resumed run may change.
 
     Raises:
-        ConfigError: names each field that differs, its old and its new value, and what to do.
+        ConfigError: fields differ; the text lists them with old and new values, and what to do.
     """
     if not (pathlib.Path(workdir) / "config.json").exists():
         return
@@ -339,7 +348,7 @@ def _shown(fields: dict[str, Any], name: str) -> str:
 
 
 def _as_json(config: ConfigDict) -> dict:
-    """The fields as JSON would give them back: plain dictionaries, lists for tuples."""
+    """Returns the fields as JSON reads them back: plain dictionaries, lists for tuples."""
     return json.loads(config.to_json())
 
 

@@ -209,7 +209,7 @@ def test_unknown_option_leaves_with_a_hint(tmp_path, capsys):
     assert leave.value.code == UNUSABLE
     assert "'--batch_size=3'" in capsys.readouterr().err
     assert train.main([*arguments, "--config.batchsize=3"]) == UNUSABLE
-    assert "near names: batch_size" in capsys.readouterr().err
+    assert "closest names: batch_size" in capsys.readouterr().err
     with pytest.raises(SystemExit) as leave:
         train.main(["--help"])
     assert leave.value.code == 0

@@ -64,8 +64,8 @@ def test_override_takes_the_type_of_its_field(spec, override, name, value):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("--config.batchsize=8", ["'batchsize'", "near names: batch_size"]),
-        ("--config.lr=8", ["'lr'", "near names: optim.lr"]),
+        ("--config.batchsize=8", ["'batchsize'", "closest names: batch_size"]),
+        ("--config.lr=8", ["'lr'", "closest names: optim.lr"]),
         ("--config.model.inner.dept=8", ["'model.inner.dept'", "model.inner.depth"]),
         ("--config.qqqq=8", ["'qqqq'", "expected one of", "optim.betas"]),
         ("--config.batch_size=8.5", ["config.batch_size", "expected int", "16", "'8.5'"]),
@@ -92,7 +92,7 @@ def test_later_override_wins_and_others_stay(spec):
 @pytest.mark.parametrize(
     ("arg", "words"),
     [
-        ("smal", ["variant 'smal'", "near names: small"]),
+        ("smal", ["variant 'smal'", "closest names: small"]),
         ("", ["name a variant", "small, large"]),
         ("small:runlocl", ["option 'runlocl'", "runlocal"]),
         ("small:batch_size", ["batch_size", "needs a value"]),
