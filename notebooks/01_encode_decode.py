@@ -1,0 +1,96 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: py:percent,ipynb
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Encode and decode by token count
+#
+# A DetailFlow tokenizer turns an image into a short sequence of codes, ordered from global
+# structure to fine detail. This notebook encodes handwritten digits and decodes them from ever
+# more codes.
+#
+# It reads the tokenizer that `make demo` trains. Set `DEMO` to read another folder.
+
+# %%
+import os
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import detailflow_jax as df
+from detailflow_jax import data
+from detailflow_jax.ops import images as pixels
+
+demo = os.environ.get("DEMO", "../runs/demo")
+tokenizer = df.load_tokenizer(f"{demo}/tokenizer")
+print(tokenizer)
+
+# %% [markdown]
+# ## Codes
+#
+# `encode` takes uint8 images, or floats in [-1, 1], and gives one row of codes per image.
+
+# %%
+held_out = data.make_source("digits:test")
+digits = np.stack([held_out[i]["image"] for i in range(8)])
+codes = tokenizer.encode(digits)
+print(digits.shape, digits.dtype, "->", codes.shape, codes.dtype)
+print(codes[0])
+
+# %% [markdown]
+# ## How many pixels n codes are worth
+#
+# The resolution map says which counts are valid, the resolution R(n) of the training target, and
+# the size of the decoded image: R(n) rounded up to whole patches.
+
+# %%
+resolutions = tokenizer.config.resolutions
+for count in resolutions.token_counts:
+    print(
+        f"{count:3d} codes: R(n) = {resolutions.resolution(count):2d} px, "
+        f"decoded to {resolutions.decoded_size(count)} px"
+    )
+
+# %% [markdown]
+# ## Decode from ever more codes
+#
+# `decode` takes the first n codes. Each row below has more of them; the last row shows the
+# originals.
+
+# %%
+counts = resolutions.token_counts[:: max(1, len(resolutions.token_counts) // 5)]
+counts = sorted({*counts, tokenizer.config.num_tokens})
+rows = {f"{count}": pixels.to_uint8(tokenizer.decode(codes[:, :count])) for count in counts}
+rows["original"] = digits
+
+figure, axes = plt.subplots(len(rows), len(digits), figsize=(len(digits), len(rows)))
+for line, (name, images) in zip(axes, rows.items(), strict=True):
+    for axis, image in zip(line, np.asarray(images), strict=True):
+        axis.imshow(image)
+        axis.set(xticks=[], yticks=[])
+    line[0].set_ylabel(name)
+plt.show()
+
+# %% [markdown]
+# ## Quality by count
+#
+# Images of fewer codes are smaller, so they are decoded at full size here before they are compared.
+
+# %%
+full = tokenizer.config.image_size
+reference = pixels.to_float(digits)
+quality = [
+    float(np.mean(pixels.psnr(tokenizer.decode(codes[:, :count], size=full), reference)))
+    for count in counts
+]
+plt.figure(figsize=(5, 3))
+plt.plot(counts, quality, "o-")
+plt.xlabel("codes")
+plt.ylabel("PSNR, dB")
+plt.show()
