@@ -7,7 +7,7 @@ PYTEST = $(PY) -m pytest -n 2 --dist loadfile
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help setup demo demo-flowar check test test-full lint clean
+.PHONY: help setup demo demo-flowar check test test-full lint docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,6 +23,10 @@ $(VENV)/.ready: setup.py
 
 $(VENV)/.ready-test: $(VENV)/.ready
 	$(PY) -m pip install --quiet -e '.[test]'
+	touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(PY) -m pip install --quiet -e '.[docs]'
 	touch $@
 
 setup: $(VENV)/.ready ## make the environment in .venv
@@ -45,6 +49,9 @@ test-full: $(VENV)/.ready-test ## only the full-size networks and the long serie
 lint: $(VENV)/.ready-test ## ruff only
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+docs: $(VENV)/.ready-docs ## the documentation site: site/index.html
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --strict
 
 clean: ## remove the environment (not runs/)
 	rm -rf $(VENV)

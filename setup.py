@@ -44,7 +44,7 @@ OPTIONAL = {
 }
 ALL = sorted({package for packages in OPTIONAL.values() for package in packages})
 
-DOCS = ["mkdocs-material", "mkdocstrings[python]"]
+DOCS = ["mkdocs-gen-files", "mkdocs-material", "mkdocstrings[python]"]
 TEST = [
     *ALL,
     "beartype",
