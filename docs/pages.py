@@ -3,6 +3,7 @@
 Run by mkdocs-gen-files, see mkdocs.yml.
 """
 
+import itertools
 import pathlib
 import re
 
@@ -64,18 +65,14 @@ def api_pages() -> None:
                 out.write(
                     f"# `{name}`\n\n::: {name}\n    options:\n      show_root_heading: false\n"
                 )
-        rows.append((parts, page, first_sentence(path)))
+            room = parts[1] if (PACKAGE / parts[1]).is_dir() else "at the top"
+            rows.append((room, ".".join(parts[1:]), page, first_sentence(path)))
     with mkdocs_gen_files.open("api/index.md", "w") as out:
         out.write("# API\n\nMade from the docstrings, one page per module.\n")
-        room = None
-        for parts, page, summary in sorted(rows, key=lambda row: (len(row[0]) > 2, row[0])):
-            if page == "index":
-                continue
-            here = parts[1] if (PACKAGE / parts[1]).is_dir() else "top level"
-            if here != room:
-                out.write(f"\n## {here}\n\n| module | |\n|-|-|\n")
-                room = here
-            out.write(f"| [`{'.'.join(parts[1:])}`]({page}.md) | {summary} |\n")
+        for room, modules in itertools.groupby(sorted(rows), key=lambda row: row[0]):
+            out.write(f"\n## {room}\n\n| module | |\n|-|-|\n")
+            for _, name, page, summary in modules:
+                out.write(f"| [`{name}`]({page}.md) | {summary} |\n")
 
 
 def first_sentence(path: pathlib.Path) -> str:
