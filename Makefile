@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTEST = $(PY) -m pytest -n 2 --dist loadfile
+UNIT = tests/ops tests/models tests/inference tests/runtime tests/test_floors.py
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
@@ -38,7 +39,7 @@ demo-flowar: $(VENV)/.ready ## the same with FlowAR: runs/demo-flowar/report.htm
 	$(PY) -m detailflow_jax.demo.flowar --out runs/demo-flowar
 
 check: lint ## lint, types and unit tests: under two minutes
-	$(PYTEST) -m "not full and not slow"
+	$(PYTEST) -m "not full" $(UNIT)
 
 test: lint ## everything but what test-full runs: under ten minutes on two cores
 	$(PYTEST) -m "not full"

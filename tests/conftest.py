@@ -12,8 +12,8 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SLOW_ROOMS = ("benchmarks", "end_to_end", "processes")
-LONG = 900  # Seconds for slow and full tests; the limit of the others stands in pyproject.toml.
+LONG_ROOMS = ("end_to_end", "processes")
+LONG = 900  # Seconds for those rooms and full tests; the others' limit is in pyproject.toml.
 
 
 def pytest_configure(config):
@@ -32,11 +32,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Marks by room, and a longer limit for what takes long."""
+    """Gives a longer limit to what takes long."""
     for item in items:
-        if pathlib.Path(item.path).parent.name in SLOW_ROOMS:
-            item.add_marker("slow")
-        long = item.get_closest_marker("full") or item.get_closest_marker("slow")
+        long = pathlib.Path(item.path).parent.name in LONG_ROOMS or item.get_closest_marker("full")
         if long and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(LONG))
 
