@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-PYTEST = $(PY) -m pytest -n 2 --dist loadfile
+PYTEST = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 UNIT = tests/ops tests/models tests/inference tests/runtime tests/test_floors.py
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2

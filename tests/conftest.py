@@ -32,7 +32,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Gives a longer limit to what takes long."""
+    """Puts what takes long first, so that no worker ends with it alone, and gives it more time."""
+    items.sort(key=lambda item: pathlib.Path(item.path).parent.name not in LONG_ROOMS)
     for item in items:
         long = pathlib.Path(item.path).parent.name in LONG_ROOMS or item.get_closest_marker("full")
         if long and not item.get_closest_marker("timeout"):
