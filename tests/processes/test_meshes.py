@@ -61,13 +61,11 @@ SMALL = {
 
 
 OTHERS = ("data", "both", "fsdp")
+TASKS = ("tokenizer", "generator", "vae", "flowar")
 SERIES = {
     # A mesh of all axes has those of the others. The adversarial step takes longest to compile.
-    "quick": {name: ("all",) for name in ("tokenizer", "generator", "vae", "flowar")},
-    "full": {
-        **{name: OTHERS for name in ("tokenizer", "generator", "vae", "flowar")},
-        "adversarial": ("all",),
-    },
+    "quick": dict.fromkeys(TASKS, ("all",)),
+    "full": dict.fromkeys(TASKS, OTHERS) | {"adversarial": ("all",)},
 }
 CASES = [("quick", name) for name in SERIES["quick"]]
 CASES += [pytest.param("full", name, marks=pytest.mark.full) for name in SERIES["full"]]
