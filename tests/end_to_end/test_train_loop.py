@@ -261,7 +261,7 @@ def _start(variables: dict[str, str], workdir, *overrides: str) -> subprocess.Po
 
 
 def wait_for_step(child: subprocess.Popen, workdir, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while child.poll() is None and time.monotonic() < deadline:
         path = workdir / "metrics.jsonl"
         if path.exists() and f'{{"step": {step},' in path.read_text():
