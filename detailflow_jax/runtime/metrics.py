@@ -30,7 +30,7 @@ from detailflow_jax.runtime.event_file import EventFile
 from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.runtime.pictures import save_png
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 # ---------------------------------------------------------------------------------------- the log
