@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import measuring
 import numpy as np
 
-from detailflow_jax.inference import flowar as api_flowar
+from detailflow_jax.inference import api
+from detailflow_jax.inference.checks import check_flow_settings
 from detailflow_jax.models import flow_sampler, flowar, layers, sampler
 from detailflow_jax.ops import flow
 from detailflow_jax.ops import logits as filters
@@ -33,7 +34,7 @@ SETTINGS = {
 
 
 def schedules(args: argparse.Namespace, num_scales: int) -> dict[str, tuple[int, ...]]:
-    """Flow steps a scale, by the name of the run."""
+    """Flow steps per scale, by the name of the run."""
     found = {"sampler": (args.num_steps,) * num_scales}
     if args.annealed:
         found["annealed"] = flow.annealed_steps(args.num_steps, args.annealed, num_scales)
@@ -42,7 +43,7 @@ def schedules(args: argparse.Namespace, num_scales: int) -> dict[str, tuple[int,
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError where a setting is out of range."""
-    api_flowar._check_settings(args.cfg_scale, 0.0, args.guidance_high, "euler")
+    check_flow_settings(args.cfg_scale, 0.0, args.guidance_high, "euler")
     for steps in schedules(args, len(flowar.FlowARConfig.scales)).values():
         flow_sampler.flow_times(len(steps), steps)
     if args.batch < 1 or args.repeats < 1:
@@ -56,7 +57,7 @@ def make_network(size: str, dtype: str, scan: bool | None) -> tuple[flowar.FlowA
     """A random FlowAR and its parameters; `scan` None: in the layout that `api` chooses."""
     config = flowar.FlowARConfig(**flowar.SIZES[size], dtype=dtype)
     params = measuring.random_params(flowar.FlowAR(config).init, *flowar.example(config))
-    model = api_flowar.FlowAR(config, params, "random weights")
+    model = api.FlowAR(config, params, "random weights")
     if scan is None or scan == model.config.scan:
         return model.network, model.params
     layout = layers.stack_layers if scan else layers.unstack_layers
@@ -119,7 +120,7 @@ class Case:
 
 
 def make_case(network: flowar.FlowAR, params: Any, args: argparse.Namespace, steps) -> Case:
-    """The case of `args`, with `steps` flow steps: one number, or one a scale."""
+    """The case of `args`, with `steps` flow steps: one number, or one per scale."""
     c = network.config
     count = len(c.scales)
     options = flow_sampler.FlowSamplingOptions(
@@ -221,7 +222,7 @@ def transformer_flops(case: Case, latents: Any) -> tuple[int, int]:
 
 
 def positions(config: flowar.FlowARConfig) -> tuple[int, int]:
-    """Positions a row through the transformer: with a cache, and without."""
+    """Positions per row through the transformer: with a cache, and without."""
     ends = [config.buffer_size + end for end in config.offsets[1:]]
     return ends[-1], sum(ends)
 
@@ -337,7 +338,9 @@ def table(args: argparse.Namespace, found: dict[str, Any]) -> str:
 
 
 def _schedule_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows = [("flow steps a scale", "compile", "a batch", "transformer", "head", "rest", "GFLOP/s")]
+    rows = [
+        ("flow steps per scale", "compile", "per batch", "transformer", "head", "rest", "GFLOP/s")
+    ]
     for row in found["rows"]:
         steps = row["steps"]
         label = f"{steps[0]}" if len(set(steps)) == 1 else ", ".join(map(str, steps))
@@ -356,10 +359,10 @@ def _comparison_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("annealing", _against(found, "annealing ratio", "annealing arithmetic ratio")))
     if "ratio" in found:
         rows += [
-            ("without a cache", f"{found['recomputed']:.2f} s a batch"),
+            ("without a cache", f"{found['recomputed']:.2f} s per batch"),
             ("  compile", f"{found['compile recomputed']:.1f} s"),
             ("  ratio", _against(found, "ratio", "arithmetic ratio")),
-            ("  its transformer", f"{found['transformer recomputed']:.2f} s a batch"),
+            ("  its transformer", f"{found['transformer recomputed']:.2f} s per batch"),
             ("  ratio", _against(found, "transformer ratio", "transformer arithmetic ratio")),
             (
                 "  largest difference",
@@ -370,7 +373,7 @@ def _comparison_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     skipping, full = found["sampler head flops"], found["sampler head flops with every null half"]
     transformer_cached = found["transformer flops"] / 1e9
     rows += [
-        ("positions in the transformer", f"{cached} a row; without a cache {recomputed}"),
+        ("positions in the transformer", f"{cached} per row; without a cache {recomputed}"),
         ("transformer", f"{transformer_cached:.4g} GFLOP a batch"),
         ("head", f"{skipping / 1e9:.4g} GFLOP a batch"),
         ("  null half at every step", f"{full / 1e9:.4g} GFLOP, {full / skipping:.3f} times that"),

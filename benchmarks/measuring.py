@@ -52,7 +52,7 @@ def least_seconds(
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second that this machine (CPU) or device reads from memory; the best of 5."""
+    """Bytes per second that this machine (CPU) or device reads from memory; the best of 5."""
     if jax.default_backend() != "cpu":
         data = jnp.ones((2**28,), jnp.float32)
         read = jax.jit(jnp.sum)

@@ -8,7 +8,7 @@ Every figure is the least of `--repeats` runs, which alternate.
 
 DetailFlow: cached is `models.sampler.sample` in the layout that `api` chooses for the backend.
 Recomputed is the published way: each step runs the network over the whole prefix seen so far,
-keeps nothing, and reads the logits of the new positions only. It has one program a step, each
+keeps nothing, and reads the logits of the new positions only. It has one program per step, each
 compiled for its prefix length, so no padding is computed. Two bounds are printed beside the
 measured ratio. Arithmetic: positions run through the network, recomputed over cached
 (1116/128 = 8.7 for 128 tokens in groups of 8). Reading weights: every step of the cached sampler
@@ -16,7 +16,7 @@ reads all weights once, at the memory bandwidth measured here.
 
 FlowAR: cached is `models.flow_sampler.sample`; without a cache the transformer runs all earlier
 scales again at every scale, under the scale mask (453 positions for 341). Transformer and head are
-timed on their own as well, one program a scale; the rest is what the sampler takes beyond both.
+timed on their own as well, one program per scale; the rest is what the sampler takes beyond both.
 The second row has fewer flow steps at later scales. The bounds count the FLOPs of matrix products;
 the null half of guidance is computed at guided steps only. The published grid rounds an odd number
 of flow steps down.
@@ -81,7 +81,7 @@ def cached(gen: api.Generator, batch: int, cfg_scale: float):
     scales = filters.guidance_scales(cfg_scale, c.num_tokens, c.group_size, c.causal)
     labels = jnp.arange(batch, dtype=jnp.int32) % NUM_CLASSES
     keys = sampler.sample_keys(0, jnp.arange(batch))
-    arguments = gen.params, labels, keys, jnp.asarray(scales), jnp.float32(1), jnp.float32(1)
+    arguments = gen.params, labels, keys, jnp.asarray(scales)
     program = sampler.sample.lower(gen.network, *arguments, options=options).compile()
     return program, arguments
 
@@ -120,7 +120,7 @@ def _recompute(network, params, codes, labels, keys, scale):
 
 
 def recomputed(gen: api.Generator, batch: int, cfg_scale: float) -> Callable[[], jax.Array]:
-    """A function that samples with one compiled program a step; compiles them now."""
+    """A function that samples with one compiled program per step; compiles them now."""
     labels = jnp.arange(batch, dtype=jnp.int32) % NUM_CLASSES
     if cfg_scale != 1.0:
         labels = jnp.concatenate([labels, jnp.full_like(labels, NUM_CLASSES)])
@@ -204,12 +204,12 @@ def table(args: argparse.Namespace, found: dict[str, Any]) -> str:
     share = found["weight reading"] / found["cached"]
     rows = [
         ("compile, cached sampler", f"{found['compile cached']:.1f} s"),
-        ("cached sampler", f"{found['cached']:.2f} s a batch"),
+        ("cached sampler", f"{found['cached']:.2f} s per batch"),
     ]
     if "decoder" in found:
         both = found["cached"] + found["decoder"]
-        rows.append(("tokenizer's decoder", f"{found['decoder']:.2f} s a batch"))
-        rows.append(("cached sampler and decoder", f"{both:.2f} s a batch"))
+        rows.append(("tokenizer's decoder", f"{found['decoder']:.2f} s per batch"))
+        rows.append(("cached sampler and decoder", f"{both:.2f} s per batch"))
     rows.append(
         ("reading weights bound", f"{found['weight reading']:.2f} s ({share:.0%} of it reached)")
     )
@@ -217,7 +217,7 @@ def table(args: argparse.Namespace, found: dict[str, Any]) -> str:
         limit, least = found["arithmetic ratio"], found["weight reading"]
         rows += [
             ("compile, recomputed", f"{found['compile recomputed']:.1f} s"),
-            ("recomputed prefix", f"{found['recomputed']:.2f} s a batch"),
+            ("recomputed prefix", f"{found['recomputed']:.2f} s per batch"),
             ("ratio", f"{found['ratio']:.2f}"),
             ("  arithmetic bound", f"{limit:.2f} ({found['ratio'] / limit:.0%} reached)"),
             ("  reading weights bound", f"{found['recomputed'] / least:.2f} ({share:.0%} reached)"),
@@ -254,7 +254,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--system", choices=DEFAULTS, default="detailflow")
     sizes = f"{', '.join(generator.SIZES)} (default GPT-L); of FlowAR S, B, L or H (default S)"
     add("--size", help=sizes)
-    add("--batch", type=int, default=4, help="images a batch (default 4)")
+    add("--batch", type=int, default=4, help="images per batch (default 4)")
     note = "1 computes no null half (default 1.5; of FlowAR as published for the size)"
     add("--cfg_scale", type=float, help=note)
     add("--repeats", type=int, default=3, help="runs; the least time counts (default 3)")
@@ -262,11 +262,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--no_recompute", action="store_true", help="leave out the slow way and the ratio")
     add("--json", action="store_true", help="print JSON (seconds, bytes)")
     add = parser.add_argument_group("DetailFlow").add_argument
-    add("--tokens", type=int, help="tokens an image (default 128)")
+    add("--tokens", type=int, help="tokens per image (default 128)")
     note = "whose decoder to time as well, from random weights (default detailflow_16); empty: none"
     add("--tokenizer", choices=["", "detailflow_16", "detailflow_32", "detailflow_64"], help=note)
     add = parser.add_argument_group("FlowAR").add_argument
-    add("--num_steps", type=int, help="flow steps a scale (default as published: 25, of H 50)")
+    add("--num_steps", type=int, help="flow steps per scale (default as published: 25, of H 50)")
     add("--guidance_high", type=float, help="guided from this time on (default 0.9, of H 0.7)")
     note = "flow steps of the last scale in the second row (default 15); 0: no second row"
     add("--annealed", type=int, help=note)

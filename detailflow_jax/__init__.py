@@ -2,7 +2,7 @@
 
 import detailflow_jax as df
 tok, gen = df.load_tokenizer("runs/tok"), df.load_generator("runs/gen")
-images = tok.decode(gen.sample([3, 1, 4], seed=0, cfg_scale=1.5))
+images = df.to_uint8(tok.decode(gen.sample([3, 1, 4], seed=0, cfg_scale=1.5)))
 """
 
 import importlib
@@ -11,14 +11,22 @@ __all__ = [
     "VAE",
     "FlowAR",
     "Generator",
+    "InputError",
+    "LatentPosterior",
     "Tokenizer",
     "check_pair",
     "load_flowar",
     "load_generator",
     "load_tokenizer",
     "load_vae",
+    "rules",
     "save_pytorch",
+    "to_uint8",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str):

@@ -73,8 +73,7 @@ def _resized(images: np.ndarray, side: int) -> np.ndarray:
 
 def reconstruct(vae: "api.VAE", images: np.ndarray) -> np.ndarray:
     """Images by way of the posterior's mean: float32 [B, S, S, 3]."""
-    mean, _ = vae.encode(images)
-    return vae.decode(np.asarray(vae.network.scale(mean)))
+    return vae.decode(vae.encode(images))
 
 
 def draw(vae, flowar, held_out, restored, images, latents) -> dict[str, np.ndarray]:

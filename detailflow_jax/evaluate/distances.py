@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from detailflow_jax.evaluate.errors import EvaluationError
-from detailflow_jax.evaluate.features import split_count
+from detailflow_jax.inference.batching import split_count
 from detailflow_jax.runtime import sharding
 
 NEIGHBOUR = 3

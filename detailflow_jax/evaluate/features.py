@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from detailflow_jax.evaluate.errors import EvaluationError
+from detailflow_jax.inference.batching import in_batches, whole_shares
 from detailflow_jax.models.inception import Inception
 from detailflow_jax.runtime import sharding
 
@@ -46,11 +47,6 @@ def local_mesh() -> Mesh:
     return sharding.make_mesh({"data": -1}, jax.local_devices())
 
 
-def split_count(mesh: Mesh) -> int:
-    """Into how many parts the mesh splits a batch."""
-    return int(np.prod([mesh.shape[axis] for axis in sharding.BATCH]))
-
-
 class FeatureExtractor:
     """uint8 images -> features, the same for every batch size and number of devices."""
 
@@ -65,8 +61,7 @@ class FeatureExtractor:
         if batch_size < 1:
             raise EvaluationError(f"batch_size={batch_size}: expected at least 1")
         self.mesh = local_mesh() if mesh is None else mesh
-        parts = split_count(self.mesh)
-        self.batch_size = -(-batch_size // parts) * parts
+        self.batch_size = whole_shares(batch_size, self.mesh)
         self.step = 4 * self.batch_size  # Images a call that keep the devices busy.
         self.fingerprint = network.fingerprint
         everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -82,26 +77,13 @@ class FeatureExtractor:
           EvaluationError: images of another type or shape, or features that are not finite.
         """
         check_images(images)
-        size = self.batch_size
-        # The next batch is on its way before the last one's features are fetched.
-        ahead: list = []
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES}
 
-        def fetch() -> None:
-            count, features = ahead.pop(0)
-            for name in FEATURES:
-                rows = np.asarray(features[name], np.float32)[:count]
-                parts[name].append(rows.reshape(count, -1))
+        def apply(batch: jax.Array) -> dict[str, jax.Array]:
+            features = self._apply(self._params, batch)
+            return {name: features[name] for name in FEATURES}
 
-        for start in range(0, len(images), size):
-            batch = images[start : start + size]
-            padding = [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)]
-            placed = jax.device_put(np.pad(batch, padding, mode="edge"), self._split)
-            ahead.append((len(batch), self._apply(self._params, placed)))
-            if len(ahead) > 1:
-                fetch()
-        fetch()
-        found = {name: np.concatenate(rows) for name, rows in parts.items()}
+        found = in_batches(apply, self.batch_size, images, mesh=self.mesh, whole=True)
+        found = {name: x.astype(np.float32).reshape(len(x), -1) for name, x in found.items()}
         for name, rows in found.items():
             if not np.isfinite(rows).all():
                 raise EvaluationError(

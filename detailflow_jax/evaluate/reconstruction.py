@@ -15,6 +15,7 @@ from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor
 from detailflow_jax.evaluate.models import Reconstructor
 from detailflow_jax.evaluate.moments import Moments
+from detailflow_jax.inference.batching import in_batches
 from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.ops import images as pixels
 
@@ -108,11 +109,8 @@ def evaluate(
 
 def _compare(images, originals, size: int, perceptual: Perceptual | None) -> dict[str, np.ndarray]:
     """Each image against its original, in batches of one size: {metric: float32 [n]}."""
-    found: dict[str, list] = {}
-    for start in range(0, len(images), size):
-        pair = [x[start : start + size] for x in (images, originals)]
-        count = len(pair[0])
-        x, y = (np.pad(z, [(0, size - count), *[(0, 0)] * 3], "edge") for z in pair)
+
+    def compare(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
         values = {
             "psnr": image_quality.psnr(x, y),
             "ssim": image_quality.ssim(x, y),
@@ -120,9 +118,9 @@ def _compare(images, originals, size: int, perceptual: Perceptual | None) -> dic
         }
         if perceptual:
             values["lpips"] = perceptual.distance(pixels.to_float(x), pixels.to_float(y))
-        for name, value in values.items():
-            found.setdefault(name, []).append(np.asarray(value)[:count])
-    return {name: np.concatenate(values) for name, values in found.items()}
+        return values
+
+    return in_batches(compare, size, images, originals, whole=True)
 
 
 def _rows(folder: ChunkFolder, kinds, with_rfid: bool, with_lpips: bool) -> list[dict[str, Any]]:

@@ -20,16 +20,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from detailflow_jax.convert import load
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.evaluate import generation, image_quality
 from detailflow_jax.evaluate.distances import frechet_distance
 from detailflow_jax.evaluate.errors import EvaluationError
-from detailflow_jax.evaluate.features import FeatureExtractor, local_mesh, split_count
-from detailflow_jax.evaluate.models import as_uint8
+from detailflow_jax.evaluate.features import FeatureExtractor, local_mesh
+from detailflow_jax.evaluate.models import as_uint8, image_size
 from detailflow_jax.evaluate.moments import Moments
 from detailflow_jax.evaluate.networks import load_extractor
 from detailflow_jax.evaluate.references import load_reference, open_images
-from detailflow_jax.inference import programs as inference
-from detailflow_jax.models.sampler import sample_keys
+from detailflow_jax.inference import programs
+from detailflow_jax.inference.batching import in_batches, over_processes, whole_shares
+from detailflow_jax.inference.sampling import DECODERS, sampling_of
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.tasks import TrainState
@@ -51,7 +53,7 @@ def make_scorer(config: ConfigDict, mesh: Mesh, workdir: str) -> "Scorer | None"
             "config.score.reference is empty: name what to score against (an .npz, a folder of "
             "pictures, tfds:NAME:SPLIT, digits:test), or set config.score.every=0"
         )
-    kind = GenerationScorer if config.task in inference.DECODERS else ReconstructionScorer
+    kind = GenerationScorer if config.task in DECODERS else ReconstructionScorer
     try:
         with sharding.use(local_mesh()):
             return kind(config, mesh, workdir)
@@ -65,8 +67,7 @@ class Scorer:
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self.config, self.mesh, s = config, mesh, config.score
         self.local = local_mesh()  # of this process, for what each computes by itself
-        parts = split_count(mesh)
-        self.batch_size = -(-min(s.batch_size, s.num_samples) // parts) * parts
+        self.batch_size = whole_shares(min(s.batch_size, s.num_samples), mesh)
         self.extractor: FeatureExtractor | None = None
         if s.features:
             self.extractor = load_extractor(
@@ -97,28 +98,15 @@ class Scorer:
         return found
 
     def over_batches(self, function: Callable, *rows: np.ndarray) -> np.ndarray:
-        """`function` of equal batches of rows that lie over the mesh: float images as uint8."""
-        count, size = len(rows[0]), self.batch_size
-        padded = [np.pad(x, [(0, -count % size)] + [(0, 0)] * (x.ndim - 1), "edge") for x in rows]
-        place = NamedSharding(self.mesh, PartitionSpec(sharding.BATCH))
-        parts = []
-        for start in range(0, count, size):
-            batch = [
-                jax.make_array_from_callback(x.shape, place, x.__getitem__)
-                for x in (x[start : start + size] for x in padded)
-            ]
-            with sharding.use(self.mesh):
-                images = sharding.to_host(function(*batch))
-            parts.append(as_uint8(images, f"images from {start} on"))
-        return np.concatenate(parts)[:count]
+        """The images that `function` makes of rows, which it gets in batches over the mesh."""
+        finish = functools.partial(as_uint8, what="images during training")
+        return in_batches(
+            function, self.batch_size, *rows, mesh=self.mesh, whole=True, finish=finish
+        )
 
     def features(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
         """Features of the same images in every process, each of which computes its share."""
-        processes, index = jax.process_count(), jax.process_index()
-        share = -(-len(images) // processes)
-        padded = np.pad(images, [(0, share * processes - len(images)), *[(0, 0)] * 3], "edge")
-        own = self.extractor(padded[index * share : (index + 1) * share])
-        return {name: sharding.gather_processes(x)[: len(images)] for name, x in own.items()}
+        return over_processes(lambda first, own: self.extractor(own), images)
 
 
 class ReconstructionScorer(Scorer):
@@ -134,13 +122,15 @@ class ReconstructionScorer(Scorer):
         if count < 2:
             raise EvaluationError(f"{images.name} holds {count} images, expected 2 at least")
         self.originals = images.read(0, count)
-        self.run = jax.jit(inference.reconstruction(config))
+        self.network = programs.network_of(config)
         if self.extractor:
             self.reference = Moments.of([self.features(self.originals)["pool"]])
 
     def score(self, params: Any) -> tuple[Mapping[str, Any], int]:
         """Metrics of one set of parameters, and of how many images."""
-        images = self.over_batches(functools.partial(self.run, params), self.originals)
+        images = self.over_batches(
+            functools.partial(programs.reconstruct, self.network, params), self.originals
+        )
         values = {
             "psnr": np.mean(image_quality.psnr(images, self.originals)),
             "ssim": np.mean(image_quality.ssim(images, self.originals)),
@@ -163,22 +153,20 @@ class GenerationScorer(Scorer):
         if not s.features:
             raise EvaluationError("config.score.features=False leaves no score for samples")
         super().__init__(config, mesh)
-        self.sampling = inference.sampling(config, s.cfg_scale)
-        decoder = self._load_decoder()
-        self.decode = jax.jit(inference.decoding(decoder))
-        self.sample = jax.jit(self._sample)
-        side = getattr(decoder, "image_size", None)
+        # Jitted as a whole: the keys of all processes' samples are made on the devices.
+        self.sample = jax.jit(sampling_of(config, s.cfg_scale), static_argnames="seed")
+        self.decoder, self.decoder_params = self._load_decoder()
         self.reference = load_reference(
             s.reference,
             self.extractor,
-            image_size=side or config.model.scales[-1] * decoder.stride,
+            image_size=image_size(config.model, self.decoder.config),
             cache=pathlib.Path(workdir) / "references",
             data_dir=config.data.get("data_dir"),
         )
 
-    def _load_decoder(self) -> Any:
-        """The decoder's configuration; its parameters are kept on every device."""
-        kind, path = inference.DECODERS[self.config.task], self.config.score.decoder
+    def _load_decoder(self) -> tuple[Any, Any]:
+        """The decoder's network, and its parameters on every device."""
+        kind, path = DECODERS[self.config.task], self.config.score.decoder
         if not path:
             raise EvaluationError(
                 f"config.score.decoder is empty: name the {kind} that makes images of samples, a "
@@ -186,25 +174,22 @@ class GenerationScorer(Scorer):
             )
         found = load.load(kind, path)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        self.decoder = jax.tree.map(
+        params = jax.tree.map(
             lambda x: jax.make_array_from_callback(x.shape, everywhere, x.__getitem__),
             jax.tree.map(np.asarray, found.params),
         )
-        return found.config
-
-    def _sample(self, params: Any, labels: jax.Array, indices: jax.Array) -> jax.Array:
-        keys = sample_keys(0, indices)
-        return self.sampling.run(params, labels, keys, self.sampling.guidance)
+        return NETWORKS[kind].module(found.config), params
 
     def score(self, params: Any) -> tuple[Mapping[str, Any], int]:
         """Metrics of one set of parameters, and of how many images."""
         count = self.config.score.num_samples
         labels = generation.class_labels("balanced", count, self.config.model.num_classes, 0)
-        images = self.over_batches(
-            lambda *rows: self.decode(self.decoder, self.sample(params, *rows)),
-            labels,
-            np.arange(count, dtype=np.int32),
-        )
+
+        def make(labels, indices):
+            samples = self.sample(params, labels, seed=0, indices=indices)
+            return programs.decode_whole(self.decoder, self.decoder_params, samples)
+
+        images = self.over_batches(make, labels, np.arange(count, dtype=np.int32))
         features = self.features(images)
         values = generation.score(
             lambda name: [features[name]], self.reference, self.extractor.mesh

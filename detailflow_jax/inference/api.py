@@ -13,30 +13,47 @@ import os
 import pathlib
 from typing import Any
 
+import numpy as np
 from absl import logging
+from jaxtyping import UInt8
 
 from detailflow_jax.convert import export, load
-from detailflow_jax.inference.detailflow import Generator, Tokenizer
-from detailflow_jax.inference.flowar import VAE, FlowAR
-from detailflow_jax.inference.model import scans
+from detailflow_jax.inference import rules
+from detailflow_jax.inference.errors import InputError
+from detailflow_jax.inference.models import (
+    VAE,
+    FlowAR,
+    Generator,
+    LatentPosterior,
+    Model,
+    Tokenizer,
+    scans,
+)
 from detailflow_jax.models.flowar import check_vae
+from detailflow_jax.ops import images as pixels
 
 __all__ = [
     "VAE",
     "FlowAR",
     "Generator",
+    "InputError",
+    "LatentPosterior",
     "Tokenizer",
     "check_pair",
     "load_flowar",
     "load_generator",
     "load_tokenizer",
     "load_vae",
+    "rules",
     "save_pytorch",
+    "to_uint8",
 ]
+
+Path = str | os.PathLike[str]
 
 
 def load_tokenizer(
-    path: str | os.PathLike[str],
+    path: Path,
     *,
     weights: str | None = None,
     step: int | None = None,
@@ -44,99 +61,103 @@ def load_tokenizer(
     allow_unused: bool = False,
     **overrides: Any,
 ) -> Tokenizer:
-    """A tokenizer from a run of this project or from a published checkpoint.
+    """Loads a tokenizer from a run of this project or from a published checkpoint.
 
     Args:
       path: the workdir of a run; or a published folder or file (.pt, .pth, .ckpt, .bin,
         .safetensors, shards), local or gs://; or hf:OWNER/NAME[@REVISION][/FILE].
-      weights: "model" or "ema". Default: of a run the average where it keeps one; of a published
-        generator "ema", of others "model". Where a file holds only the other set, that one is
-        read, and a warning says so.
-      step: of a run, which checkpoint; default the newest complete one.
-      allow_missing: start a parameter anew for which a published file holds no tensor.
-      allow_unused: leave tensors of a published file aside that belong to no parameter.
-      **overrides: what shapes cannot tell, by name: `encoder_num_heads`, `decoder_num_heads`
-        (a generator's `num_heads`), `group_size`, `causal_num`, `image_size` (a generator's
-        `num_tokens`), or any other field of the network's configuration.
+      weights: "model" or "ema". Default for a run: the average, if it keeps one. Default for a
+        published checkpoint: "ema" for generators and FlowAR, "model" for others. If a file holds
+        only the other set, that one is read with a warning.
+      step: which checkpoint of a run; default the newest complete one.
+      allow_missing: initialise parameters for which a published file holds no tensor.
+      allow_unused: ignore tensors of a published file that belong to no parameter.
+      **overrides: fields of the network's configuration that shapes cannot tell:
+        `encoder_num_heads`, `decoder_num_heads` (a generator's `num_heads`), `group_size`,
+        `causal_num`, `image_size` (a generator's `num_tokens`), or any other field.
 
     Raises:
-      ConfigError, CheckpointError: nothing to load there, not of this kind, or sizes that
-        contradict each other; the text says what is wrong and what to do.
+      ConfigError, CheckpointError: nothing to load there, another kind of network, or sizes that
+        contradict each other.
       ValueError: an unknown override or value of `weights`.
     """
-    allow = {"allow_missing": allow_missing, "allow_unused": allow_unused}
-    return Tokenizer(*_load("tokenizer", path, weights, step, overrides, **allow))
+    return _load(Tokenizer, path, weights, step, allow_missing, allow_unused, **overrides)
 
 
-def load_generator(
-    path: str | os.PathLike[str],
-    *,
-    weights: str | None = None,
-    step: int | None = None,
-    allow_missing: bool = False,
-    allow_unused: bool = False,
-    **overrides: Any,
-) -> Generator:
-    """A generator from a run or a published checkpoint; see `load_tokenizer`."""
-    allow = {"allow_missing": allow_missing, "allow_unused": allow_unused}
-    return Generator(*_load("generator", path, weights, step, overrides, **allow))
+def load_generator(path: Path, *, weights: str | None = None, **options: Any) -> Generator:
+    """Loads a generator from a run or a published checkpoint; see `load_tokenizer`."""
+    return _load(Generator, path, weights, **options)
 
 
-def load_vae(
-    path: str | os.PathLike[str],
-    *,
-    weights: str | None = None,
-    step: int | None = None,
-    allow_missing: bool = False,
-    allow_unused: bool = False,
-    **overrides: Any,
-) -> VAE:
-    """An autoencoder from a run or a published checkpoint; see `load_tokenizer`.
+def load_vae(path: Path, *, weights: str | None = None, **options: Any) -> VAE:
+    """Loads an autoencoder from a run or a published checkpoint; see `load_tokenizer`.
 
-    What its shapes cannot tell: `scale_factor` (default of a published file 0.2325 with 16 latent
-    channels, 0.18215 with 4), `shift_factor`, `norm_groups`.
+    Its shapes cannot tell `scale_factor` (default for a published file: 0.2325 with 16 latent
+    channels, 0.18215 with 4), `shift_factor` and `norm_groups`.
     """
-    allow = {"allow_missing": allow_missing, "allow_unused": allow_unused}
-    return VAE(*_load("vae", path, weights, step, overrides, **allow))
+    return _load(VAE, path, weights, **options)
 
 
-def load_flowar(
-    path: str | os.PathLike[str],
-    *,
+def load_flowar(path: Path, *, weights: str | None = None, **options: Any) -> FlowAR:
+    """Loads a FlowAR model from a run or a published checkpoint; see `load_tokenizer`.
+
+    Its tensors cannot tell `scales` other than 1, 2, 4, ..., and `buffer_size`.
+    """
+    return _load(FlowAR, path, weights, **options)
+
+
+def _load(
+    model: type[Model],
+    path: Path,
     weights: str | None = None,
     step: int | None = None,
     allow_missing: bool = False,
     allow_unused: bool = False,
     **overrides: Any,
-) -> FlowAR:
-    """A FlowAR model from a run or a published checkpoint; see `load_tokenizer`.
-
-    What its tensors cannot tell: `scales` where they are not 1, 2, 4, ..., and `buffer_size`.
-    """
-    allow = {"allow_missing": allow_missing, "allow_unused": allow_unused}
-    return FlowAR(*_load("flowar", path, weights, step, overrides, **allow))
-
-
-def _load(kind: str, path, weights, step, overrides, **allow: bool) -> tuple[Any, Any, str]:
-    """(configuration, parameters, origin); what the user should know is logged."""
+) -> Any:
     found = load.load(
-        kind, path, weights=weights, step=step, scan=scans(), overrides=overrides, **allow
+        model.kind,
+        path,
+        weights=weights,
+        step=step,
+        scan=scans(),
+        overrides=overrides,
+        allow_missing=allow_missing,
+        allow_unused=allow_unused,
     )
     for notice in found.notices:
         logging.warning("%s", notice)
-    return found.config, found.params, found.source
+    return model(found.config, found.params, found.source)
+
+
+def to_uint8(images: Any) -> UInt8[np.ndarray, "*B H W C"]:
+    """Images in [-1, 1], as models decode them, as pixels: clip(127.5 x + 128, 0, 255), truncated.
+
+    This is the published rounding. Values outside of the range are clipped.
+
+    Raises:
+      InputError: NaN or infinity, which would pass as some colour; or no floating point images.
+    """
+    images = np.asarray(images)
+    if images.ndim < 3 or not np.issubdtype(images.dtype, np.floating):
+        raise InputError(
+            f"images are {images.dtype} {images.shape}; expected floats in [-1, 1], [..., H, W, C]"
+        )
+    if not np.isfinite(images).all():
+        raise InputError("images hold NaN or infinity: the model's weights are damaged")
+    return np.asarray(pixels.to_uint8(images))
 
 
 def save_pytorch(
-    model: Tokenizer | Generator | VAE | FlowAR,
-    path: str | os.PathLike[str],
+    model: Model,
+    path: Path,
     *,
     overwrite: bool = False,
 ) -> pathlib.Path:
     """Writes a model in the published layout, which the published code loads with strict=True.
 
     Args:
-      model: what one of the functions above gave.
+      model: a loaded model.
       path: a folder to make (config.json, config.yaml, checkpoints/N.pt), or a file ending in
         .pt, .pth, .ckpt, .bin or .safetensors, with the two configurations beside it.
       overwrite: whether a checkpoint at `path` may be replaced.
@@ -154,19 +175,22 @@ def save_pytorch(
 
 
 def check_pair(decoder: Tokenizer | VAE, model: Generator | FlowAR) -> None:
-    """Raises ValueError unless the model makes codes, or latents, that the decoder reads."""
+    """Raises InputError unless the model makes codes, or latents, that the decoder reads."""
     if isinstance(decoder, VAE) and isinstance(model, FlowAR):
-        check_vae(model.config, decoder.config.latent_channels, decoder.source)
+        try:
+            check_vae(model.config, decoder.config.latent_channels, decoder.source)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         return
     if not (isinstance(decoder, Tokenizer) and isinstance(model, Generator)):
-        raise ValueError(
+        raise InputError(
             f"a {decoder.kind} and a {model.kind} do not belong together; expected a tokenizer "
             "and a generator, or a vae and a flowar"
         )
     for field in ("codebook_size", "num_tokens", "group_size", "causal"):
         theirs, ours = getattr(model.config, field), getattr(decoder.config, field)
         if theirs != ours:
-            raise ValueError(
+            raise InputError(
                 f"{model.source} and {decoder.source} do not belong together: {field} is "
                 f"{theirs} in the generator and {ours} in the tokenizer; expected a generator "
                 "trained on the codes of this tokenizer"

@@ -1,72 +1,40 @@
-"""Encodes a data set once: every crop of every image as the triplet the generator learns from.
+"""Encodes a data set once: each crop of each image as the triplet that the generator learns from.
 
     python -m detailflow_jax.extract_codes --tokenizer runs/tok --out runs/codes --source digits
 
-Kill it at any moment and run the same command again: it goes on with the shards that are missing
-and ends with the same bytes, because every random number comes from the seed and the position of
-the image and crop (the paper's self-correction training).
+Killed at any moment, the same command goes on with the missing shards and ends with the same bytes:
+every random number comes from the seed and the position of the image and crop. The triplets are
+those of the paper's self-correction training.
 """
 
 import argparse
 import functools
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int, Key
 
 from detailflow_jax import data
-from detailflow_jax.inference import api, extraction
-from detailflow_jax.models.tokenizer import Tokenizer
-from detailflow_jax.ops import correction
-from detailflow_jax.ops import images as pixels
-from detailflow_jax.runtime import distributed
-from detailflow_jax.runtime.checkpoint import CheckpointError
+from detailflow_jax.inference import api, extraction, noise
+from detailflow_jax.inference.batching import in_batches
 from detailflow_jax.runtime.command import program_name
-from detailflow_jax.runtime.errors import UserError
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def encode_triplets(network: Tokenizer, params: Any, crops: jax.Array, keys: jax.Array, top: int):
-    """Triplets (clean, input, label) of a batch of crops, each with noise of its own.
+@functools.partial(jax.jit, static_argnames=("network", "seed", "top"))
+def encode_crops(network, params, views, positions, crops, *, seed: int, top: int):
+    """Triplets int32 [B, N, 3] of views uint8 [B, R, R, 3]; see `noise.encode_triplets`.
 
-    Args:
-      network: the tokenizer.
-      params: its parameters.
-      crops: uint8 [B, R, R, 3].
-      keys: one PRNG key a crop, [B].
-      top: a perturbed token becomes one of its so many nearest codes.
-
-    Returns:
-      int32 [B, N, 3].
+    The noise of a view depends on the seed, the position of its image and the number of its crop.
     """
-    c = network.config
-    whole = jnp.int32(c.num_tokens)
-
-    def draw(key):
-        position_key, choice_key = jax.random.split(key)
-        span = correction.draw_span(
-            position_key,
-            1,
-            whole,
-            num_tokens=c.num_tokens,
-            group_size=c.group_size,
-            causal_num=c.causal,
-        )
-        choice = jax.random.randint(choice_key, (c.num_tokens,), 0, min(top, c.codebook_size))
-        return jax.tree.map(lambda x: x[0], span), choice
-
-    span, choice = jax.vmap(draw)(keys)
-    pair = network.apply(
-        {"params": params}, pixels.to_float(crops), span, choice, method="encode_pair"
-    )
-    return pair.triplet
+    keys = crop_keys(seed, positions, crops)
+    return noise.encode_triplets(network, params, views, keys, top=top)
 
 
-def crop_keys(seed: int, positions: np.ndarray, crops: np.ndarray) -> jax.Array:
-    """One key a crop from the seed, the image's position and the crop's number: keys [B]."""
+def crop_keys(
+    seed: int, positions: Int[Array | np.ndarray, " B"], crops: Int[Array | np.ndarray, " B"]
+) -> Key[Array, " B"]:
+    """One PRNG key per crop, from the seed, the image's position and the crop's number."""
     fold = jax.vmap(jax.random.fold_in, (0, 0))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), positions)
     return fold(keys, crops)
@@ -91,15 +59,15 @@ def extract(
       out: folder, made if missing.
       crops: views of each image: "ten", "five", "center" or "none" (`data.encoding_crops`).
       seed: of the noise.
-      noise_top: a perturbed token becomes one of its so many nearest codes.
-      shard_size: images a shard.
-      batch_size: crops a call of the compiled program.
+      noise_top: a perturbed token becomes one of its `noise_top` nearest codes.
+      shard_size: images per shard.
+      batch_size: crops per call of the compiled program.
 
     Returns:
       the manifest.
 
     Raises:
-      ValueError: the folder holds another extraction; the differing fields are named.
+      ConfigError: the folder holds another extraction; the differing fields are named.
     """
     c = tokenizer.config
     per_image = data.ENCODING_CROPS[crops]
@@ -116,13 +84,19 @@ def extract(
         "seed": seed,
         "noise_top": noise_top,
     }
+    images = max(1, batch_size // per_image)
 
     def encode(views: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        which = np.tile(np.arange(per_image), len(views))
-        keys = crop_keys(seed, np.repeat(positions, per_image), which)
-        flat, keys = tokenizer.place((views.reshape(-1, *views.shape[2:]), keys))
-        codes = encode_triplets(tokenizer.network, tokenizer.params, flat, keys, noise_top)
-        return np.asarray(codes).reshape(len(views), per_image, *codes.shape[1:])
+        rows = (
+            views.reshape(-1, *views.shape[2:]),
+            np.repeat(positions, per_image).astype(np.int32),
+            np.tile(np.arange(per_image, dtype=np.int32), len(views)),
+        )
+        program = functools.partial(
+            encode_crops, tokenizer.network, tokenizer.params, seed=seed, top=noise_top
+        )
+        codes = in_batches(program, images * per_image, *rows, mesh=tokenizer.mesh, whole=True)
+        return codes.reshape(len(views), per_image, *codes.shape[1:])
 
     return extraction.extract(
         encode,
@@ -132,7 +106,7 @@ def extract(
         definition,
         image_size=c.image_size,
         crops=crops,
-        batch_size=max(1, batch_size // per_image),
+        batch_size=images,
     )
 
 
@@ -151,19 +125,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--crops", default="ten", choices=sorted(data.ENCODING_CROPS), help="views of each image")
     add("--seed", type=int, default=0, help="of the noise")
     add("--noise_top", type=int, default=50, help="nearest codes that noise picks from")
-    add("--batch_size", type=int, default=64, help="crops a call of the compiled program")
+    add("--batch_size", type=int, default=64, help="crops per call of the compiled program")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 2 with one line that says what is wrong."""
+    """Runs the command line; returns its exit code."""
     args = parse_arguments(argv)
-    try:
-        distributed.start(args.coordinator_address, args.num_processes, args.process_id)
-        tokenizer = api.load_tokenizer(args.tokenizer)
-        source = data.make_source(args.source, args.split, args.data_dir)
-        manifest = extract(
-            tokenizer,
+
+    def run(source: data.Source) -> dict:
+        return extract(
+            api.load_tokenizer(args.tokenizer),
             source,
             args.out,
             crops=args.crops,
@@ -172,13 +144,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             shard_size=args.shard_size,
             batch_size=args.batch_size,
         )
-    except (UserError, CheckpointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if jax.process_index() > 0:
-        return 0
-    print(
-        f"{manifest['num_records']} images x {data.ENCODING_CROPS[args.crops]} crops in "
-        f"{len(manifest['shards'])} shards in {args.out}; {len(manifest['unreadable'])} unreadable"
-    )
-    return 0
+
+    return extraction.run_command(args, run, f"x {data.ENCODING_CROPS[args.crops]} crops")

@@ -2,8 +2,8 @@
 
 Several processes share the shards between them; each works with its own devices.
 
-Killed at any moment, it goes on with the shards that are missing and ends with the same bytes, as
-long as `encode` depends on nothing but the views and the positions it is given.
+Killed at any moment, it goes on with the missing shards and ends with the same bytes, as long as
+`encode` depends on nothing but the views and positions it is given.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from detailflow_jax import data
 from detailflow_jax.data.shards import read_json
 from detailflow_jax.runtime import distributed, sharding
+from detailflow_jax.runtime.errors import UserError
 
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -34,15 +35,13 @@ def encode_shard(
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """(position, label, value) of every readable image, in order.
 
-    Batches have one shape, the last one is padded, so there is one compiled program. `unreadable`
-    is filled with position -> name.
+    `unreadable` is filled with position -> name.
     """
 
     def encoded(batch: list) -> Iterator[tuple[int, int, np.ndarray]]:
-        filled = batch + [batch[-1]] * (batch_size - len(batch))
-        views = np.stack([example["crops"] for _, example in filled])
-        values = np.asarray(encode(views, np.array([position for position, _ in filled])))
-        for (position, example), value in zip(batch, values, strict=False):
+        views = np.stack([example["crops"] for _, example in batch])
+        values = encode(views, np.array([position for position, _ in batch]))
+        for (position, example), value in zip(batch, values, strict=True):
             yield position, example["label"], value
 
     batch = []
@@ -72,20 +71,21 @@ def extract(
     """Writes the records of a source to the folder `out`; resumes what is there.
 
     Args:
-      encode: (views uint8 [M, K, R, R, 3], positions int [M]) -> what `layout.encode` takes, [M].
+      encode: (views uint8 [m, K, R, R, 3], positions int [m]) -> what `layout.encode` takes, [m],
+        for m <= M.
       source: of images.
       out: folder, made if missing.
       layout: of the shards and their records.
       definition: what the records depend on (`data.open_extraction`).
       image_size: R.
       crops: views of each image, K (`data.encoding_crops`).
-      batch_size: M, images a call of `encode`.
+      batch_size: M, images per call of `encode`.
 
     Returns:
       the manifest.
 
     Raises:
-      ValueError: the folder holds another extraction; the differing fields are named.
+      ConfigError: the folder holds another extraction; the differing fields are named.
     """
     first, count = jax.process_index(), jax.process_count()
     if first == 0:
@@ -126,11 +126,32 @@ def _counted(records: Iterator, progress: tqdm) -> Iterator:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every extraction asks for: the source, the folder, the size of a shard."""
+    """Adds the options of every extraction: the source, the folder, the size of a shard."""
     add = parser.add_argument
     add("--out", required=True, help="folder for the shards; manifest.json comes last")
     add("--source", default="digits", help="digits[:SPLIT], folder:PATH or tfds:NAME[:SPLIT]")
     add("--split", help="split of the source, where it has any; default: its training split")
     add("--data_dir", help="where TFDS keeps its data")
-    add("--shard_size", type=int, default=4096, help="images a shard")
+    add("--shard_size", type=int, default=4096, help="images per shard")
     distributed.add_arguments(parser)
+
+
+def run_command(args: argparse.Namespace, run: Callable[[data.Source], dict], views: str) -> int:
+    """Runs an extraction from the command line; returns its exit code.
+
+    Args:
+      args: of `add_arguments`.
+      run: extracts a source and returns the manifest.
+      views: what is stored per image, for the last line.
+    """
+    try:
+        distributed.start(args.coordinator_address, args.num_processes, args.process_id)
+        manifest = run(data.make_source(args.source, args.split, args.data_dir))
+    except UserError as error:
+        return error.report()
+    if jax.process_index() == 0:
+        print(
+            f"{manifest['num_records']} images {views} in {len(manifest['shards'])} shards in "
+            f"{args.out}; {len(manifest['unreadable'])} unreadable"
+        )
+    return 0

@@ -5,14 +5,13 @@
     python -m detailflow_jax.generate --vae runs/vae --flowar runs/flowar --labels 0-9 \\
         --per_class 8 --cfg_scale 2.4 --num_steps 25 --out runs/samples
 
-Writes `samples.npz` (`arr_0` uint8 [B, H, W, 3], and `labels`), `grid.png`, on request one PNG an
+Writes `samples.npz` (`arr_0` uint8 [B, H, W, 3], and `labels`), `grid.png`, on request one PNG per
 image, and with several token counts `progressive.png`: the same samples from fewer and more tokens.
 """
 
 import argparse
 import io
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -20,62 +19,65 @@ import numpy as np
 from tqdm import tqdm
 
 from detailflow_jax.inference import api
+from detailflow_jax.inference.batching import over_processes
 from detailflow_jax.inference.enlarge import decode_enlarged
+from detailflow_jax.inference.errors import InputError
 from detailflow_jax.ops import flow
-from detailflow_jax.ops import images as pixels
-from detailflow_jax.runtime import distributed, pictures, sharding
-from detailflow_jax.runtime.checkpoint import CheckpointError
+from detailflow_jax.runtime import distributed, pictures
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 from detailflow_jax.runtime.files import write_atomically
+
+CODE_SETTINGS = ("gradual_cfg", "temperature", "top_k", "top_p", "greedy")
 
 
 def parse_labels(text: str) -> list[int]:
     """ "0-9", "3,1,4" or a mix -> class numbers.
 
     Raises:
-      ValueError: not of this form.
+      InputError: not of this form.
     """
     labels = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"cannot read labels {text!r}: expected numbers as in 0-9 or 3,1,4")
+            raise InputError(f"cannot read labels {text!r}: expected numbers as in 0-9 or 3,1,4")
         labels.extend(range(int(first), int(last or first) + 1))
     return labels
 
 
 def parse_counts(text: str | None, name: str = "num_tokens") -> list[int]:
-    """ "4,8,16" -> counts; None -> none.
+    """ "4,8,16" -> counts; None -> [].
 
     Raises:
-      ValueError: not of this form.
+      InputError: not of this form.
     """
     try:
         return [int(part) for part in text.split(",")] if text else []
     except ValueError as error:
-        raise ValueError(f"cannot read {name} {text!r}: expected numbers as in 4,8,16") from error
+        raise InputError(f"cannot read {name} {text!r}: expected numbers as in 4,8,16") from error
 
 
 def sample(
     model: "api.Generator | api.FlowAR", labels: np.ndarray, *, batch_size: int, **options
 ) -> np.ndarray:
-    """`model.sample` in batches behind a progress bar: codes [B, n], or latents [B, S, S, C].
+    """`model.sample` behind a progress bar: codes [B, n], or latents [B, S, S, C].
 
     Several processes share the samples between them; each gets them all.
     """
-    share = -(-len(labels) // jax.process_count())
-    first = jax.process_index() * share
-    # Equal shares, as they are put together: what the last one lacks it draws once more.
-    own = np.pad(labels, (0, share * jax.process_count() - len(labels)), "edge")[first:][:share]
-    parts = []
-    with tqdm(total=share, unit="image", desc="sample", disable=first > 0) as progress:
-        for start in range(0, share, batch_size):
-            part = own[start : start + batch_size]
-            index = first + start
-            parts.append(model.sample(part, first_index=index, batch_size=batch_size, **options))
-            progress.update(len(part))
-    return sharding.gather_processes(np.concatenate(parts))[: len(labels)]
+
+    def run(first: int, own: np.ndarray) -> np.ndarray:
+        parts = []
+        with tqdm(total=len(own), unit="image", desc="sample", disable=first > 0) as progress:
+            for start in range(0, len(own), batch_size):
+                part, index = own[start : start + batch_size], first + start
+                parts.append(
+                    model.sample(part, first_index=index, batch_size=batch_size, **options)
+                )
+                progress.update(len(part))
+        return np.concatenate(parts)
+
+    return over_processes(run, labels)
 
 
 def write_outputs(
@@ -119,10 +121,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", required=True, help="folder for the pictures and samples.npz")
     add("--labels", required=True, help="class numbers, as 0-9 or 3,1,4")
-    add("--per_class", type=int, default=8, help="samples a class")
+    add("--per_class", type=int, default=8, help="samples per class")
     add("--cfg_scale", type=float, help="guidance >= 1; 1 means none (default: 1.5, FlowAR 2.4)")
     add("--seed", type=int, default=0, help="sample i depends on the seed and i alone")
-    add("--batch_size", type=int, default=64, help="samples a call of the compiled program")
+    add("--batch_size", type=int, default=64, help="samples per call of the compiled program")
     add("--single", action="store_true", help="also write every image as a PNG of its own")
     _add_detailflow(parser.add_argument_group("DetailFlow").add_argument)
     _add_flowar(parser.add_argument_group("FlowAR").add_argument)
@@ -141,27 +143,27 @@ def _add_detailflow(add) -> None:
     add("--gradual_cfg", action="store_true", help="lower the guidance group by group")
     add("--temperature", type=float, default=1.0, help="divides the logits")
     add("--top_k", type=int, default=0, help="keep the k most likely codes; 0 keeps all")
-    add("--top_p", type=float, default=1.0, help="keep the likeliest codes of this probability")
+    add("--top_p", type=float, default=1.0, help="keep the most likely codes of this probability")
     add("--greedy", action="store_true", help="always take the most likely code")
 
 
 def _add_flowar(add) -> None:
     add("--vae", help="what df.load_vae takes, such as a workdir or kl16.ckpt")
     add("--flowar", help="what df.load_flowar takes, such as a workdir or FlowAR-L.pth")
-    add("--num_steps", default="25", help="flow steps, one number or one a scale, as 25,20,15")
+    add("--num_steps", default="25", help="flow steps, one number or one per scale, as 25,20,15")
     add("--guidance_high", type=float, default=0.9, help="guide from this time on (1 is noise)")
     add("--solver", default="euler", choices=sorted(flow.SOLVERS), help="of the flow")
 
 
 def generate(args: argparse.Namespace) -> np.ndarray:
-    """Does what the arguments say; returns the images, uint8 [B, H, W, 3].
+    """Generates what the arguments say, writes it, returns the images uint8 [B, H, W, 3].
 
     Raises:
-      ValueError: a label, count or setting that the models do not allow, or models that do not
+      InputError: a label, count or setting that the models do not allow, or models that do not
         belong together.
     """
     if args.per_class < 1 or args.batch_size < 1:
-        raise ValueError("--per_class and --batch_size must be at least 1")
+        raise InputError("--per_class and --batch_size must be at least 1")
     labels = np.repeat(parse_labels(args.labels), args.per_class)
     make = generate_flowar if args.flowar else generate_detailflow
     images, progressive = make(args, labels)
@@ -172,39 +174,37 @@ def generate(args: argparse.Namespace) -> np.ndarray:
 
 
 def generate_detailflow(args: argparse.Namespace, labels: np.ndarray):
-    """Images uint8 [B, H, W, 3], and by token count the first 16 of them from fewer tokens."""
+    """Images uint8 [B, H, W, 3], and the first 16 of them by token count."""
     counts = sorted(set(parse_counts(args.num_tokens)))
     tokenizer = api.load_tokenizer(args.tokenizer)
     generator = api.load_generator(args.generator)
     api.check_pair(tokenizer, generator)
     counts = counts or [generator.config.num_tokens]
     for count in counts:
-        tokenizer.config.resolutions.check(count)
+        try:
+            tokenizer.config.resolutions.check(count)
+        except ValueError as error:
+            raise InputError(f"--num_tokens: {error}") from error
     codes = sample(
         generator,
         labels,
         batch_size=args.batch_size,
         seed=args.seed,
         cfg_scale=1.5 if args.cfg_scale is None else args.cfg_scale,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        gradual_cfg=args.gradual_cfg,
-        greedy=args.greedy,
         num_tokens=counts[-1],
+        **{name: getattr(args, name) for name in CODE_SETTINGS},
     )
-    images = np.asarray(pixels.to_uint8(tokenizer.decode(codes)))
+    images = api.to_uint8(tokenizer.decode(codes))
     progressive = {}
     if len(counts) > 1:
         progressive = {
-            count: np.asarray(pixels.to_uint8(decode_enlarged(tokenizer, codes[:16], count)))
-            for count in counts
+            count: api.to_uint8(decode_enlarged(tokenizer, codes[:16], count)) for count in counts
         }
     return images, progressive
 
 
 def generate_flowar(args: argparse.Namespace, labels: np.ndarray):
-    """Images uint8 [B, H, W, 3], and nothing of fewer tokens: FlowAR has none."""
+    """Images uint8 [B, H, W, 3], and an empty dict, as FlowAR has no token counts."""
     steps = parse_counts(args.num_steps, "num_steps")
     vae, flowar = api.load_vae(args.vae), api.load_flowar(args.flowar)
     api.check_pair(vae, flowar)
@@ -218,18 +218,17 @@ def generate_flowar(args: argparse.Namespace, labels: np.ndarray):
         guidance_high=args.guidance_high,
         solver=args.solver,
     )
-    return np.asarray(pixels.to_uint8(vae.decode(latents))), {}
+    return api.to_uint8(vae.decode(latents)), {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 2 with one line that says what is wrong."""
+    """Runs the command line; returns its exit code."""
     args = parse_arguments(argv)
     try:
         distributed.start(args.coordinator_address, args.num_processes, args.process_id)
         images = generate(args)
-    except (UserError, CheckpointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return error.report()
     if jax.process_index() == 0:
         print(f"{len(images)} images of {images.shape[1]}x{images.shape[2]} px in {args.out}")
     return 0

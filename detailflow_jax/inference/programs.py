@@ -1,97 +1,104 @@
-"""What trained parameters are for, as pure functions: samples of labels, images of samples.
+"""What trained networks are for, as compiled programs on arrays of the device.
 
-Shapes: B samples or images, R image side.
+Shapes: B images or samples, H x W pixels, R full image side, N tokens, n <= N tokens given, V
+codes, h x w latent positions, C latent channels.
 """
 
-import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int, UInt8
 
-from detailflow_jax.models import flow_sampler, sampler
-from detailflow_jax.models.flowar import FlowAR
-from detailflow_jax.models.generator import Generator
-from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from detailflow_jax.models.vae import VAE, VAEConfig
+from detailflow_jax.convert.registry import NETWORKS
+from detailflow_jax.models import generator, tokenizer, vae
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.ops import logits
-from detailflow_jax.tasks import flowar, generator, tokenizer, vae
+from detailflow_jax.ops import interpolation
 
-DECODERS = {"generator": "tokenizer", "flowar": "vae"}
-"""Task that generates -> kind of what makes images of its samples."""
+Arrays = Array | np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a task samples, with its published settings.
-
-    Attributes:
-      run: (params, labels int32 [B], keys [B], guidance [G]) -> codes int32 [B, N], or latents
-        float32 [B, S, S, C].
-      guidance: float32 [G], of every group or scale.
-      note: what is sampled, for people.
-    """
-
-    run: Callable
-    guidance: np.ndarray
-    note: str
+def network_of(config: Any) -> Any:
+    """The network that `config.task` trains, of the sizes in `config.model`."""
+    network = NETWORKS[config.task]
+    return network.module(network.from_run(config.model))
 
 
-def sampling(config: Any, cfg_scale: float) -> Sampling:
-    """The sampler of a configuration whose task is one of `DECODERS`."""
-    return {"generator": _codes, "flowar": _latents}[config.task](config, cfg_scale)
+# ------------------------------------------------------------------------------- of one network
 
 
-def _codes(config: Any, cfg_scale: float) -> Sampling:
-    network = Generator(generator.model_config(config.model))
-    c, one = network.config, np.float32(1.0)
-    options = sampler.SamplingOptions(c.num_tokens, guided=cfg_scale != 1.0)
-    guidance = logits.guidance_scales(cfg_scale, c.num_tokens, c.group_size, c.causal)
-
-    def run(params, labels, keys, guidance):
-        return sampler.sample(network, params, labels, keys, guidance, one, one, options=options)
-
-    return Sampling(run, guidance, f"{c.num_tokens} tokens")
+@functools.partial(jax.jit, static_argnums=0)
+def encode(
+    network: tokenizer.Tokenizer, params: Any, images: Array | np.ndarray
+) -> Int[Array, "B N"]:
+    """Images [B, H, W, 3], uint8 or float in [-1, 1] -> codes."""
+    return network.apply({"params": params}, pixels.to_float(images), method="encode")
 
 
-def _latents(config: Any, cfg_scale: float, steps: int = 25) -> Sampling:
-    network = FlowAR(flowar.model_config(config.model))
-    scales = len(network.config.scales)
-    options = flow_sampler.FlowSamplingOptions(
-        flow_sampler.flow_times(scales, steps), guided=cfg_scale != 1.0, guidance_high=0.9
-    )
-
-    def run(params, labels, keys, factors):
-        return flow_sampler.sample(network, params, labels, keys, factors, options=options)
-
-    factors = flow_sampler.guidance_factors(cfg_scale, scales)
-    return Sampling(run, factors, f"{scales} scales of {steps} flow steps")
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def decode(
+    network: tokenizer.Tokenizer, params: Any, codes: Int[Arrays, "B n"], size: int
+) -> Float32[Array, "B {size} {size} 3"]:
+    """Codes -> images of `size` px, about [-1, 1]."""
+    return network.apply({"params": params}, codes, size, method="decode_codes")
 
 
-def decoding(c: TokenizerConfig | VAEConfig) -> Callable[[Any, jax.Array], jax.Array]:
-    """(params, codes of all tokens or latents) -> images float32 [B, R, R, 3], about [-1, 1]."""
-    if isinstance(c, VAEConfig):
-        return lambda params, latents: VAE(c).apply({"params": params}, latents, method="decode")
-
-    def decode(params, codes):
-        return Tokenizer(c).apply({"params": params}, codes, c.image_size, method="decode_codes")
-
-    return decode
+@functools.partial(jax.jit, static_argnums=0)
+def logits(
+    network: generator.Generator, params: Any, codes: Int[Arrays, "B n"], labels: Int[Arrays, " B"]
+) -> Float32[Array, "B N V"]:
+    """Teacher-forced logits of every token."""
+    return network.apply({"params": params}, codes, labels)
 
 
-def reconstruction(config: Any) -> Callable[[Any, jax.Array], jax.Array]:
-    """(params, uint8 [B, R, R, 3]) -> float32 of that shape: by all tokens, or the mean latent."""
-    if config.task == "vae":
-        network = VAE(vae.model_config(config.model))
-        return lambda params, images: network.apply({"params": params}, pixels.to_float(images))[0]
-    c = tokenizer.model_config(config.model)
-    decode = decoding(c)
+@functools.partial(jax.jit, static_argnums=0)
+def encode_moments(
+    network: vae.VAE, params: Any, images: Array | np.ndarray
+) -> Float32[Array, "B h w moments"]:
+    """Images -> mean and log-variance of their unscaled latents, along the last axis."""
+    posterior = network.apply({"params": params}, pixels.to_float(images), method="encode")
+    return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
 
-    def reconstruct(params, images):
-        variables = {"params": params}
-        codes = Tokenizer(c).apply(variables, pixels.to_float(images), method="encode")
-        return decode(params, codes)
 
-    return reconstruct
+@functools.partial(jax.jit, static_argnums=0)
+def draw_latents(network: vae.VAE, mean, logvar, keys) -> Float32[Array, "B h w C"]:
+    """Scaled latents drawn from unscaled moments [B, h, w, C], with one PRNG key per image."""
+    draw = lambda mean, logvar, key: vae.Posterior(mean, logvar).sample(key)  # noqa: E731
+    return network.scale(jax.vmap(draw)(mean, logvar, keys))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode_latents(
+    network: vae.VAE, params: Any, latents: Float32[Arrays, "B h w C"]
+) -> Float32[Array, "B H W _"]:
+    """Scaled latents -> images, about [-1, 1]."""
+    return network.apply({"params": params}, latents, method="decode")
+
+
+# ------------------------------------------------------------------------------- of either system
+
+
+def decode_whole(
+    network: tokenizer.Tokenizer | vae.VAE, params: Any, samples: Array | np.ndarray
+) -> Float32[Array, "B R R 3"]:
+    """Codes [B, n] or latents [B, h, w, C] -> images; what fewer tokens give is enlarged to R."""
+    if isinstance(network, vae.VAE):
+        return decode_latents(network, params, samples)
+    resolutions = network.config.resolutions
+    size, full = resolutions.decoded_size(samples.shape[1]), network.config.image_size
+    images = decode(network, params, samples, size)
+    return images if size == full else interpolation.enlarge(images, full)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reconstruct(
+    network: tokenizer.Tokenizer | vae.VAE, params: Any, images: UInt8[Arrays, "B R R 3"]
+) -> Float32[Array, "B R R 3"]:
+    """Images by way of all their tokens, or of their mean latent."""
+    if isinstance(network, vae.VAE):
+        mean, _ = jnp.split(encode_moments(network, params, images), 2, axis=-1)
+        return decode_latents(network, params, network.scale(mean))
+    codes = encode(network, params, images)
+    return decode(network, params, codes, network.config.image_size)

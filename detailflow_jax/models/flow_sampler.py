@@ -1,7 +1,7 @@
 """Sampling of FlowAR: one program for all scales, flow steps scanned, earlier scales cached.
 
-Shapes: B samples, K scales, C latent channels, S side of the latent; R = B rows, or 2B under
-guidance (of each sample the conditional row, then the null row).
+Shapes: B samples, K scales of sides i, C latent channels, S side of the latent, W width; R = B
+rows, or 2B under guidance (of each sample the conditional row, then the null row).
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from detailflow_jax.models.flowar import FlowAR, FlowARConfig, extend_cache
 from detailflow_jax.ops import flow
@@ -22,10 +23,10 @@ from detailflow_jax.ops import scales as grids
 
 @dataclasses.dataclass(frozen=True)
 class FlowSamplingOptions:
-    """What shapes the program; guidance scales are an argument and cost no new compile.
+    """The static settings; guidance scales are an argument and cost no new compilation.
 
     Attributes:
-      times: for every scale its times from 1 to 0, float64 values (`flow_times`).
+      times: of every scale, from 1 to 0, float64 values (`flow_times`).
       guided: compute the null half. Without guidance (scale 1) it is not computed.
       guidance_low, guidance_high: guidance applies at steps that begin at a time within them.
       solver: one of `ops.flow.SOLVERS`.
@@ -53,7 +54,7 @@ def flow_times(
 
     Args:
       num_scales: K.
-      num_steps: flow steps, one number for all scales or one a scale (annealing).
+      num_steps: flow steps, one number for all scales or one per scale (annealing).
       grid: "published", "uniform" or "sde" (`ops.flow.GRIDS`).
 
     Raises:
@@ -64,20 +65,20 @@ def flow_times(
     steps = [num_steps] * num_scales if isinstance(num_steps, int | np.integer) else list(num_steps)
     if len(steps) != num_scales:
         raise ValueError(
-            f"num_steps={steps} has {len(steps)} counts, expected {num_scales}, one a scale"
+            f"num_steps={steps} has {len(steps)} counts, expected {num_scales}, one per scale"
         )
     return tuple(tuple(flow.GRIDS[grid](int(n)).tolist()) for n in steps)
 
 
-def guidance_factors(scale: float, num_scales: int) -> np.ndarray:
-    """Guidance at every scale, 1 + (s - 1) k / (K - 1): float32 [K]."""
+def guidance_factors(scale: float, num_scales: int) -> Float32[np.ndarray, " K"]:
+    """Guidance at every scale, 1 + (s - 1) k / (K - 1)."""
     if num_scales == 1:
         return np.float32([scale])
     return (1.0 + (scale - 1.0) * np.arange(num_scales) / (num_scales - 1)).astype(np.float32)
 
 
-def draw_noise(config: FlowARConfig, keys: jax.Array) -> list[jax.Array]:
-    """Noise of every scale from one key a sample: K arrays float32 [B, i^2, C]."""
+def draw_noise(config: FlowARConfig, keys: Key[Array, " B"]) -> list[jax.Array]:
+    """Noise of every scale from one PRNG key per sample: K arrays float32 [B, i^2, C]."""
 
     def one(scale: int, side: int) -> jax.Array:
         draw = lambda key: jax.random.normal(  # noqa: E731
@@ -90,7 +91,7 @@ def draw_noise(config: FlowARConfig, keys: jax.Array) -> list[jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The model, its parameters and the settings of one run, bound together: its two parts."""
+    """The two parts of sampling: the model, its parameters and the settings of a run, together."""
 
     model: FlowAR
     params: Any
@@ -101,8 +102,8 @@ class Sampling:
     def apply(self, method: str, *args, **static):
         return self.model.apply({"params": self.params}, *args, method=method, **static)
 
-    def rows(self, labels: jax.Array) -> jax.Array:
-        """Labels int32 [B] as the classes of all rows, [R]."""
+    def rows(self, labels: Int[Array | np.ndarray, " B"]) -> Int[Array | np.ndarray, " R"]:
+        """Labels as the classes of all rows."""
         if not self.options.guided:
             return labels
         return filters.pair(labels, jnp.full_like(labels, self.model.config.num_classes))
@@ -110,7 +111,7 @@ class Sampling:
     def semantics(self, scale: int, classes: jax.Array, latent: jax.Array | None, cache: Any):
         """Semantics [R, i^2, W] of one scale, and the cache with its keys and values.
 
-        `latent` [B, i'^2, C] is the scale before, which both halves read.
+        `latent` [B, i'^2, C] is that of the scale before, which both halves read.
         """
         c = self.model.config
         if scale == 0:
@@ -133,7 +134,7 @@ class Sampling:
             return self.apply("velocity", x, times, semantics, scale=scale)
 
         def both(x: jax.Array, time: jax.Array) -> jax.Array:
-            # Both rows are at the same place: the null row never moves on its own.
+            # Both rows of a sample share x: the null row never moves on its own.
             velocities = filters.unpair(head(filters.pair(x, x), time, semantics))
             return filters.guide(*velocities, self.factors[scale])
 
@@ -142,8 +143,10 @@ class Sampling:
         own = filters.unpair(semantics)[0] if self.options.guided else semantics
         return lambda x, time: head(x, time, own)
 
-    def solve(self, scale: int, semantics: jax.Array, x: jax.Array) -> jax.Array:
-        """Noise [B, i^2, C] -> latent of one scale, a scan for each run of equal guidance."""
+    def solve(
+        self, scale: int, semantics: Float[Array, "R P W"], x: Float[Array, "B P C"]
+    ) -> Float[Array, "B P C"]:
+        """Noise -> latent of one scale of P positions, a scan for each run of equal guidance."""
         times = self.options.times[scale]
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, len(self.options.times) + scale)
         solver = flow.SOLVERS[self.options.solver]
@@ -177,10 +180,10 @@ def _step_noise(keys: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> ja
 def sample_scales(
     model: FlowAR,
     params: Any,
-    labels: jax.Array,
-    keys: jax.Array,
-    factors: jax.Array,
-    noise: Sequence[jax.Array] | None = None,
+    labels: Int[Array | np.ndarray, " B"],
+    keys: Key[Array, " B"],
+    factors: Float32[Array | np.ndarray, " K"],
+    noise: Sequence[Array | np.ndarray] | None = None,
     *,
     options: FlowSamplingOptions,
     kind: type[Sampling] = Sampling,
@@ -200,26 +203,26 @@ def sample_scales(
 def sample(
     model: FlowAR,
     params: Any,
-    labels: jax.Array,
-    keys: jax.Array,
-    factors: jax.Array,
-    noise: Sequence[jax.Array] | None = None,
+    labels: Int[Array | np.ndarray, " B"],
+    keys: Key[Array, " B"],
+    factors: Float32[Array | np.ndarray, " K"],
+    noise: Sequence[Array | np.ndarray] | None = None,
     *,
     options: FlowSamplingOptions,
-) -> jax.Array:
+) -> Float32[Array, "B S S C"]:
     """Latents for labels, in one program (the paper's inference, as the published code does it).
 
     Args:
       model: the network.
       params: its parameters, in the layout of `model.config.scan`.
-      labels: int32 [B].
-      keys: one PRNG key a sample, [B]; a sample depends on its own key alone.
-      factors: guidance at each scale, float32 [K] (`guidance_factors`).
+      labels: class numbers.
+      keys: one PRNG key per sample; a sample depends on its own key alone.
+      factors: guidance at each scale (`guidance_factors`).
       noise: K arrays [B, i^2, C] in place of drawn ones.
       options: static settings.
 
     Returns:
-      float32 [B, S, S, C], scaled as in training.
+      latents, scaled as in training.
     """
     scales = sample_scales(model, params, labels, keys, factors, noise, options=options)
     *_, (_, latent) = scales

@@ -11,32 +11,32 @@ Shapes: B samples, n tokens asked for, g group, c causal, V codes; R = B rows, o
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int, Int32, Key
 
 from detailflow_jax.models.generator import Generator, empty_cache, extend_cache
 from detailflow_jax.ops import logits as filters
 
+Rule = Callable[[jax.Array], jax.Array]
+"""Logits float32 [..., V] -> logits; -inf excludes a code."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """What shapes the program; numbers that may vary without a new compile are arguments.
+    """The static settings; numbers that may vary without a new compilation are arguments.
 
     Attributes:
       num_tokens: n.
       guided: compute the null half. Without guidance (scale 1) it is not computed.
-      greedy: take the most likely code.
-      top_k: keep the k most likely codes; 0 keeps all.
-      use_top_p: apply the top-p filter.
     """
 
     num_tokens: int
     guided: bool = True
-    greedy: bool = False
-    top_k: int = 0
-    use_top_p: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,7 @@ class _Program:
     options: SamplingOptions
     keys: jax.Array
     scales: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array
+    rules: Sequence[Rule]
 
     def apply(self, method: str, *args):
         return self.model.apply({"params": self.params}, *args, method=method)
@@ -60,20 +59,16 @@ class _Program:
 
     def choose(self, logits: jax.Array, start: jax.Array) -> jax.Array:
         """Logits [R, m, V] of tokens start .. start + m - 1 -> codes int32 [B, m]."""
-        options = self.options
-        if options.guided:
+        if self.options.guided:
             scale = jax.lax.dynamic_slice_in_dim(self.scales, start, logits.shape[1])
             logits = filters.guide(*filters.unpair(logits), scale[:, None])
-        if options.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = filters.top_k_filter(logits / self.temperature, options.top_k)
-        if options.use_top_p:
-            logits = filters.top_p_filter(logits, self.top_p)
+        for rule in self.rules:
+            logits = rule(logits)
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, start)
         return filters.sample_codes(keys, logits)
 
     def advance(self, carry, start: jax.Array, x: jax.Array):
-        """Run embedded positions x [R, m, D] at `start`; returns the carry and their codes."""
+        """Runs embedded positions x [R, m, D] at `start`; returns codes and cache with theirs."""
         codes, cache = carry
         logits, new = self.apply("step", x, cache, start)
         chosen = self.choose(logits, start)
@@ -85,31 +80,27 @@ class _Program:
 def sample(
     model: Generator,
     params: Any,
-    labels: jax.Array,
-    keys: jax.Array,
-    scales: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
+    labels: Int[Array | np.ndarray, " B"],
+    keys: Key[Array, " B"],
+    scales: Float32[Array | np.ndarray, " N"],
+    rules: Sequence[Rule] = (),
     *,
     options: SamplingOptions,
-) -> jax.Array:
+) -> Int32[Array, "B n"]:
     """Codes for labels, in one program.
 
     Args:
       model: the generator.
       params: its parameters, in the layout of `model.config.scan`.
-      labels: int32 [B].
-      keys: one PRNG key a sample, [B]; a sample depends on its own key alone.
-      scales: guidance scale at each token, float32 [N] (`ops.logits.guidance_scales`).
-      temperature: float32 scalar.
-      top_p: float32 scalar, used if `options.use_top_p`.
+      labels: class numbers.
+      keys: one PRNG key per sample; a sample depends on its own key alone.
+      scales: guidance scale at each token (`ops.logits.guidance_scales`).
+      rules: pytrees that map guided logits float32 [B, m, V] to those that a code is drawn from,
+        in this order (`inference.rules`).
       options: static settings.
-
-    Returns:
-      int32 [B, n].
     """
     c, n = model.config, options.num_tokens
-    program = _Program(model, params, options, keys, scales, temperature, top_p)
+    program = _Program(model, params, options, keys, scales, rules)
     classes = labels
     if options.guided:
         classes = filters.pair(labels, jnp.full_like(labels, c.num_classes))
@@ -146,6 +137,6 @@ def sample(
     return carry[0][:, :n]
 
 
-def sample_keys(seed: int, indices: jax.Array) -> jax.Array:
-    """One key a sample from the seed and the sample's own index: keys [B]."""
+def sample_keys(seed: int, indices: Int[Array | np.ndarray, " B"]) -> Key[Array, " B"]:
+    """One PRNG key per sample, from the seed and the sample's own index."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)

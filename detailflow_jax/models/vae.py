@@ -12,6 +12,8 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Key
 
 from detailflow_jax.models import layers
 
@@ -25,14 +27,14 @@ class VAEConfig:
     Attributes:
       channels: width of the first level.
       multipliers: width of every level as a multiple; each level but the last halves the sides.
-      res_blocks: residual blocks a level of the encoder; the decoder has one more.
+      res_blocks: residual blocks per level of the encoder; the decoder has one more.
       latent_channels: C.
       scale_factor: latents are (z - shift_factor) * scale_factor, of about unit variance.
       shift_factor: 0 but for newer autoencoders.
       quant_conv: 1x1 convolutions on either side of the latent.
       encoder_attention: levels of the encoder with attention after each residual block; None: the
         last one.
-      decoder_attention: the same of the decoder; None: no level.
+      decoder_attention: the same for the decoder; None: no level.
       norm_groups: groups of every group norm; divides every level's width.
       image_channels: of the images.
       dtype: of the computation; parameters, norms and softmax are float32.
@@ -57,7 +59,7 @@ class VAEConfig:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(
-                f"multipliers={self.multipliers}; expected one a level, each at least 1"
+                f"multipliers={self.multipliers}; expected one per level, each at least 1"
             )
         if not self.scale_factor > 0:
             raise ValueError(f"scale_factor={self.scale_factor}; expected more than 0")
@@ -99,18 +101,18 @@ class VAEConfig:
 
 @flax.struct.dataclass
 class Posterior:
-    """A diagonal Gaussian over latents: `mean` and `logvar`, float32 [B, h, w, C], unscaled."""
+    """A diagonal Gaussian over unscaled latents: `mean` and `logvar`, float32 [B, h, w, C]."""
 
     mean: jax.Array
     logvar: jax.Array
 
-    def sample(self, key: jax.Array) -> jax.Array:
+    def sample(self, key: Key[Array, ""]) -> Float32[Array, "*B h w C"]:
         """mean + std * noise, unscaled."""
         noise = jax.random.normal(key, self.mean.shape)
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
-    def kl(self) -> jax.Array:
-        """Divergence from a standard normal, summed over a latent: float32 [B]."""
+    def kl(self) -> Float32[Array, " B"]:
+        """Divergence from a standard normal, summed over the latent of each sample."""
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
 
@@ -267,8 +269,8 @@ class VAE(nn.Module):
             self.quant_conv = _conv(2 * c.latent_channels, 1, dtype, name="quant_conv")
             self.post_quant_conv = _conv(c.latent_channels, 1, dtype, name="post_quant_conv")
 
-    def encode(self, images: jax.Array) -> Posterior:
-        """Float images [B, H, W, 3] in [-1, 1] -> the unscaled posterior.
+    def encode(self, images: Float[Array | np.ndarray, "B H W _"]) -> Posterior:
+        """Images in [-1, 1] -> the unscaled posterior.
 
         Raises:
           ValueError: sides that are no multiple of the stride, or other channels.
@@ -289,8 +291,8 @@ class VAE(nn.Module):
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
-    def decode(self, latents: jax.Array) -> jax.Array:
-        """Scaled latents [B, h, w, C] -> float32 [B, S h, S w, 3], about [-1, 1].
+    def decode(self, latents: Float[Array | np.ndarray, "B h w C"]) -> Float32[Array, "B H W _"]:
+        """Scaled latents -> images, about [-1, 1].
 
         Raises:
           ValueError: other channels.
@@ -305,8 +307,8 @@ class VAE(nn.Module):
             z = self.post_quant_conv(z.astype(c.dtype))
         return self.decoder(z)
 
-    def scale(self, z: jax.Array) -> jax.Array:
-        """Unscaled latents (a posterior's sample or mean) as the rest of the system sees them."""
+    def scale(self, z: Float[Array | np.ndarray, "*shape"]) -> Float[Array | np.ndarray, "*shape"]:
+        """Unscaled latents (a posterior's sample or mean) -> scaled, as the rest of the system."""
         return (z - self.config.shift_factor) * self.config.scale_factor
 
     def __call__(self, images: jax.Array, key: jax.Array | None = None):

@@ -1,16 +1,20 @@
-"""From logits [..., V] to codes: classifier-free guidance, filters, sampling. All float32."""
+"""From logits to codes: classifier-free guidance, filters, sampling. All float32.
+
+Shapes: B samples, N tokens of the model, n tokens at hand, V codes.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int32, Key, Shaped
 
 
 def guidance_scales(
     scale: float, num_tokens: int, group_size: int, causal_num: int, *, gradual: bool = False
-) -> np.ndarray:
-    """The guidance scale at each token: float32 [N].
+) -> Float32[np.ndarray, " N"]:
+    """The guidance scale at each token.
 
-    Constant, or gradual: the zero-based group i >= c/g of the G = N/g groups has
+    Constant, or gradual: of the G = N/g groups, the zero-based group i >= c/g has the scale
     s * (G - i + 1)/(G + 1), earlier groups s (behaviour of the published sampler).
     """
     group = np.arange(num_tokens) // group_size
@@ -21,8 +25,10 @@ def guidance_scales(
     )
 
 
-def pair(conditional: jax.Array, null: jax.Array) -> jax.Array:
-    """Two [B, ...] as [2B, ...] with a sample's rows beside each other.
+def pair(
+    conditional: Shaped[Array, "B ..."], null: Shaped[Array, "B ..."]
+) -> Shaped[Array, "2*B ..."]:
+    """Conditional and null rows as one array, with the two rows of a sample beside each other.
 
     One half after the other would move every row between the devices that share a batch.
     """
@@ -30,18 +36,22 @@ def pair(conditional: jax.Array, null: jax.Array) -> jax.Array:
     return both.reshape(-1, *both.shape[2:])
 
 
-def unpair(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+def unpair(
+    rows: Shaped[Array, "R ..."],
+) -> tuple[Shaped[Array, "R//2 ..."], Shaped[Array, "R//2 ..."]]:
     """The inverse of `pair`."""
     both = rows.reshape(-1, 2, *rows.shape[1:])
     return both[:, 0], both[:, 1]
 
 
-def guide(conditional: jax.Array, null: jax.Array, scale: jax.Array) -> jax.Array:
-    """u + (c - u) * s."""
+def guide(
+    conditional: Float[Array, "*shape"], null: Float[Array, "*shape"], scale: Array | float
+) -> Float[Array, "*shape"]:
+    """u + (c - u) * s of conditional c and null u; the scale is broadcast."""
     return null + (conditional - null) * scale
 
 
-def top_k_filter(logits: jax.Array, k: int) -> jax.Array:
+def top_k_filter(logits: Float[Array, "*B V"], k: int) -> Float[Array, "*B V"]:
     """-inf below the k-th largest logit (ties with it stay); k = 0 or k >= V keeps everything."""
     if k <= 0 or k >= logits.shape[-1]:
         return logits
@@ -53,25 +63,25 @@ def top_k_filter(logits: jax.Array, k: int) -> jax.Array:
     return jnp.where(chosen | (logits >= largest[..., -1:]), logits, -jnp.inf)
 
 
-def top_p_filter(logits: jax.Array, p: jax.Array) -> jax.Array:
-    """-inf outside the smallest set of most likely tokens whose probability exceeds p.
+def top_p_filter(logits: Float[Array, "*B V"], p: Array | float) -> Float[Array, "*B V"]:
+    """-inf outside the smallest set of most likely codes whose probability exceeds p.
 
-    The token that crosses p is kept, so at least one always is.
+    The code that crosses p is kept, so at least one always is.
     """
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     probability = jax.nn.softmax(ranked, axis=-1)
     cumulative = jnp.cumsum(probability, axis=-1)
-    # A token goes when the tokens *before* it already exceed p.
+    # A code goes when the codes *before* it already exceed p.
     before = jnp.concatenate([jnp.zeros_like(cumulative[..., :1]), cumulative[..., :-1]], axis=-1)
     ranked = jnp.where(before > p, -jnp.inf, ranked)
     return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
 
 
-def sample_codes(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    """One code a position by the Gumbel-max trick: int32 [B, n] from [B, n, V].
+def sample_codes(keys: Key[Array, " B"], logits: Float[Array, "B n V"]) -> Int32[Array, "B n"]:
+    """One code per position, drawn by the Gumbel-max trick.
 
-    `keys` [B] holds one key a *sample*: a sample's draw does not depend on its neighbours.
+    There is one PRNG key per *sample*: a sample's draw does not depend on its neighbours.
     """
     draw = jax.vmap(lambda key, row: jax.random.categorical(key, row, axis=-1))
     return draw(keys, logits).astype(jnp.int32)

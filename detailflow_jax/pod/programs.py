@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from detailflow_jax.inference import programs as inference
+from detailflow_jax.inference.sampling import DECODERS, sampling_of
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.tasks import Task, TrainState, make_task
@@ -121,13 +121,12 @@ def sampler_program(config: ConfigDict, mesh: Mesh, batch_size: int, cfg_scale: 
     Raises:
       ConfigError: the task has no sampler, or the batch and the mesh do not go together.
     """
-    if config.task not in inference.DECODERS:
+    if config.task not in DECODERS:
         raise ConfigError(
-            f"config.task={config.task!r} has no sampler: expected one of "
-            f"{', '.join(inference.DECODERS)}"
+            f"config.task={config.task!r} has no sampler: expected one of {', '.join(DECODERS)}"
         )
     sharding.check_batch_size(batch_size, mesh)
-    sampling = inference.sampling(config, cfg_scale)
+    sampling = sampling_of(config, cfg_scale)
     params = _abstract_state(_task(config), mesh).params
     rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     labels = _abstract((batch_size,), jnp.int32, rows)

@@ -84,7 +84,7 @@ def test_the_arithmetic_of_flowar_s():
 def test_layers_are_laid_out_as_asked(scan, monkeypatch):
     monkeypatch.setitem(flowar.SIZES, "FlowAR-S", TINY)
     network, params = flowar_sampling.make_network("FlowAR-S", "float32", scan)
-    assert network.config.scan == (api.base.scans() if scan is None else scan)
+    assert network.config.scan == (api.scans() if scan is None else scan)
     wanted = nn.unbox(
         jax.eval_shape(network.init, jax.random.key(0), *flowar.example(network.config))
     )["params"]

@@ -13,6 +13,7 @@ import pytest
 import golden_files
 from detailflow_jax.convert import mapping
 from detailflow_jax.convert.tables import generator as names
+from detailflow_jax.inference import rules
 from detailflow_jax.models import layers, sampler
 from detailflow_jax.models.generator import Generator, GeneratorConfig
 from detailflow_jax.ops import logits as filters
@@ -105,9 +106,8 @@ def test_greedy_decoding(golden, decoding):
         golden.labels,
         sampler.sample_keys(0, jnp.arange(2)),
         scales,
-        jnp.float32(1),
-        jnp.float32(1),
-        options=sampler.SamplingOptions(c.num_tokens, greedy=True),
+        (rules.Greedy(),),
+        options=sampler.SamplingOptions(c.num_tokens),
     )
     np.testing.assert_array_equal(codes, golden.arrays[decoding])
 

@@ -296,3 +296,18 @@ def test_unknown_names_of_the_package():
     assert set(df.__all__) >= {"Generator", "Tokenizer", "load_generator", "load_tokenizer"}
     with pytest.raises(AttributeError, match="load_vqgan"):
         df.load_vqgan  # noqa: B018
+
+
+def test_names_are_listed():
+    assert set(df.__all__) <= set(dir(df))
+    assert all(hasattr(df, name) for name in df.__all__)
+
+
+def test_to_uint8():
+    values = np.float32([-1.7, -1, -0.5, 0, 0.5, 1, 1.2]).reshape(1, 1, 7, 1)
+    got = df.to_uint8(values)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got.ravel(), [0, 0, 64, 128, 191, 255, 255])
+    for wrong, message in ((values * np.nan, "NaN"), (got, "uint8"), (values[0, 0, 0], "shape")):
+        with pytest.raises(df.InputError, match=message if message != "shape" else r"\(1,\)"):
+            df.to_uint8(wrong)

@@ -80,6 +80,27 @@ def test_moments_are_those_of_the_image_and_of_its_mirror(vae, source, finished)
     assert np.abs(both[0] - both[1][:, ::-1]).max() > 1e-3  # stride 2 pads one side only
 
 
+def test_encoding_and_decoding_is_a_round_trip(vae):
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    posterior = vae.encode(images)
+    mean, logvar = posterior
+    np.testing.assert_array_equal(posterior.moments, np.concatenate([mean, logvar], -1))
+    np.testing.assert_array_equal(posterior.moments, vae.moments(images))
+    # Whoever takes the moments has to know the scale; whoever takes the posterior has not.
+    by_hand = vae.decode((mean - CONFIG.shift_factor) * CONFIG.scale_factor)
+    np.testing.assert_array_equal(vae.decode(posterior), by_hand)
+    np.testing.assert_array_equal(vae.decode(posterior.mode()), by_hand)
+    assert np.abs(vae.decode(mean) - by_hand).max() > 1e-3
+    network_way, _ = vae.network.apply({"params": vae.params}, images / np.float32(127.5) - 1)
+    np.testing.assert_allclose(by_hand, network_way, atol=1e-5)
+    sample = posterior.sample(seed=3)
+    np.testing.assert_array_equal(sample, vae.sample(images, seed=3))
+    noise = (sample / CONFIG.scale_factor + CONFIG.shift_factor - mean) / np.exp(0.5 * logvar)
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    rest = vae.encode(images[1:]).sample(seed=3, first_index=1)
+    np.testing.assert_allclose(rest, sample[1:], atol=1e-5)
+
+
 def test_a_killed_extraction_ends_with_the_same_files(saved, finished, tmp_path):
     out = tmp_path / "latents"
     process = subprocess.Popen(

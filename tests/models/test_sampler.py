@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from detailflow_jax.inference import api
+from detailflow_jax.inference.rules import Greedy, published_rules
 from detailflow_jax.models import layers, sampler
 from detailflow_jax.models.generator import Generator, GeneratorConfig
 from detailflow_jax.ops import logits as filters
@@ -42,7 +43,7 @@ def random_params(config, seed=0):
     return jax.tree_util.tree_map_with_path(draw, nn.unbox(init)["params"])
 
 
-def run_sampler(config, params, labels, options, *, scale=2.0, seed=0, temperature=1.0, top_p=1.0):
+def run_sampler(config, params, labels, options, *rules, scale=2.0, seed=0):
     scales = filters.guidance_scales(scale, config.num_tokens, config.group_size, config.causal)
     return np.asarray(
         sampler.sample(
@@ -51,8 +52,7 @@ def run_sampler(config, params, labels, options, *, scale=2.0, seed=0, temperatu
             jnp.asarray(labels, jnp.int32),
             sampler.sample_keys(seed, jnp.arange(len(labels))),
             scales,
-            jnp.float32(temperature),
-            jnp.float32(top_p),
+            rules,
             options=options,
         )
     )
@@ -110,8 +110,8 @@ def test_cache_equals_recomputation(case):
     want = recompute(config, params, labels, guided=guided)
     assert len(np.unique(want)) > 2  # the network does not repeat itself
     for count in [config.num_tokens, *counts]:
-        options = sampler.SamplingOptions(count, guided=guided, greedy=True)
-        got = run_sampler(config, params, labels, options)
+        options = sampler.SamplingOptions(count, guided=guided)
+        got = run_sampler(config, params, labels, options, Greedy())
         assert got.dtype == np.int32
         np.testing.assert_array_equal(got, want[:, :count])
 
@@ -208,16 +208,9 @@ def probabilities(logits, temperature, top_k, top_p):
 def test_first_token_has_the_chances_of_its_logits(temperature, top_k, top_p):
     config = dataclasses.replace(TINY, num_tokens=1, group_size=1, codebook_size=8)
     params, count, scale = random_params(config, seed=1), 4000, 1.5
-    options = sampler.SamplingOptions(1, top_k=top_k, use_top_p=top_p < 1)
-    codes = run_sampler(
-        config,
-        params,
-        np.full(count, 2),
-        options,
-        scale=scale,
-        temperature=temperature,
-        top_p=top_p,
-    )
+    rules = published_rules(temperature, top_k, top_p)
+    options = sampler.SamplingOptions(1)
+    codes = run_sampler(config, params, np.full(count, 2), options, *rules, scale=scale)
     logits = Generator(config).apply(
         {"params": params}, np.zeros((2, 1), int), np.array([2, CLASSES])
     )

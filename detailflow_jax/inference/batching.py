@@ -1,0 +1,115 @@
+"""One function over many rows: cut into equal batches, placed on the devices, put together again.
+
+Shapes: N rows, M rows per batch.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from detailflow_jax.inference.errors import InputError
+from detailflow_jax.runtime import sharding
+
+
+def split_count(mesh: Mesh | None) -> int:
+    """Into how many parts the mesh splits a batch; 1 without a mesh."""
+    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in sharding.BATCH]))
+
+
+def whole_shares(batch_size: int, mesh: Mesh | None) -> int:
+    """The batch size rounded up to a multiple of what the mesh splits it into.
+
+    Raises:
+      InputError: it is less than 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: expected at least 1")
+    parts = split_count(mesh)
+    return -(-batch_size // parts) * parts
+
+
+def in_batches(
+    function: Callable[..., Any],
+    batch_size: int,
+    *rows: np.ndarray,
+    mesh: Mesh | None = None,
+    whole: bool = False,
+    finish: Callable[[Any], Any] = lambda result: result,
+) -> Any:
+    """`function` over all rows, in batches of one size: one compiled program for any number.
+
+    The last batch is padded with its last row, and what comes of the padding is cut off.
+
+    Args:
+      function: arrays [M, ...] -> a tree of arrays [M, ...].
+      batch_size: M, rounded up to whole shares of the mesh.
+      *rows: arrays [N, ...], which are batched together.
+      mesh: splits every batch over its data and fsdp axes. It may span processes; all of them
+        then give the same rows, and each gets the whole result.
+      whole: batches have M rows even where N is less; otherwise a small N makes a smaller batch.
+      finish: applied on the host to the result of each batch, before batches are put together.
+
+    Returns:
+      the tree of results, numpy [N, ...].
+
+    Raises:
+      InputError: arrays of different lengths, or a batch size below 1.
+    """
+    count = len(rows[0])
+    if any(len(x) != count for x in rows):
+        counts = " and ".join(str(len(x)) for x in rows)
+        raise InputError(f"found {counts} rows in arrays that belong together")
+    size = whole_shares(batch_size if whole else min(batch_size, max(count, 1)), mesh)
+    parts: list[Any] = []
+    waiting: list[Any] = []  # the next batch is computed while the last one's result is fetched
+
+    def fetch() -> None:
+        parts.append(finish(jax.tree.map(sharding.to_host, waiting.pop(0))))
+
+    with contextlib.nullcontext() if mesh is None else sharding.use(mesh):
+        for start in range(0, count, size):
+            batch = [place(pad(x[start : start + size], size), mesh) for x in rows]
+            waiting.append(function(*batch))
+            if len(waiting) > 1:
+                fetch()
+        if not count:
+            waiting.append(function(*rows))
+        fetch()
+    return jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
+
+
+def over_processes(function: Callable[..., Any], *rows: np.ndarray) -> Any:
+    """`function` over all rows, of which each process takes an equal share.
+
+    Args:
+      function: (index of the first row, *arrays [M, ...]) -> a tree of arrays [M, ...].
+      *rows: arrays [N, ...], the same in every process. What the last process lacks of its share
+        is the last row again.
+
+    Returns:
+      the tree of results of all rows, [N, ...], in every process.
+    """
+    count, processes = len(rows[0]), jax.process_count()
+    share = -(-count // processes)
+    first = jax.process_index() * share
+    own = [pad(x, share * processes)[first : first + share] for x in rows]
+    found = function(first, *own)
+    return jax.tree.map(lambda x: sharding.gather_processes(x)[:count], found)
+
+
+def pad(x: np.ndarray, size: int) -> np.ndarray:
+    """[M, ...] -> [size, ...], size >= M: the last row is repeated."""
+    missing = size - len(x)
+    return np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), "edge") if missing else x
+
+
+def place(x: np.ndarray, mesh: Mesh | None) -> jax.Array | np.ndarray:
+    """An array [M, ...] split over the mesh, which must divide M; as it is without a mesh."""
+    if mesh is None:
+        return x
+    split = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    return jax.make_array_from_callback(x.shape, split, x.__getitem__)

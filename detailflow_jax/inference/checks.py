@@ -1,0 +1,79 @@
+"""What models take, checked before anything is compiled.
+
+Shapes: B images or samples, H x W pixels, n tokens, C latent channels, i side of a scale.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from detailflow_jax.inference.errors import InputError
+from detailflow_jax.models.flowar import FlowARConfig
+from detailflow_jax.ops import flow
+
+
+def check_images(images: np.ndarray, channels: int, stride: int = 1) -> None:
+    """Raises InputError unless images are [B, H, W, channels] with sides that stride divides."""
+    if images.ndim != 4 or images.shape[-1] != channels:
+        raise InputError(f"images have shape {images.shape}, expected [B, H, W, {channels}]")
+    if images.shape[1] % stride or images.shape[2] % stride:
+        raise InputError(
+            f"images are {images.shape[1]} x {images.shape[2]}, expected sides that are multiples "
+            f"of the autoencoder's stride {stride}"
+        )
+
+
+def check_codes(codes: np.ndarray, codebook_size: int) -> None:
+    """Raises InputError unless codes are int [B, n] in [0, codebook_size)."""
+    if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer):
+        raise InputError(f"codes are {codes.dtype} {codes.shape}, expected integers [B, n]")
+    if codes.size and not (codes.min() >= 0 and codes.max() < codebook_size):
+        raise InputError(
+            f"codes lie in [{codes.min()}, {codes.max()}], expected [0, {codebook_size}): "
+            "are they of another tokenizer?"
+        )
+
+
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Raises InputError unless labels are class numbers [B], at least one."""
+    if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"labels are {labels.dtype} {labels.shape}, expected integers [B], B > 0")
+    wrong = sorted({int(x) for x in labels if not 0 <= x < num_classes})
+    if wrong:
+        raise InputError(f"labels {wrong[:5]} are out of range, expected 0..{num_classes - 1}")
+
+
+def check_flow_settings(cfg_scale: float, low: float, high: float, solver: str) -> None:
+    """Raises InputError unless guidance is at least 1, 0 <= low <= high <= 1, the solver known."""
+    check_guidance(cfg_scale)
+    if not 0.0 <= low <= high <= 1.0:
+        raise InputError(
+            f"guidance_low={low}, guidance_high={high}: expected 0 <= low <= high <= 1"
+        )
+    if solver not in flow.SOLVERS:
+        raise InputError(f"solver={solver!r} is not one of {', '.join(flow.SOLVERS)}")
+
+
+def check_guidance(cfg_scale: float) -> None:
+    """Raises InputError unless the guidance scale is at least 1."""
+    if not cfg_scale >= 1.0:
+        raise InputError(f"cfg_scale={cfg_scale}, expected >= 1 (1 means no guidance)")
+
+
+def check_noise(noise: Sequence[Any], config: FlowARConfig, batch: int) -> list[np.ndarray]:
+    """The conditional half of every scale's noise, float32 [B, i^2, C] each.
+
+    Raises:
+      InputError: other shapes.
+    """
+    noise = [np.asarray(part, np.float32) for part in noise]
+    wanted = [(side * side, config.channels) for side in config.scales]
+    shapes = [part.shape for part in noise]
+    rows = {shape[0] for shape in shapes if shape}
+    if [shape[1:] for shape in shapes] != wanted or not rows <= {batch, 2 * batch}:
+        raise InputError(
+            f"noise has shapes {shapes}, expected one array per scale, [{batch} or {2 * batch}, "
+            f"i^2, C] with (i^2, C) = {wanted}"
+        )
+    return [part[:batch] for part in noise]

@@ -1,0 +1,378 @@
+"""The classes behind `df.load_*`: trained parameters with their methods on arrays.
+
+Shapes: B images or samples, H x W pixels, N tokens, n <= N tokens asked for, V codes, h x w latent
+positions, C latent channels, S side of the latent.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float32, Int32
+
+from detailflow_jax.convert.registry import NETWORKS, with_scan
+from detailflow_jax.inference import programs
+from detailflow_jax.inference.batching import in_batches
+from detailflow_jax.inference.checks import check_codes, check_images, check_labels, check_noise
+from detailflow_jax.inference.errors import InputError
+from detailflow_jax.inference.rules import Rule
+from detailflow_jax.inference.sampling import sample_codes, sample_latents
+from detailflow_jax.models import flowar as flowar_network
+from detailflow_jax.models import generator as generator_network
+from detailflow_jax.models import layers, sampler
+from detailflow_jax.models import tokenizer as tokenizer_network
+from detailflow_jax.models import vae as vae_network
+from detailflow_jax.runtime import sharding
+
+
+def scans() -> bool:
+    """Whether layers are scanned on this backend."""
+    # A scan slices stacked weights at every layer, which a CPU pays for and others do not.
+    return jax.default_backend() != "cpu"
+
+
+class Model:
+    """A network's configuration and parameters, laid out for this machine's backend.
+
+    Attributes:
+      kind: key of the network in the registry.
+      config: of the network.
+      network: the Linen module.
+      params: its parameters, on the devices.
+      source: where they come from.
+      mesh: what splits batches; None with one device.
+    """
+
+    kind: str
+
+    def __init__(self, config: Any, params: Mapping[str, Any], source: str = "memory"):
+        """Takes parameters in the scanned or the unrolled layout."""
+        scan = scans()
+        self.config = with_scan(config, scan)
+        params = (layers.stack_layers if scan else layers.unstack_layers)(params)
+        # Unlike `jnp.asarray`, this takes suitable host memory over without a copy.
+        self.params = jax.device_put(params)
+        self.network = NETWORKS[self.kind].module(self.config)
+        self.source = source
+        self.mesh: Mesh | None = None
+        if jax.local_device_count() > 1:
+            self.spread(sharding.make_mesh({}, jax.local_devices()))
+
+    def spread(self, mesh: Mesh) -> None:
+        """Copies the parameters to every device of a mesh, which splits batches from now on."""
+        self.mesh = mesh
+        self.params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+
+    def run(self, program: Callable, batch_size: int, *rows: np.ndarray) -> np.ndarray:
+        """`program(network, params, *rows)` in batches: numpy arrays, of all rows."""
+        function = functools.partial(program, self.network, self.params)
+        return in_batches(function, batch_size, *rows, mesh=self.mesh)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the parameters, the same in either layout and on any machine."""
+        digest = hashlib.blake2b(digest_size=16)
+        stacked = layers.stack_layers(self.params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.ascontiguousarray(leaf))
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f"<{type(self).__name__} {count / 1e6:.1f}M parameters from {self.source}>"
+
+
+class Tokenizer(Model):
+    """Images to codes and back."""
+
+    kind = "tokenizer"
+    config: tokenizer_network.TokenizerConfig
+
+    def encode(self, images: Any, *, batch_size: int = 64) -> Int32[np.ndarray, "B N"]:
+        """Images -> codes.
+
+        Args:
+          images: [B, H, W, 3], uint8 or float in [-1, 1]; sides a multiple of the patch.
+          batch_size: images per call of the compiled program.
+
+        Raises:
+          ValueError, TypeError: another shape or type.
+        """
+        images = np.asarray(images)
+        check_images(images, channels=3)
+        return self.run(programs.encode, batch_size, images)
+
+    def decode(
+        self, codes: Any, size: int | None = None, *, batch_size: int = 64
+    ) -> Float32[np.ndarray, "B size size 3"]:
+        """Codes -> images.
+
+        Args:
+          codes: int [B, n] with n valid for the model: 1..causal_num, then multiples of a group.
+          size: side of the images in pixels, a multiple of the decoder's patch; default what n
+            tokens map to.
+          batch_size: images per call of the compiled program.
+
+        Returns:
+          images about [-1, 1]. Values may leave this range: the decoder does not clip, and
+          `df.to_uint8` does.
+
+        Raises:
+          ValueError: codes out of range, or n or size not valid.
+        """
+        codes = np.asarray(codes)
+        check_codes(codes, self.config.codebook_size)
+        full = self.config.resolutions.decoded_size(codes.shape[1])
+        size = full if size is None else size
+        decode = lambda network, params, codes: programs.decode(network, params, codes, size)  # noqa: E731
+        return self.run(decode, batch_size, codes)
+
+
+class Generator(Model):
+    """Labels to codes."""
+
+    kind = "generator"
+    config: generator_network.GeneratorConfig
+
+    def sample(
+        self,
+        labels: Sequence[int],
+        seed: int = 0,
+        cfg_scale: float = 1.5,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        gradual_cfg: bool = False,
+        greedy: bool = False,
+        num_tokens: int | None = None,
+        *,
+        rules: Rule | Sequence[Rule] | None = None,
+        first_index: int = 0,
+        batch_size: int = 64,
+    ) -> Int32[np.ndarray, "B n"]:
+        """Codes for labels; sample i depends on `seed` and `first_index + i` alone.
+
+        Args:
+          labels: class numbers in [0, num_classes), [B].
+          seed: of the whole set of samples.
+          cfg_scale: classifier-free guidance >= 1; at 1 no null half is computed.
+          temperature: > 0; divides the logits.
+          top_k: keep the k most likely codes; 0 keeps all.
+          top_p: keep the most likely codes of this total probability, in (0, 1].
+          gradual_cfg: lower the guidance group by group.
+          greedy: take the most likely code.
+          num_tokens: n; default N.
+          rules: one or several of `df.rules`, or your own, in place of temperature, top_k, top_p
+            and greedy.
+          first_index: index of the first sample, when a set is made in parts.
+          batch_size: samples per call of the compiled program.
+
+        Raises:
+          ValueError: a label or setting out of range.
+        """
+        labels = np.asarray(labels)
+        check_labels(labels, self.config.num_classes)
+        sampling = sample_codes(
+            self.network,
+            cfg_scale,
+            temperature,
+            top_k,
+            top_p,
+            gradual_cfg,
+            greedy,
+            num_tokens,
+            rules,
+        )
+        return _sample(self, sampling, labels, seed, first_index, batch_size)
+
+    def logits(
+        self, codes: Any, labels: Sequence[int], *, batch_size: int = 64
+    ) -> Float32[np.ndarray, "B N V"]:
+        """Teacher-forced logits of codes int [B, N] and labels [B].
+
+        A label of num_classes stands for the null class.
+        """
+        c = self.config
+        codes, labels = np.asarray(codes), np.asarray(labels)
+        check_codes(codes, c.codebook_size)
+        check_labels(labels, c.num_classes + 1)
+        read = c.num_tokens - c.group_size  # the last group is predicted only, unless all is causal
+        if codes.shape[1] not in (c.num_tokens, max(read, c.causal)):
+            raise InputError(f"codes have {codes.shape[1]} tokens, expected {c.num_tokens}")
+        rows = codes.astype(np.int32), labels.astype(np.int32)
+        return self.run(programs.logits, batch_size, *rows)
+
+
+class VAE(Model):
+    """Images to latents and back."""
+
+    kind = "vae"
+    config: vae_network.VAEConfig
+
+    def encode(self, images: Any, *, batch_size: int = 16) -> "LatentPosterior":
+        """Images -> the posterior over their latents.
+
+        `vae.decode(vae.encode(images))` reconstructs. `mean, logvar = vae.encode(images)` gives
+        the unscaled moments.
+
+        Args:
+          images: [B, H, W, 3], uint8 or float in [-1, 1]; sides a multiple of the stride.
+          batch_size: images per call of the compiled program.
+
+        Raises:
+          ValueError, TypeError: another shape or type.
+        """
+        images = np.asarray(images)
+        check_images(images, self.config.image_channels, self.config.stride)
+        moments = self.run(programs.encode_moments, batch_size, images)
+        return LatentPosterior(*np.split(moments, 2, axis=-1), self.network)
+
+    def moments(self, images: Any) -> Float32[np.ndarray, "B h w moments"]:
+        """`encode(images).moments`, for extraction: mean and log-variance, unscaled."""
+        return self.encode(images, batch_size=max(1, len(images))).moments
+
+    def sample(
+        self, images: Any, seed: int = 0, *, first_index: int = 0, batch_size: int = 16
+    ) -> Float32[np.ndarray, "B h w C"]:
+        """`encode(images).sample(seed)`: latents drawn from the posterior, scaled."""
+        posterior = self.encode(images, batch_size=batch_size)
+        return posterior.sample(seed, first_index=first_index)
+
+    def decode(self, latents: Any, *, batch_size: int = 16) -> Float32[np.ndarray, "B H W 3"]:
+        """Latents -> images.
+
+        Args:
+          latents: scaled, float [B, h, w, C], as `FlowAR.sample` and the posterior's methods give
+            them; or a posterior, of which the mode is decoded.
+          batch_size: latents per call of the compiled program.
+
+        Returns:
+          images about [-1, 1]. Values may leave this range: the decoder does not clip, and
+          `df.to_uint8` does.
+
+        Raises:
+          ValueError: another shape or type.
+        """
+        if isinstance(latents, LatentPosterior):
+            latents = latents.mode()
+        latents, channels = np.asarray(latents), self.config.latent_channels
+        if latents.ndim != 4 or latents.shape[-1] != channels:
+            raise InputError(
+                f"latents have shape {latents.shape}, expected [B, h, w, {channels}]: "
+                f"{self.source} has {channels} latent channels"
+            )
+        if not np.issubdtype(latents.dtype, np.floating):
+            raise InputError(f"latents are {latents.dtype}, expected floating point numbers")
+        return self.run(programs.decode_latents, batch_size, latents.astype(np.float32))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentPosterior(Sequence):
+    """A Gaussian over the latents of images, as `VAE.encode` gives it.
+
+    `mode` and `sample` are scaled to about unit variance, which is what `VAE.decode` takes. The
+    moments are unscaled; as a sequence the posterior is the pair (mean, logvar).
+
+    Attributes:
+      mean, logvar: unscaled, float32 [B, h, w, C].
+      network: the autoencoder's module, which knows the scale.
+    """
+
+    mean: Float32[np.ndarray, "B h w C"]
+    logvar: Float32[np.ndarray, "B h w C"]
+    network: vae_network.VAE = dataclasses.field(repr=False)
+
+    def mode(self) -> Float32[np.ndarray, "B h w C"]:
+        """The most likely latents, scaled."""
+        return np.asarray(self.network.scale(self.mean))
+
+    def sample(self, seed: int = 0, *, first_index: int = 0) -> Float32[np.ndarray, "B h w C"]:
+        """Latents drawn from the posterior, scaled.
+
+        Args:
+          seed: of all draws; that of image i depends on the seed and `first_index + i` alone.
+          first_index: index of the first image, when a set is encoded in parts.
+        """
+        keys = sampler.sample_keys(seed, first_index + np.arange(len(self.mean)))
+        return np.asarray(programs.draw_latents(self.network, self.mean, self.logvar, keys))
+
+    @property
+    def moments(self) -> Float32[np.ndarray, "B h w moments"]:
+        """Mean and log-variance along the last axis, unscaled: what latent shards hold."""
+        return np.concatenate([self.mean, self.logvar], axis=-1)
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index):
+        return (self.mean, self.logvar)[index]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter((self.mean, self.logvar))
+
+
+class FlowAR(Model):
+    """Labels to latents."""
+
+    kind = "flowar"
+    config: flowar_network.FlowARConfig
+
+    def sample(
+        self,
+        labels: Sequence[int],
+        seed: int = 0,
+        cfg_scale: float = 2.4,
+        num_steps: int | Sequence[int] = 25,
+        guidance_high: float = 0.9,
+        guidance_low: float = 0.0,
+        grid: str | None = None,
+        solver: str = "euler",
+        noise: Sequence[Any] | None = None,
+        *,
+        first_index: int = 0,
+        batch_size: int = 64,
+    ) -> Float32[np.ndarray, "B S S C"]:
+        """Latents for labels, scaled as `VAE.decode` takes them.
+
+        Sample i depends on `seed` and `first_index + i` alone.
+
+        Args:
+          labels: class numbers in [0, num_classes), [B].
+          seed: of the whole set of samples.
+          cfg_scale: guidance >= 1 at the last scale, rising from 1 at the first; at 1 no null half
+            is computed. Published: 4.3 for S, 2.4 for L and H.
+          num_steps: flow steps, one number or one per scale (annealing: later scales need fewer).
+          guidance_high: guidance applies from this time on (1 is noise, 0 data).
+          guidance_low: and down to this one.
+          grid: of times, "published", "uniform" or "sde"; default what the solver is used with.
+          solver: "euler", "heun" (two evaluations per step) or "euler_maruyama" (an SDE).
+          noise: one array [B, i^2, C] per scale of side i, or [2B, i^2, C] of which the null half
+            is unused.
+          first_index: index of the first sample, when a set is made in parts.
+          batch_size: samples per call of the compiled program.
+
+        Raises:
+          ValueError: a label or setting out of range.
+        """
+        labels = np.asarray(labels)
+        check_labels(labels, self.config.num_classes)
+        sampling = sample_latents(
+            self.network, cfg_scale, num_steps, guidance_high, guidance_low, grid, solver
+        )
+        noise = [] if noise is None else check_noise(noise, self.config, len(labels))
+        return _sample(self, sampling, labels, seed, first_index, batch_size, noise)
+
+
+def _sample(model, sampling, labels, seed, first_index, batch_size, noise=()) -> np.ndarray:
+    def run(network, params, labels, indices, *noise):
+        return sampling(params, labels, seed, indices, noise or None)
+
+    indices = first_index + np.arange(len(labels))
+    rows = labels.astype(np.int32), indices.astype(np.int32), *noise
+    return model.run(run, batch_size, *rows)

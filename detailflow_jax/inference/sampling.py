@@ -1,0 +1,135 @@
+"""Settings of the two samplers as pure functions from labels to codes or latents.
+
+Shapes: B samples, N tokens, n <= N tokens asked for, K scales, S side of the latent, C channels.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from detailflow_jax.inference import programs
+from detailflow_jax.inference.checks import check_flow_settings, check_guidance
+from detailflow_jax.inference.errors import InputError
+from detailflow_jax.inference.rules import Rule, as_rules, published_rules
+from detailflow_jax.models import flow_sampler, sampler
+from detailflow_jax.models.flowar import FlowAR
+from detailflow_jax.models.generator import Generator
+from detailflow_jax.ops import logits
+
+DECODERS = {"generator": "tokenizer", "flowar": "vae"}
+"""What samples -> what makes images of its samples."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampling:
+    """One setting of a sampler.
+
+    Attributes:
+      run: (params, labels int32 [B], keys [B], guidance, noise=None) -> codes int32 [B, n], or
+        latents float32 [B, S, S, C]. Only FlowAR takes noise.
+      guidance: of every token, float32 [N], or of every scale, [K]. An argument of `run`, so that
+        another scale does not compile again.
+      note: what is sampled, for people.
+    """
+
+    run: Callable[..., jax.Array]
+    guidance: Float32[np.ndarray, " G"]
+    note: str
+
+    def __call__(self, params: Any, labels, seed: int, indices, noise=None) -> jax.Array:
+        """Samples of labels [B]; each depends on the seed and its own index [B] alone."""
+        return self.run(params, labels, sampler.sample_keys(seed, indices), self.guidance, noise)
+
+
+def sampling(network: Generator | FlowAR, cfg_scale: float, **settings: Any) -> Sampling:
+    """`sample_codes` or `sample_latents`, whichever fits the network."""
+    make = sample_latents if isinstance(network, FlowAR) else sample_codes
+    return make(network, cfg_scale, **settings)
+
+
+def sample_codes(
+    network: Generator,
+    cfg_scale: float = 1.5,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    gradual_cfg: bool = False,
+    greedy: bool = False,
+    num_tokens: int | None = None,
+    rules: Rule | Sequence[Rule] | None = None,
+) -> Sampling:
+    """The generator's sampler; the settings are those of `Generator.sample`.
+
+    Raises:
+      InputError: a setting out of range, or rules beside the settings that they replace.
+    """
+    c = network.config
+    num_tokens = c.num_tokens if num_tokens is None else num_tokens
+    _check(c.check_num_tokens, num_tokens)
+    check_guidance(cfg_scale)
+    given = published_rules(temperature, 0 if top_k >= c.codebook_size else top_k, top_p, greedy)
+    if rules is not None and given != published_rules():
+        raise InputError(
+            "rules replace temperature, top_k, top_p and greedy; give them as rules as well"
+        )
+    rules = given if rules is None else as_rules(rules)
+    options = sampler.SamplingOptions(num_tokens, guided=cfg_scale != 1.0)
+    guidance = logits.guidance_scales(
+        cfg_scale, c.num_tokens, c.group_size, c.causal, gradual=gradual_cfg
+    )
+
+    def run(params, labels, keys, guidance, noise=None):
+        del noise
+        return sampler.sample(network, params, labels, keys, guidance, rules, options=options)
+
+    return Sampling(run, guidance, f"{num_tokens} tokens")
+
+
+def sample_latents(
+    network: FlowAR,
+    cfg_scale: float = 2.4,
+    num_steps: int | Sequence[int] = 25,
+    guidance_high: float = 0.9,
+    guidance_low: float = 0.0,
+    grid: str | None = None,
+    solver: str = "euler",
+) -> Sampling:
+    """FlowAR's sampler; the settings are those of `FlowAR.sample`.
+
+    Raises:
+      InputError: a setting out of range.
+    """
+    check_flow_settings(cfg_scale, guidance_low, guidance_high, solver)
+    scales = len(network.config.scales)
+    if grid is None:
+        grid = "sde" if solver == "euler_maruyama" else "published"
+    options = flow_sampler.FlowSamplingOptions(
+        _check(flow_sampler.flow_times, scales, num_steps, grid),
+        guided=cfg_scale != 1.0,
+        guidance_low=guidance_low,
+        guidance_high=guidance_high,
+        solver=solver,
+    )
+
+    def run(params, labels, keys, factors, noise=None):
+        return flow_sampler.sample(network, params, labels, keys, factors, noise, options=options)
+
+    guidance = flow_sampler.guidance_factors(cfg_scale, scales)
+    return Sampling(run, guidance, f"{scales} scales of {num_steps} flow steps")
+
+
+def sampling_of(config: Any, cfg_scale: float) -> Sampling:
+    """The sampler, with its published settings, of a configuration whose task is in `DECODERS`."""
+    return sampling(programs.network_of(config), cfg_scale)
+
+
+def _check(check: Callable, *args: Any) -> Any:
+    """A check of a lower floor, whose ValueError is the user's here."""
+    try:
+        return check(*args)
+    except ValueError as error:
+        raise InputError(str(error)) from error
