@@ -2,6 +2,15 @@
 # Runs a command on this machine, as one process or several, and starts it again while it leaves
 # preempted.
 set -euo pipefail
+
+# Started behind a script (`launch/local.sh ... &`), a shell ignores SIGINT and cannot trap it, nor
+# can what it starts be interrupted. So it begins again with the signal's default.
+if [[ $(trap -p INT) == "trap -- '' SIGINT" ]]; then
+  restore='import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)'
+  exec "$(command -v python3 || command -v python)" -c \
+    "$restore; os.execvp('bash', ['bash', *sys.argv[1:]])" "${BASH_SOURCE[0]}" "$@"
+fi
+
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
@@ -83,7 +92,7 @@ set_up() {
   fi
 }
 
-# The words that make the command process $1 of all, meeting at port $2; detailflow_jax.distributed
+# The words that make the command process $1 of all, meeting at port $2; detailflow_jax.runtime.distributed
 # reads them. Nobody from outside can join.
 place() {
   printf '%s\n' env "JAX_COORDINATOR_ADDRESS=127.0.0.1:$2" \
@@ -112,7 +121,8 @@ stop() {
 
 # Sets `code` to what the command left with.
 run_one() {
-  "${COMMAND[@]}" &
+  # A shell lets what it puts behind itself ignore SIGINT: Ctrl-C would not reach the command.
+  (trap - INT; exec "${COMMAND[@]}") &
   pids=($!)
   code=0
   # A trapped signal ends `wait` early: go on until the command itself is gone.

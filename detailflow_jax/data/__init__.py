@@ -1,8 +1,8 @@
 """Images, codes and latents for training: sources, crops, deterministic batches, shards.
 
 sources.py      where labelled images come from (digits, a folder, TFDS)
-prepare.py      preparing a TFDS dataset, a command; imagenet.py checks ImageNet's tars
-split_writer.py going on with a preparation that was killed; spool.py sorts by way of the disk
+prepare.py      preparing a TFDS dataset, a command
+imagenet.py     the images in ImageNet's tars; imagenet_writer.py makes a TFDS dataset of them
 images.py       image files to RGB pictures
 transforms.py   crops for training and for encoding
 pipeline.py     batches as a pure function of (seed, step), with Grain

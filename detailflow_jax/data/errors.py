@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from detailflow_jax.runtime.errors import near_names
+from detailflow_jax.runtime.errors import ConfigError, near_names
 
 
 class UnreadableImage(Exception):
@@ -26,8 +26,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
+def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not one of `known`, with the nearest ones suggested."""
     known = list(known)
     expected = f"expected one of {', '.join(known)}"
-    return ValueError(f"unknown {what} {name!r}: {expected}{did_you_mean(name, known)}")
+    return ConfigError(f"unknown {what} {name!r}: {expected}{did_you_mean(name, known)}")

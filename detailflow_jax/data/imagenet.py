@@ -1,26 +1,29 @@
-"""The two tars of ImageNet-1k (ILSVRC 2012): where they come from, and whether they are whole.
+"""The tars of ImageNet-1k (ILSVRC 2012): where they come from, whether they are whole, what is in.
 
-The TFDS builder `imagenet2012` trusts its tars: it leaves out the training images if their tar is
-missing, and gives the validation images their labels by the place of their names in sorted order,
-so one file too few or too many would shift the labels without a word. Hence these checks before
-it starts.
+Every member is looked at by its header before anything is written: training images belong to the
+class that their tar is named after, and validation images get their labels by number, so that one
+file too few or too many would shift the labels silently.
 """
 
 import dataclasses
 import hashlib
+import importlib.resources
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from etils import epath
 from tqdm import tqdm
+
+from detailflow_jax.runtime.errors import UserError
 
 DOWNLOAD_PAGE = "https://image-net.org/download-images"
 _CHUNK = 16 * 2**20
 
 
-class TarError(ValueError):
+class TarError(UserError, ValueError):
     """Tars that are missing, incomplete or of another form; the text says what to do."""
 
 
@@ -33,8 +36,31 @@ class Tar:
     title: str  # on the download page
     num_bytes: int
     md5: str
-    num_members: int
     num_images: int
+
+
+class Member(NamedTuple):
+    """One image in a tar: `size` bytes from `offset` on; label -1 is none."""
+
+    name: str
+    label: str | int
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The images of one tar."""
+
+    name: str
+    path: epath.Path
+    members: list[Member]
+
+    @property
+    def fingerprint(self) -> list:
+        """JSON that tells this tar from others: name, bytes, time of change, number of images."""
+        stat = self.path.stat()
+        return [self.path.name, stat.length, stat.mtime, len(self.members)]
 
 
 TARS = (
@@ -44,7 +70,6 @@ TARS = (
         title="Training images (Task 1 & 2)",
         num_bytes=147_897_477_120,
         md5="1d675b47d978889d74fa0da5fadfb00e",
-        num_members=1000,
         num_images=1_281_167,
     ),
     Tar(
@@ -53,26 +78,27 @@ TARS = (
         title="Validation images (all tasks)",
         num_bytes=6_744_924_160,
         md5="29b22e2961454d5413ddabcf34fc5622",
-        num_members=50_000,
         num_images=50_000,
     ),
 )
 
+_TEST_TAR = "ILSVRC2012_img_test.tar"  # Becomes a third split, without labels, where it is there.
 
-def check_tars(
+
+def index_tars(
     manual_dir: str | os.PathLike,
     synsets: Sequence[str],
     *,
     partial: bool = False,
     md5: bool = False,
-) -> list[Tar]:
-    """Makes sure that the tars in `manual_dir` can be prepared, and returns those that are there.
+) -> list[Split]:
+    """Returns the images in the tars of `manual_dir`, after checking that they are the right ones.
 
     Args:
         manual_dir: local, mounted or gs:// folder.
-        synsets: the names of the classes, WordNet's numbers.
+        synsets: the names of the classes, WordNet numbers.
         partial: accept tars of the same form that hold less than the official ones, and the
-            absence of the training images; the builder does not run without the others.
+            absence of the training images.
         md5: also compare the checksums, which reads every byte.
 
     Raises:
@@ -83,12 +109,26 @@ def check_tars(
     missing = [tar for tar in TARS if tar not in found]
     if missing and not (partial and [tar.split for tar in missing] == ["train"]):
         raise TarError(_how_to_download(manual_dir, missing))
-    problems = []
+    splits, problems = [], []
     for tar in found:
-        problems += _problems(folder / tar.file, tar, synsets, partial=partial, md5=md5)
+        path = folder / tar.file
+        try:
+            _check_size(path, tar, partial=partial)
+            members = _train(path, synsets) if tar.split == "train" else _validation(path)
+            if not members:
+                raise TarError("it holds no images; download it again")
+            if not partial:
+                _check_content(path, tar, len(members), md5=md5)
+            splits.append(Split(tar.split, path, members))
+        except TarError as error:
+            problems.append(f"{path}: {error}")
+        except (tarfile.TarError, EOFError) as error:
+            problems.append(f"{path}: {error}; download it again")
     if problems:
         raise TarError("the tars cannot be prepared:\n" + "\n".join(f"  {p}" for p in problems))
-    return found
+    if (path := folder / _TEST_TAR).exists():
+        splits.append(Split("test", path, sorted(_images(path))))
+    return splits
 
 
 def _how_to_download(manual_dir: str | os.PathLike, missing: list[Tar]) -> str:
@@ -101,67 +141,74 @@ def _how_to_download(manual_dir: str | os.PathLike, missing: list[Tar]) -> str:
     )
 
 
-def _problems(
-    path: epath.Path, tar: Tar, synsets: Sequence[str], *, partial: bool, md5: bool
-) -> Iterator[str]:
+def _check_size(path: epath.Path, tar: Tar, *, partial: bool) -> None:
     size = path.stat().length
     if size != tar.num_bytes and not partial:
         state = "the download is incomplete" if size < tar.num_bytes else "it is another file"
-        yield (
-            f"{path}: {size:,} bytes, the official file has {tar.num_bytes:,}: {state}; "
-            "--partial accepts smaller tars of the same form"
+        raise TarError(
+            f"{size:,} bytes, the official file has {tar.num_bytes:,}: {state}; --partial accepts "
+            "smaller tars of the same form"
         )
-        return
-    try:
-        names = _check_train(path, synsets) if tar.split == "train" else _check_validation(path)
-    except (tarfile.TarError, TarError, EOFError) as error:
-        yield f"{path}: {error}; download it again"
-        return
-    if len(names) != tar.num_members and not partial:
-        yield f"{path}: {len(names):,} members, expected {tar.num_members:,}; download it again"
-    elif md5 and not partial and (digest := _md5(path)) != tar.md5:
-        yield f"{path}: MD5 {digest}, the official file has {tar.md5}; download it again"
 
 
-def _check_train(path: epath.Path, synsets: Sequence[str]) -> list[str]:
-    """The members of a tar of synset tars, nNNNNNNNN.tar, each of JPEGs named after it."""
-    known = set(synsets)
-    names = []
+def _check_content(path: epath.Path, tar: Tar, images: int, *, md5: bool) -> None:
+    if images != tar.num_images:
+        raise TarError(f"{images:,} images, expected {tar.num_images:,}; download it again")
+    if md5 and (digest := _md5(path)) != tar.md5:
+        raise TarError(f"MD5 {digest}, the official file has {tar.md5}; download it again")
+
+
+def _train(path: epath.Path, synsets: Sequence[str]) -> list[Member]:
+    """The images of a tar of synset tars, nNNNNNNNN.tar, each of JPEGs named after it."""
+    known, members = set(synsets), []
     for outer, member in _members(path):
         synset = member.name.removesuffix(".tar")
         if synset == member.name or synset not in known:
             raise TarError(f"member {member.name!r}, expected SYNSET.tar, such as n01440764.tar")
         try:
             with tarfile.open(mode="r:", fileobj=outer.extractfile(member)) as inner:
-                first = inner.next()
+                for image in inner:
+                    if not re.fullmatch(rf"{synset}_\d+\.JPEG", image.name):
+                        raise TarError(
+                            f"its member {member.name!r} holds {image.name!r}, expected "
+                            f"{synset}_NUMBER.JPEG"
+                        )
+                    offset = member.offset_data + image.offset_data
+                    members.append(Member(image.name, synset, offset, image.size))
         except tarfile.TarError as error:
-            raise TarError(f"its member {member.name!r} is not a whole tar: {error}") from error
-        if first is None or not re.fullmatch(rf"{synset}_\d+\.JPEG", first.name):
             raise TarError(
-                f"its member {member.name!r} begins with {first and first.name!r}, expected "
-                f"{synset}_NUMBER.JPEG"
-            )
-        names.append(member.name)
-    return names
+                f"its member {member.name!r} is not a whole tar: {error}; download it again"
+            ) from error
+    return members
 
 
-def _check_validation(path: epath.Path) -> list[str]:
-    """The members of a flat tar, ILSVRC2012_val_00000001.JPEG and so on without a gap."""
-    names = sorted(member.name for _, member in _members(path))
-    for number, name in enumerate(names, start=1):
-        if name != (expected := f"ILSVRC2012_val_{number:08d}.JPEG"):
+def _validation(path: epath.Path) -> list[Member]:
+    """The images of a flat tar, ILSVRC2012_val_00000001.JPEG and so on without a gap."""
+    images = sorted(_images(path))
+    folder = importlib.resources.files("tensorflow_datasets.datasets.imagenet2012")
+    labels = (folder / "validation_labels.txt").read_text().split()
+    for number, image in enumerate(images, start=1):
+        if image.name != (expected := f"ILSVRC2012_val_{number:08d}.JPEG"):
             raise TarError(
-                f"member {name!r} in the place of {expected!r}: labels go by place, so they would "
-                "all be wrong from here on"
+                f"member {image.name!r} in the place of {expected!r}: labels go by place, so they "
+                "would all be wrong from here on"
             )
-    return names
+    if len(images) > len(labels):
+        raise TarError(f"{len(images):,} images, expected at most {len(labels):,}")
+    return [image._replace(label=label) for image, label in zip(images, labels, strict=False)]
+
+
+def _images(path: epath.Path) -> Iterator[Member]:
+    for _, member in _members(path):
+        yield Member(member.name, -1, member.offset_data, member.size)
 
 
 def _members(path: epath.Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Every member of a tar, by its headers alone; raises on a tar that is cut short."""
+    """Every file in a tar, by its headers alone; raises on a tar that is cut short."""
     with path.open("rb") as file, tarfile.open(mode="r:", fileobj=file) as archive:
-        for member in tqdm(archive, desc=f"check {path.name}", unit=" members", mininterval=1):
-            yield archive, member
+        for member in tqdm(archive, desc=f"index {path.name}", unit=" members", mininterval=1):
+            if member.isfile():
+                yield archive, member
 
 
 def _md5(path: epath.Path) -> str:

@@ -1,7 +1,7 @@
-"""Latents of a whole data set: the moments of an autoencoder's posterior, one record an image.
+"""Latents of a whole data set: the moments of an autoencoder's posterior, one record per image.
 
 Shapes: h x w latent positions; C channels; the last axis of moments is (mean, logvar), unscaled.
-The first axis holds the image and its mirror (facts FlowAR 7).
+The first axis holds the image and its mirror.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import numpy as np
 
 from detailflow_jax.data.shard_source import ShardSource
 from detailflow_jax.data.shards import ShardLayout
+from detailflow_jax.runtime.errors import ConfigError
 
 VIEWS = 2
 """The image and its mirror."""
@@ -33,9 +34,9 @@ class LatentLayout(ShardLayout):
         object.__setattr__(self, "latent_shape", tuple(self.latent_shape))  # JSON has lists.
         super().__post_init__()
         if len(self.latent_shape) != 3 or min(self.latent_shape) < 1:
-            raise ValueError(f"LatentLayout.latent_shape={self.latent_shape}: expected (h, w, C)")
+            raise ConfigError(f"LatentLayout.latent_shape={self.latent_shape}: expected (h, w, C)")
         if self.dtype not in DTYPES:
-            raise ValueError(f"LatentLayout.dtype={self.dtype!r}: expected {' or '.join(DTYPES)}")
+            raise ConfigError(f"LatentLayout.dtype={self.dtype!r}: expected {' or '.join(DTYPES)}")
 
     @property
     def moments_shape(self) -> tuple[int, int, int, int]:
@@ -60,7 +61,7 @@ class LatentLayout(ShardLayout):
             why = (
                 "NaN or infinite" if not np.isfinite(value).all() else f"too large for {self.dtype}"
             )
-            raise ValueError(f"moments of {index} are {why}")
+            raise ConfigError(f"moments of {index} are {why}")
         return record.tobytes()
 
     def decode(self, record: np.void) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from detailflow_jax.data.transforms import (
     training_crop,
 )
 from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
+from detailflow_jax.runtime.errors import ConfigError
 
 _MAX_SKIPS = 64  # Broken records in a row after which the data, not the record, are at fault.
 _reported: set[str] = set()  # Broken records already named in this process's log.
@@ -236,13 +237,13 @@ def make_iterator(
         exact, with any number of worker processes, and `grain.checkpoint.CheckpointSave` takes it.
 
     Raises:
-        ValueError: a batch that the processes do not divide, an unknown source or crop, and
-            what `make_source`, `CodeSource`, `LatentSource` and `InputSizes` raise.
+        ConfigError: a batch that the processes do not divide, an unknown source or crop, and
+            what `make_source`, `CodeSource` and `LatentSource` raise.
     """
     sizes = _check_batches(data, batch_size, seed, process_index, process_count)
     source, random_map = _open(data, sizes.possible[-1] if sizes else data.get("image_size"))
     if not len(source):
-        raise ValueError(f"data source {data['source']!r} holds no examples")
+        raise ConfigError(f"data source {data['source']!r} holds no examples")
     # Seeds are derived here: those that Grain derives depend on the depth of the pipeline.
     shuffle_seed, map_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
     dataset = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat()
@@ -255,19 +256,31 @@ def make_iterator(
     return _start(dataset.batch(batch_size // process_count, batch_fn=together), data)
 
 
+def batch_sizes(data: Mapping, batch_size: int, seed: int) -> InputSizes | None:
+    """Returns the image size of every batch; None where `data.dynamic` is off.
+
+    Raises:
+        ConfigError: fields of `data.dynamic` that cannot be used.
+    """
+    try:
+        return input_sizes(data, batch_size, seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _check_batches(
     data: Mapping, batch_size: int, seed: int, process_index: int, process_count: int
 ) -> InputSizes | None:
     """The sizes of the batches, None where all are alike; refuses what processes cannot share."""
     if batch_size <= 0 or batch_size % process_count:
-        raise ValueError(
+        raise ConfigError(
             f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} of {process_count} processes")
-    sizes = input_sizes(data, batch_size, seed)
+    sizes = batch_sizes(data, batch_size, seed)
     if sizes and sizes.multiple % process_count:
-        raise ValueError(
+        raise ConfigError(
             f"config.data.dynamic.multiple={sizes.multiple} must be a multiple of the "
             f"{process_count} processes, which share every batch"
         )

@@ -2,45 +2,40 @@
 
     python -m detailflow_jax.data.prepare --dataset imagenet2012 --data_dir /data/tfds
 
-Runs the dataset's own TFDS builder, written as ArrayRecord. Whatever TFDS can download is
-downloaded; for ImageNet the two official tars are checked first, and what is missing is named with
-the place to get it. The dataset appears under its final name only when it is complete, and the same
-command can be run again at any time: a finished dataset is left as it is, finished downloads are
-used again, and an interrupted preparation is gone on with (see `split_writer`; not on gs://).
+ImageNet is written from its two tars by `imagenet_writer`; a run that was interrupted continues.
+Every other dataset is built by TFDS itself, which downloads what it needs: a run that was
+interrupted uses finished downloads again. A dataset appears under its final name only when it is
+complete, and a finished one is left as it is, so the same command can be run again at any time.
 """
 
 import argparse
 import contextlib
-import functools
 import os
 import shlex
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 from tqdm import tqdm
 
-from detailflow_jax.data import split_writer
+from detailflow_jax.data import imagenet_writer
 from detailflow_jax.data.errors import UnreadableImage
-from detailflow_jax.data.imagenet import TARS, check_tars
+from detailflow_jax.data.imagenet import Split, index_tars
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import image_and_label, make_source, unknown_dataset
-from detailflow_jax.data.spool import SpoolError
 from detailflow_jax.runtime import extras
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import ConfigError, UserError
 from detailflow_jax.runtime.files import hold_workdir
 
 IMAGENET = "imagenet2012"
-_TEST_TAR = "ILSVRC2012_img_test.tar"  # The builder takes it, if it is there, as a third split.
-# Images are shuffled by way of temporary files, each removed when it has been written to a shard.
-_SPACE = 1.1  # Free bytes needed for each byte of the tars.
+_SPACE = 1.05  # Free bytes needed for each byte of the tars.
 
 
-class PrepareError(ValueError):
+class PrepareError(UserError, ValueError):
     """A dataset that cannot be prepared; the text says why and what to do."""
 
 
@@ -56,57 +51,40 @@ def prepare(
 
     Args:
         name: of TFDS, with a config or version where wanted: "cifar10", "imagenet_v2/topimages".
-        data_dir: where TFDS keeps its data: local, mounted or gs://. None: $TFDS_DATA_DIR, else
-            the default of TFDS.
+        data_dir: where TFDS keeps its data: local or mounted; gs:// except for ImageNet. None:
+            $TFDS_DATA_DIR, else the default of TFDS.
         manual_dir: where files are that have to be fetched by hand; None: where TFDS looks,
             DATA_DIR/downloads/manual.
-        partial, md5: see `imagenet.check_tars`.
+        partial, md5: see `imagenet.index_tars`.
 
     Raises:
         PrepareError, TarError, ConfigError: nothing was prepared; the text says what to do.
-        ValueError: TFDS has no such dataset, or it has no image and class.
     """
     builder = _open_builder(name, data_dir)
-    image_and_label(builder)  # Refuses a dataset without them before anything is fetched.
+    image_and_label(builder)  # Raises before anything is fetched.
     if _is_done(builder):
-        split_writer.remove_progress(builder)
         return builder
     root = epath.Path(builder.data_dir_root)
     manual_dir = epath.Path(manual_dir or root / "downloads" / "manual")
-    with _alone(builder):
+    with _foreseen(builder), _alone(builder):
         if builder.data_path.exists():  # Another process was faster, or somebody put it there.
             builder = _open_builder(name, data_dir)
             if _is_done(builder):
                 return builder
             raise PrepareError(f"{builder.data_path} is not a whole dataset: remove it")
-        _remove_interrupted(builder)
-        expected = {}
         if builder.name == IMAGENET:
+            if _in_bucket(builder):
+                raise PrepareError(
+                    f"{root}: ImageNet is prepared on a local or mounted disk; choose another "
+                    "--data_dir and copy the finished folder to the bucket"
+                )
             synsets = builder.info.features["label"].names
-            tars = check_tars(manual_dir, synsets, partial=partial, md5=md5)
-            expected = {} if partial else {tar.split: tar.num_images for tar in tars}
-        files = _manual_files(builder, manual_dir)
-        if builder.name == IMAGENET:
-            _check_space(builder, files)
-        _run(builder, manual_dir, _definition(files), expected)
-    if builder.name == IMAGENET and not partial:
-        _check_counts(builder)
-    return builder
-
-
-def _manual_files(builder: Any, manual_dir: epath.Path) -> list[epath.Path]:
-    """The files fetched by hand that the dataset is made of, or may be."""
-    if builder.name == IMAGENET:
-        files = [manual_dir / name for name in (*(tar.file for tar in TARS), _TEST_TAR)]
-        return [file for file in files if file.exists()]
-    if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-        return []  # TFDS knows the checksums of what it downloads.
-    if not manual_dir.exists():
-        raise PrepareError(
-            f"the files of {builder.name} have to be fetched by hand, into {manual_dir}:\n"
-            f"{builder.MANUAL_DOWNLOAD_INSTRUCTIONS.strip()}"
-        )
-    return sorted(manual_dir.iterdir())
+            splits = index_tars(manual_dir, synsets, partial=partial, md5=md5)
+            _check_space(builder, splits)
+            imagenet_writer.write(builder, splits)
+        else:
+            _build(builder, manual_dir)
+    return _open_builder(name, data_dir)
 
 
 def _open_builder(name: str, data_dir: str | None) -> Any:
@@ -118,6 +96,10 @@ def _open_builder(name: str, data_dir: str | None) -> Any:
         return tfds.builder(name, data_dir=data_dir or os.environ.get("TFDS_DATA_DIR"))
     except tfds.core.DatasetNotFoundError as error:
         raise unknown_dataset(name, data_dir or str(tfds.core.constants.DATA_DIR)) from error
+
+
+def _in_bucket(builder: Any) -> bool:
+    return os.fspath(builder.data_path).startswith("gs://")
 
 
 def _is_done(builder: Any) -> bool:
@@ -137,7 +119,7 @@ def _is_done(builder: Any) -> bool:
 @contextlib.contextmanager
 def _alone(builder: Any):
     """Within it no other process prepares this dataset, as far as the file system has locks."""
-    if os.fspath(builder.data_path).startswith("gs://"):
+    if _in_bucket(builder):
         yield
         return
     with contextlib.ExitStack() as stack:
@@ -151,42 +133,13 @@ def _alone(builder: Any):
         yield
 
 
-def _remove_interrupted(builder: Any) -> None:
-    """Removes the half-written directories of runs that were killed; TFDS leaves them."""
-    for left in builder.data_path.parent.glob(f"incomplete.*_{builder.data_path.name}"):
-        left.rmtree()
-
-
-def _definition(files: Sequence[epath.Path]) -> list[tuple[str, int, int]]:
-    """What tells these files from others."""
-    stats = [(file.name, file.stat()) for file in files]
-    return [(name, stat.length, stat.mtime) for name, stat in stats]
-
-
-def _check_space(builder: Any, tars: Sequence[epath.Path]) -> None:
-    root = epath.Path(builder.data_dir_root)
-    if os.fspath(root).startswith("gs://"):
-        return
-    root.mkdir(parents=True, exist_ok=True)
-    size = sum(tar.stat().length for tar in tars)
-    needed = _SPACE * size - split_writer.progress_bytes(builder)
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise PrepareError(
-            f"{root} has {free / 1e9:,.0f} GB free, preparing needs about {needed / 1e9:,.0f} GB "
-            "for the dataset: make room or choose another "
-            "--data_dir; the tars may lie elsewhere, see --manual_dir"
-        )
-
-
-def _run(
-    builder: Any, manual_dir: epath.Path, definition: Any, expected: Mapping[str, int]
-) -> None:
+@contextlib.contextmanager
+def _foreseen(builder: Any):
+    """Turns files that are missing, unreachable or unknown, or a full disk, into PrepareError."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
     download = tfds.core.download
-    # Files that are missing, unreachable or not the known ones, or a disk that is full.
     foreseen = (
         AssertionError,
         OSError,
@@ -195,17 +148,10 @@ def _run(
         download.util.DownloadError,
         download.download_manager.NonMatchingChecksumError,
     )
-    # Not the copy that TFDS offers of small datasets: it is stored without random access.
-    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
-    build = functools.partial(
-        builder.download_and_prepare, download_config=config, file_format="array_record"
-    )
     try:
-        if split_writer.is_supported(builder):
-            _go_on(builder, build, definition, expected)
-        else:
-            print("TFDS writes this one itself: an interrupted run would begin again", flush=True)
-            build()
+        yield
+    except UserError:
+        raise
     except foreseen as error:
         raise PrepareError(
             f"{builder.name} cannot be prepared: {error}\n"
@@ -213,26 +159,34 @@ def _run(
         ) from error
 
 
-def _go_on(
-    builder: Any, build: Callable[[], None], definition: Any, expected: Mapping[str, int]
-) -> None:
-    try:
-        with split_writer.resumable(builder, definition, expected):
-            build()
-    except SpoolError as error:
-        print(f"what an earlier run left is of no use: {error}; beginning again", flush=True)
-        with split_writer.resumable(builder, definition, expected):
-            build()
+def _check_space(builder: Any, splits: Sequence[Split]) -> None:
+    root = epath.Path(builder.data_dir_root)
+    needed = _SPACE * sum(split.path.stat().length for split in splits)
+    needed -= imagenet_writer.progress_bytes(builder)
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise PrepareError(
+            f"{root} has {free / 1e9:,.0f} GB free, preparing needs about {needed / 1e9:,.0f} GB "
+            "for the dataset: make room or choose another --data_dir; the tars may lie elsewhere, "
+            "see --manual_dir"
+        )
 
 
-def _check_counts(builder: Any) -> None:
-    for tar in TARS:
-        count = builder.info.splits[tar.split].num_examples
-        if count != tar.num_images:
-            raise PrepareError(
-                f"{builder.data_path}: {count:,} {tar.split} images, expected {tar.num_images:,}: "
-                "the tar is not the official one. Remove the directory and download it again"
-            )
+def _build(builder: Any, manual_dir: epath.Path) -> None:
+    """Lets TFDS build the dataset."""
+    import tensorflow_datasets as tfds
+
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not manual_dir.exists():
+        raise PrepareError(
+            f"the files of {builder.name} have to be fetched by hand, into {manual_dir}:\n"
+            f"{builder.MANUAL_DOWNLOAD_INSTRUCTIONS.strip()}"
+        )
+    # TFDS leaves the half-written folders of runs that were killed.
+    for left in builder.data_path.parent.glob(f"incomplete.*_{builder.data_path.name}"):
+        left.rmtree()
+    # Not the copy that TFDS offers of small datasets: it is stored without random access.
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+    builder.download_and_prepare(download_config=config, file_format="array_record")
 
 
 def verify(builder: Any) -> dict[str, list[UnreadableImage]]:
@@ -315,7 +269,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, 2 with text that says what is wrong, or 130 for Ctrl-C."""
+    """Runs the command line; returns 0, 130 for Ctrl-C, or an error's exit code."""
     args = parse_arguments(argv)
     try:
         builder = prepare(
@@ -326,9 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for split, images in verify(builder).items():
                 print(f"{split}: {len(images)} unreadable images, which training skips and counts")
                 print("".join(f"  {image}\n" for image in images), end="")
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return error.report()
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
         return 130

@@ -10,6 +10,7 @@ import grain
 import numpy as np
 
 from detailflow_jax.data.shards import FORMAT_VERSION, ShardLayout, num_records, read_json
+from detailflow_jax.runtime.errors import ConfigError, NotFoundError
 
 
 class ShardSource:
@@ -19,8 +20,8 @@ class ShardSource:
     source of the images. `manifest` is manifest.json as a dict.
 
     Raises:
-        FileNotFoundError: no such folder, extraction not finished, or a shard missing.
-        ValueError: a shard or its records are not those of the manifest, or of another kind.
+        NotFoundError: no such folder, extraction not finished, or a shard missing.
+        ConfigError: a shard or its records are not those of the manifest, or of another kind.
     """
 
     layout_class: ClassVar[type[ShardLayout]]
@@ -30,7 +31,7 @@ class ShardSource:
         self.directory = os.path.abspath(os.path.expanduser(directory))
         path = os.path.join(self.directory, "manifest.json")
         if not os.path.exists(path):
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{self.directory} has no manifest.json: the extraction of {what} has not "
                 "finished, run the same command again"
                 if os.path.isdir(self.directory) and directory
@@ -39,10 +40,10 @@ class ShardSource:
         self.manifest = read_json(path)
         version = self.manifest.get("format_version")
         if version != FORMAT_VERSION:
-            raise ValueError(f"{path}: format_version {version}, this code reads {FORMAT_VERSION}")
+            raise ConfigError(f"{path}: format_version {version}, this code reads {FORMAT_VERSION}")
         fields = [field.name for field in dataclasses.fields(self.layout_class)]
         if absent := [name for name in fields if name not in self.manifest]:
-            raise ValueError(f"{self.directory} holds no {what}: {path} lacks {', '.join(absent)}")
+            raise ConfigError(f"{self.directory} holds no {what}: {path} lacks {', '.join(absent)}")
         self.layout = self.layout_class(**{name: self.manifest[name] for name in fields})
         self.name = f"{what}:{directory}"
         self.num_classes = self.manifest["num_classes"]
@@ -52,7 +53,7 @@ class ShardSource:
         self._check_shards()
         filled = [s["file"] for s in self.manifest["shards"] if s["num_records"]]
         if not filled:
-            raise ValueError(f"{self.directory}: every image was unreadable, there are no {what}")
+            raise ConfigError(f"{self.directory}: every image was unreadable, there are no {what}")
         paths = [os.path.join(self.directory, file) for file in filled]
         self._records = grain.sources.ArrayRecordDataSource(paths)
         self[0]  # Refuses another record format here, not in the middle of a run.
@@ -62,13 +63,13 @@ class ShardSource:
             path = os.path.join(self.directory, shard["file"])
             again = "remove manifest.json and the file and run the extraction again"
             if not os.path.exists(path):
-                raise FileNotFoundError(f"{path} is missing, manifest.json lists it: {again}")
+                raise NotFoundError(f"{path} is missing, manifest.json lists it: {again}")
             if (size := os.path.getsize(path)) != shard["num_bytes"]:
-                raise ValueError(
+                raise ConfigError(
                     f"{path} has {size} bytes, manifest.json says {shard['num_bytes']}: {again}"
                 )
             if (count := num_records(path)) != shard["num_records"]:
-                raise ValueError(
+                raise ConfigError(
                     f"{path} has {count} records, manifest.json says {shard['num_records']}: "
                     + again
                 )
@@ -80,7 +81,7 @@ class ShardSource:
         data = self._records[index]
         dtype = self.layout.record_dtype
         if len(data) != dtype.itemsize:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.directory}: record {index} has {len(data)} bytes, manifest.json describes "
                 f"{dtype.itemsize}: the shards are those of another layout"
             )

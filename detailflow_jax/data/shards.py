@@ -14,12 +14,14 @@ import dataclasses
 import glob
 import json
 import os
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 from array_record.python import array_record_module
+
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.files import atomic_path, remove_partial, write_atomically
 
 FORMAT_VERSION = 1
 
@@ -41,7 +43,7 @@ class ShardLayout(abc.ABC):
     def __post_init__(self):
         for field, value in dataclasses.asdict(self).items():
             if isinstance(value, int) and value < 1:
-                raise ValueError(f"{type(self).__name__}.{field}={value}: must be at least 1")
+                raise ConfigError(f"{type(self).__name__}.{field}={value}: must be at least 1")
 
     @property
     def num_shards(self) -> int:
@@ -78,8 +80,8 @@ def open_extraction(directory: str, layout: ShardLayout, definition: Mapping) ->
             needs; JSON values. Those that `layout.needed` names, and others.
 
     Raises:
-        ValueError: a needed field is missing, or the folder holds an extraction that differs;
-            the differing fields are named.
+        ConfigError: the folder holds an extraction that differs; the differing fields are named.
+        ValueError: the definition lacks a needed field.
     """
     if missing := sorted(layout.needed - set(definition)):
         raise ValueError(f"the definition of an extraction lacks {', '.join(missing)}")
@@ -89,14 +91,14 @@ def open_extraction(directory: str, layout: ShardLayout, definition: Mapping) ->
     os.makedirs(directory, exist_ok=True)
     if not os.path.exists(path):
         if glob.glob("*.array_record", root_dir=directory):
-            raise ValueError(f"{directory} holds shards but no layout.json: use another folder")
+            raise ConfigError(f"{directory} holds shards but no layout.json: use another folder")
         _write_json(path, fields)
         return
     begun = read_json(path)
     differing = [k for k in sorted({*fields, *begun}) if fields.get(k) != begun.get(k)]
     if differing:
         lines = [f"  {k}: {begun.get(k)!r} there, {fields.get(k)!r} asked" for k in differing]
-        raise ValueError(
+        raise ConfigError(
             f"{directory} holds another extraction, which differs in\n"
             + "\n".join(lines)
             + "\nuse another folder, or remove this one to start again"
@@ -113,8 +115,8 @@ def pending_shards(
     pending = []
     for shard in range(process_index, layout.num_shards, process_count):
         path = os.path.join(directory, layout.file_name(shard))
-        _remove_partial(directory, os.path.basename(path))
-        _remove_partial(directory, os.path.basename(_sidecar(path)))
+        remove_partial(directory, os.path.basename(path))
+        remove_partial(directory, os.path.basename(_sidecar(path)))
         if not os.path.exists(path):
             pending.append(shard)
     return pending
@@ -139,38 +141,36 @@ def write_shard(
             with the unreadable ones, exactly those of the shard.
     """
     path = os.path.join(directory, layout.file_name(shard))
-    partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
     written = []
-    # One record a group: random access then decompresses nothing that is not asked for.
-    writer = array_record_module.ArrayRecordWriter(partial, "group_size:1")
-    try:
+
+    def encoded() -> Iterator[bytes]:
         for index, label, value in records:
-            writer.write(layout.encode(index, label, value))
+            yield layout.encode(index, label, value)
             written.append(index)
-    finally:
-        writer.close()
-    if written != [i for i in layout.positions(shard) if i not in unreadable]:
-        raise ValueError(
-            f"shard {shard} needs, in order, the positions {layout.positions(shard)} without the "
-            f"{len(unreadable)} unreadable ones; got {len(written)} records"
-        )
-    if num_records(partial) != len(written):  # A full disk shows here, before the renaming.
-        raise OSError(f"{partial}: {len(written)} records were written but do not read back")
-    sidecar = {"unreadable": [[int(i), unreadable[i]] for i in sorted(unreadable)]}
-    _write_json(_sidecar(path), sidecar)
-    _publish(partial, path)
+        if written != [i for i in layout.positions(shard) if i not in unreadable]:
+            raise ValueError(
+                f"shard {shard} needs, in order, the positions {layout.positions(shard)} without "
+                f"the {len(unreadable)} unreadable ones; got {len(written)} records"
+            )
+        # Before the shard, which tells that both are there.
+        sidecar = {"unreadable": [[int(i), unreadable[i]] for i in sorted(unreadable)]}
+        _write_json(_sidecar(path), sidecar)
+
+    write_records(path, encoded())
 
 
 def write_manifest(directory: str, layout: ShardLayout) -> dict:
     """Closes the extraction: checks that every shard is there and writes manifest.json.
 
     Returns the manifest: layout.json and num_records, unreadable, shards (file, num_records,
-    num_bytes). Writing it again gives the same bytes. Raises ValueError if shards are missing.
+    num_bytes). Writing it again gives the same bytes. Raises ConfigError if shards are missing.
     """
     paths = [os.path.join(directory, layout.file_name(k)) for k in range(layout.num_shards)]
     if missing := [path for path in paths if not os.path.exists(path)]:
-        raise ValueError(f"{len(missing)} of {len(paths)} shards are not written: {missing[0]} ...")
-    _remove_partial(directory, "*")
+        raise ConfigError(
+            f"{len(missing)} of {len(paths)} shards are not written: {missing[0]} ..."
+        )
+    remove_partial(directory)
     shards, unreadable = [], []
     for shard, path in enumerate(paths):
         broken = read_json(_sidecar(path))["unreadable"]
@@ -196,13 +196,37 @@ def _sidecar(path: str) -> str:
     return path.removesuffix(".array_record") + ".json"
 
 
-def _remove_partial(directory: str, pattern: str) -> None:
-    for partial in glob.glob(f"{pattern}.partial-*", root_dir=directory):
-        os.remove(os.path.join(directory, partial))
+def write_records(
+    path: str | os.PathLike, records: Iterable[bytes], expected: int | None = None
+) -> None:
+    """Writes an ArrayRecord file; it appears only when it is complete.
+
+    Raises:
+        OSError: the disk is full, or the file does not read back.
+        ValueError: there are not `expected` records.
+    """
+    with atomic_path(path) as temporary:
+        count = 0
+        try:
+            # One record per group: random access then decompresses nothing that is not asked for.
+            writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1")
+            try:
+                for record in records:
+                    writer.write(record)
+                    count += 1
+            finally:
+                writer.close()
+        except RuntimeError as error:  # Its only kind: a full disk, above all.
+            raise OSError(f"{path} cannot be written: {error}") from error
+        if expected not in (None, count):
+            raise ValueError(f"{path}: {count:,} records, expected {expected:,}")
+        if num_records(temporary) != count:  # A full disk may show only here.
+            raise OSError(f"{path}: {count:,} records were written but do not read back")
 
 
-def num_records(path: str) -> int:
-    reader = array_record_module.ArrayRecordReader(path)
+def num_records(path: str | os.PathLike) -> int:
+    """The number of records in an ArrayRecord file."""
+    reader = array_record_module.ArrayRecordReader(os.fspath(path))
     count = reader.num_records()
     reader.close()
     return count
@@ -214,19 +238,4 @@ def read_json(path: str) -> dict:
 
 
 def _write_json(path: str, value: Mapping) -> None:
-    partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-    _publish(partial, path)
-
-
-def _publish(partial: str, path: str) -> None:
-    """Gives a complete file its final name, on disk and not only in the page cache."""
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_atomically(path, json.dumps(value, indent=1).encode())

@@ -15,6 +15,7 @@ from PIL import Image
 from detailflow_jax.data.errors import UnreadableImage, did_you_mean, unknown_name
 from detailflow_jax.data.images import IMAGE_FILE, Picture, decode_picture
 from detailflow_jax.runtime import extras
+from detailflow_jax.runtime.errors import ConfigError, NotFoundError
 
 SOURCE_KINDS = ("digits", "folder", "tfds")
 
@@ -61,15 +62,15 @@ def make_source(spec: str, split: str | None = None, data_dir: str | None = None
             default of TFDS.
 
     Raises:
-        ValueError: unknown source or split, or a dataset without the needed fields.
-        FileNotFoundError: missing or empty folder, dataset that is not prepared.
+        ConfigError: unknown source or split, or a dataset without the needed fields.
+        NotFoundError: missing or empty folder, dataset that is not prepared.
     """
     kind, _, rest = spec.partition(":")
     if kind == "digits":
         return DigitsSource(rest or split or "train")
     if kind == "folder":
         if split not in (None, "train"):
-            raise ValueError(
+            raise ConfigError(
                 f"{spec!r} has no split {split!r}: a folder is one set of images; "
                 "name the folder of that split as the source"
             )
@@ -77,7 +78,7 @@ def make_source(spec: str, split: str | None = None, data_dir: str | None = None
     if kind == "tfds":
         match = re.fullmatch(r"([^:]+(?::\d+\.\d+\.\d+)?)(?::(.+))?", rest)
         if not match:
-            raise ValueError(f"source {spec!r}: expected tfds:NAME or tfds:NAME:SPLIT")
+            raise ConfigError(f"source {spec!r}: expected tfds:NAME or tfds:NAME:SPLIT")
         return TfdsSource(match[1], match[2] or split or "train", data_dir)
     raise unknown_name("data source", kind, SOURCE_KINDS)
 
@@ -121,25 +122,24 @@ class FolderSource(Source):
     """Images of `path/<class>/<file>`; classes and files in sorted order.
 
     Images are told by suffix (images.IMAGE_FILE, any case); other files and hidden entries are
-    left out. Raises FileNotFoundError or ValueError, naming the folder, for
-    a missing or empty folder, a class without images, images outside of any class, and folders
-    inside of a class.
+    left out. Raises ConfigError, naming the folder, for a missing or empty folder, a class
+    without images, images outside of any class, and folders inside of a class.
     """
 
     def __init__(self, path: str):
         self.path = os.path.abspath(os.path.expanduser(path))
         if not path or not os.path.isdir(self.path):
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"no image folder {path!r}: expected folder:PATH with one subfolder a class"
             )
         folders, stray, _ = _list_folder(self.path)
         if stray:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.path} holds images outside of a class folder (such as {stray[0]}): "
                 "move them into one subfolder a class"
             )
         if not folders:
-            raise FileNotFoundError(f"{self.path} is empty: expected one subfolder a class")
+            raise NotFoundError(f"{self.path} is empty: expected one subfolder a class")
         self.name = f"folder:{path}"
         self.class_names = tuple(folders)
         self._files = []  # (class, name) relative to path
@@ -153,12 +153,12 @@ class FolderSource(Source):
         where = os.path.join(self.path, folder)
         nested, images, others = _list_folder(where)
         if nested:
-            raise ValueError(
+            raise ConfigError(
                 f"class folder {where} holds folders (such as {nested[0]}): images must lie "
                 f"directly in it; if {folder!r} is a split, use the source folder:{where}"
             )
         if not images:
-            raise ValueError(
+            raise ConfigError(
                 f"class folder {where} holds no images: add images or remove the folder "
                 "(read are JPEG, PNG, WebP, AVIF, BMP, GIF, TIFF, PPM and JPEG 2000 files)"
             )
@@ -248,7 +248,7 @@ def image_and_label(builder) -> tuple[str, str]:
     """The names of the features that hold the image and its class.
 
     They are the supervised pair of the dataset where it has one, else its only image of 8 or 16
-    bits and its only class label. Raises ValueError, listing the features, if neither is there.
+    bits and its only class label. Raises ConfigError, listing the features, if neither is there.
     """
     import tensorflow_datasets as tfds
 
@@ -264,7 +264,7 @@ def image_and_label(builder) -> tuple[str, str]:
     if pair and len(pair) == 2 and pair[0] in images and pair[1] in labels:
         return pair
     if len(images) != 1 or len(labels) != 1:
-        raise ValueError(
+        raise ConfigError(
             f"TFDS dataset {builder.name!r} is not one for image classification: expected one "
             f"image and one ClassLabel, its features are {features}"
         )
@@ -280,21 +280,21 @@ def _prepared_builder(tfds, name: str, data_dir: str):
     except tfds.core.DatasetNotFoundError as error:
         raise unknown_dataset(name, data_dir) from error
     if not builder.is_prepared():
-        raise FileNotFoundError(f"TFDS dataset {name!r} is not under {data_dir}: {advice}")
+        raise NotFoundError(f"TFDS dataset {name!r} is not under {data_dir}: {advice}")
     formats = {f.value for f in builder.info.available_file_formats()}
     if "array_record" not in formats:
-        raise ValueError(
+        raise ConfigError(
             f"TFDS dataset {name!r} under {data_dir} is stored as {' '.join(sorted(formats))}, "
             f"which has no random access: remove it or choose another data_dir, then {advice}"
         )
     return builder
 
 
-def unknown_dataset(name: str, data_dir: str) -> ValueError:
+def unknown_dataset(name: str, data_dir: str) -> ConfigError:
     """The error for a name that TFDS does not know, with the nearest ones suggested."""
     import tensorflow_datasets as tfds
 
-    return ValueError(
+    return ConfigError(
         f"TFDS knows no dataset {name!r} and none is prepared under {data_dir}"
         + did_you_mean(name, tfds.list_builders(with_community_datasets=False))
     )

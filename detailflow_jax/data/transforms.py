@@ -13,6 +13,7 @@ from PIL import Image
 
 from detailflow_jax.data.errors import unknown_name
 from detailflow_jax.data.images import Picture
+from detailflow_jax.runtime.errors import ConfigError
 
 TRAINING_CROPS = ("random", "center", "none")
 ENCODING_CROPS = {"ten": 10, "five": 5, "center": 1, "none": 1}  # name -> K
@@ -73,9 +74,9 @@ def center_crop(image: np.ndarray | Picture, size: int) -> np.ndarray:
 
 
 def check_scales(min_scale: float, max_scale: float) -> None:
-    """Raises ValueError unless 0 < min_scale <= max_scale <= 1."""
+    """Raises ConfigError unless 0 < min_scale <= max_scale <= 1."""
     if not 0 < min_scale <= max_scale <= 1:
-        raise ValueError(
+        raise ConfigError(
             f"min_scale={min_scale}, max_scale={max_scale}: need 0 < min_scale <= max_scale <= 1"
         )
 

@@ -2,17 +2,19 @@
 
     distributed.start()    # before anything asks JAX for a device
 
-Who this process is, of how many, and where process 0 listens, comes from the first that says so:
+JAX itself finds the other processes on a TPU pod (one or several slices, TPU VMs or GKE), in a step
+of Slurm and under Open MPI. This module adds what JAX does not know:
 
     flags         the arguments of `start`, see `add_arguments`
     environment   JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (launch/local.sh sets
                   them); an address without a port takes JAX_COORDINATOR_PORT or `PORT`
-    TPU           the metadata server of a TPU VM, or the variables GKE gives a TPU pod;
-                  slices count one after another
-    Slurm         the variables of a step that srun started
-    Kubernetes    JOB_COMPLETION_INDEX of an Indexed Job, with what launch/jobset.sh and XPK add
+    Kubernetes    an Indexed Job without TPUs, from variables alone: JAX would need the package
+                  `kubernetes` and permission to ask the API server
+    alone         whether there is one process only, where nothing is started
+    GPUs          in Slurm with one task per node, or with each task bound to its own GPU, a process
+                  takes all GPUs that it sees; JAX would take the one numbered by its local rank
 
-What is asked for by flags or environment fills in for the others, and must not contradict them.
+What flags or environment say goes before what JAX finds.
 """
 
 import argparse
@@ -24,9 +26,7 @@ import re
 import socket
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NoReturn
 
 import jax
@@ -34,17 +34,16 @@ from absl import logging
 
 from detailflow_jax.runtime.errors import ConfigError
 
-PORT = 8476  # Where process 0 listens, if nobody says otherwise.
+PORT = 8476  # Where process 0 listens if nothing else says.
 TIMEOUT = 600  # Seconds: the hosts of a pod are not ready at the same moment.
-
-_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """This process's place: process `process_id` of `num_processes`, as `source` said.
+    """This process's place: process `process_id` of `num_processes`, as `source` says.
 
-    `local_devices` are the indices of the host's GPUs that are this process's; None: all devices.
+    None is left to JAX to find. `local_devices` are the host's GPUs that this process takes: () for
+    all of them, None for what JAX takes.
     """
 
     source: str
@@ -52,6 +51,11 @@ class Cluster:
     num_processes: int | None = None
     process_id: int | None = None
     local_devices: tuple[int, ...] | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to find."""
+        return None not in (self.coordinator_address, self.num_processes, self.process_id)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +71,7 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Cluster | None:
-    """Joins the other processes; does nothing for one process, and nothing when called again.
+    """Joins the other processes; does nothing for one process or when called again.
 
     Call it before the first use of a device, and end the program with `leave`. SIGTERM is JAX's
     from here on: it no longer ends the process, but makes
@@ -77,7 +81,7 @@ def start(
         This process's place, or None where it is alone.
 
     Raises:
-        ConfigError: see `find`; or process 0 has no address, or JAX is in use already.
+        ConfigError: see `find`; the other processes are not found, or JAX is in use already.
     """
     cluster = find(
         os.environ,
@@ -91,24 +95,47 @@ def start(
     os.environ.setdefault("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
     collectives = os.environ["JAX_CPU_COLLECTIVES_IMPLEMENTATION"]
     jax.config.update("jax_cpu_collectives_implementation", collectives)
-    where = f"process {cluster.process_id} of {cluster.num_processes} ({cluster.source})"
-    logging.info("%s joins at %s", where, cluster.coordinator_address)
-    _await_name(cluster.coordinator_address.rsplit(":", 1)[0])
+    if cluster.is_complete:
+        logging.info(
+            "process %d of %d (%s) joins at %s",
+            cluster.process_id,
+            cluster.num_processes,
+            cluster.source,
+            cluster.coordinator_address,
+        )
+        _await_name(cluster.coordinator_address.rsplit(":", 1)[0])
+    try:
+        _initialize(cluster)
+    except OSError as error:  # Of the network.
+        raise ConfigError(
+            f"JAX cannot find the other processes ({cluster.source}): {error}; if this host is "
+            "alone, set JAX_NUM_PROCESSES=1, else give --coordinator_address, --num_processes and "
+            "--process_id"
+        ) from error
+    except ValueError as error:
+        if cluster != Cluster("TPU"):
+            raise
+        logging.info("a TPU, but no pod: this process is alone (%s)", error)
+        return None
+    sys.excepthook = _fail
+    return cluster
+
+
+def _initialize(cluster: Cluster) -> None:
+    devices = cluster.local_devices
     try:
         jax.distributed.initialize(
             cluster.coordinator_address,
             cluster.num_processes,
             cluster.process_id,
-            local_device_ids=cluster.local_devices and list(cluster.local_devices),
-            cluster_detection_method="deactivate",  # It was detected here.
+            local_device_ids=None if devices is None else list(devices),
+            cluster_detection_method="deactivate" if cluster.is_complete else None,
             initialization_timeout=TIMEOUT,
         )
     except RuntimeError as error:
         if "before" in str(error):  # JAX's only word for it.
-            raise ConfigError(f"distributed.start() comes too late for {where}: {error}") from error
+            raise ConfigError(f"distributed.start() comes too late: {error}") from error
         raise
-    sys.excepthook = _fail
-    return cluster
 
 
 def leave(code: int) -> NoReturn:
@@ -138,47 +165,56 @@ def find(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    metadata: Callable[[str], str | None] | None = None,
 ) -> Cluster | None:
-    """This process's place in the cluster, starting nothing; None where it is alone.
+    """Returns this process's place, starting nothing; None where it is alone.
 
     Args:
         environ: the variables to read.
         coordinator_address, num_processes, process_id: the flags; None where not given.
-        metadata: attribute name -> text, None where there is none; default, the metadata server
-            on a TPU VM.
 
     Raises:
         ConfigError: something is missing, is not a number, or contradicts something else.
     """
     environ = {name: value for name, value in environ.items() if value}
     flags = Cluster("flags", coordinator_address, num_processes, process_id)
-    asked = _agree(flags, _from_environment(environ), Cluster.__dataclass_fields__)
-    complete = None not in (asked.coordinator_address, asked.num_processes, asked.process_id)
-    if metadata is None:
-        # No question to the network where its answer would change nothing.
-        alone = asked.num_processes == 1
-        metadata = _metadata if _on_tpu_vm(environ) and not (complete or alone) else _no_metadata
-    places = (source(environ, metadata) for source in (_from_tpu, _from_slurm, _from_kubernetes))
-    found = next((place for place in places if place and place.num_processes != 1), None)
-    if found:
-        # Another address, say of a faster network, is a wish, not a contradiction.
-        asked = _agree(asked, found, ("num_processes", "process_id"))
-    return _checked(asked)
+    asked = _agree(flags, _from_environment(environ))
+    if not asked.is_complete and (job := _from_kubernetes(environ)):
+        asked = _agree(asked, job)
+    alone = asked.num_processes == 1 and asked.process_id in (None, 0)
+    known = None if alone or asked.is_complete else _known_to_jax(environ)
+    if known is None:
+        return _checked(asked)
+    devices = _slurm_devices(environ) if known == "Slurm" else None
+    return dataclasses.replace(asked, source=known, local_devices=devices)
 
 
-def _agree(first: Cluster, second: Cluster, compared) -> Cluster:
-    """What `first` says, completed by `second`; ConfigError where they differ in `compared`."""
+def _known_to_jax(environ: Mapping[str, str]) -> str | None:
+    """The cluster in which JAX finds the other processes by itself."""
+    if _on_tpu_vm(environ):
+        return "TPU"
+    # The batch script itself has a SLURM_PROCID too; only a step of srun has a list of nodes.
+    step = {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_NODELIST"}
+    if step <= environ.keys() and _number(environ, "SLURM_NTASKS") > 1:
+        return "Slurm"
+    if "OMPI_MCA_orte_hnp_uri" in environ and _number(environ, "OMPI_COMM_WORLD_SIZE", 1) > 1:
+        return "Open MPI"
+    return None
+
+
+def _agree(first: Cluster, second: Cluster) -> Cluster:
+    """Returns what `first` says, completed by `second`; raises ConfigError where they differ."""
     merged = {}
-    for name in ("coordinator_address", "num_processes", "process_id", "local_devices"):
+    for name in ("coordinator_address", "num_processes", "process_id"):
         a, b = getattr(first, name), getattr(second, name)
-        if name in compared and None not in (a, b) and a != b:
+        # Another address, say of a faster network, is a wish, not a contradiction.
+        wish = name == "coordinator_address" and second.source == "Kubernetes"
+        if None not in (a, b) and a != b and not wish:
             raise ConfigError(
                 f"{name} is {a} by the {first.source} but {b} by {second.source}: "
                 "start all processes with one launcher, and leave out what it sets itself"
             )
         merged[name] = b if a is None else a
-    says_nothing = (first.coordinator_address, first.num_processes, first.process_id) == (None,) * 3
+    says_nothing = first == Cluster(first.source)
     return Cluster(second.source if says_nothing else first.source, **merged)
 
 
@@ -221,64 +257,18 @@ def _from_environment(environ: Mapping[str, str]) -> Cluster:
     )
 
 
-def _from_tpu(environ: Mapping[str, str], metadata: Callable) -> Cluster | None:
-    """Hosts within a slice, then slices; several slices name their coordinator themselves."""
-    # Where its library only compiles, without a TPU, it leaves texts in these variables.
-    if "tpu" not in environ.get("JAX_PLATFORMS", "tpu"):
-        return None
-    multislice = dict(environ)
-    # GKE tells by variables (comma-separated names), a TPU VM by metadata: names, or, older,
-    # NAME:ID:ADDRESS.
-    names = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
-    if names and "TPU_WORKER_ID" in environ:
-        hosts = [name.split(":")[0] for name in names.split(",")]
-        worker = _number(environ, "TPU_WORKER_ID")
-    elif endpoints := metadata("worker-network-endpoints"):
-        hosts = [endpoint.split(":")[-1] for endpoint in endpoints.split(",")]
-        worker = int(metadata("agent-worker-number") or 0)
-        lines = re.findall(r"^\s*(\w+)\s*:\s*'?([^'\n]*)'?", metadata("tpu-env") or "", re.M)
-        multislice = dict(lines) | multislice
-    else:
-        return None
-    multislice = {name: value for name, value in multislice.items() if value}
-    coordinator = multislice.get("MEGASCALE_COORDINATOR_ADDRESS", hosts[0]).split(":")[0]
-    return Cluster(
-        "TPU",
-        f"{coordinator}:{PORT}",
-        len(hosts) * _number(multislice, "MEGASCALE_NUM_SLICES", 1),
-        worker + len(hosts) * _number(multislice, "MEGASCALE_SLICE_ID", 0),
-    )
-
-
-def _from_slurm(environ: Mapping[str, str], _metadata: Callable) -> Cluster | None:
-    # The batch script itself has a SLURM_PROCID too; only a step of srun has a list of nodes.
-    if not {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST"} <= environ.keys():
-        return None
-    # "gpu[07-09,12],login" -> "gpu07"
-    node = re.match(r"(?:[^,\[]|\[[^\]]*\])+", environ["SLURM_STEP_NODELIST"]).group()
-    node = re.sub(r"\[(\w+)[^\]]*\]", r"\1", node)
-    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
-    return Cluster(
-        "Slurm",
-        # Jobs that share a node must not share a port.
-        f"{node}:{61440 + _number(environ, 'SLURM_JOB_ID') % 4096}",
-        _number(environ, tasks, 1),
-        _number(environ, "SLURM_PROCID"),
-        _slurm_devices(environ),
-    )
-
-
 def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """Several tasks on a node: a GPU each; unless Slurm shows each task only its own."""
+    """None, JAX's GPU by local rank, only where several tasks of a node see all its GPUs."""
     per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", "1"))
     several = any(int(count) > 1 for count in re.findall(r"(?:^|,)(\d+)", per_node))
     bound = len(environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
-    return (_number(environ, "SLURM_LOCALID", 0),) if several and not bound else None
+    return None if several and not bound else ()
 
 
-def _from_kubernetes(environ: Mapping[str, str], _metadata: Callable) -> Cluster | None:
+def _from_kubernetes(environ: Mapping[str, str]) -> Cluster | None:
     # An Indexed Job may as well be many runs of one process: only a count makes it one run. With an
-    # id beside it, JAX_NUM_PROCESSES comes from somebody else, such as launch/local.sh in a pod.
+    # id beside it, JAX_NUM_PROCESSES comes from elsewhere, such as launch/local.sh in a pod. On
+    # TPUs GKE's own variables tell, and JAX reads those.
     counts = ["JAX_PROCESS_COUNT", "NNODES"]
     counts += [] if "JAX_PROCESS_ID" in environ else ["JAX_NUM_PROCESSES"]
     count = next((_number(environ, name) for name in counts if name in environ), None)
@@ -307,32 +297,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 def _on_tpu_vm(environ: Mapping[str, str]) -> bool:
     wanted = environ.get("JAX_PLATFORMS", "tpu")
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    installed = importlib.util.find_spec("libtpu") is not None
-    return "tpu" in wanted and "TPU_SKIP_MDS_QUERY" not in environ and installed and bool(chips)
-
-
-def _no_metadata(_name: str) -> None:
-    return None
-
-
-def _metadata(name: str) -> str | None:
-    request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
-    for wait in (1, 2, 4, None):
-        try:
-            with urllib.request.urlopen(request, timeout=10) as reply:
-                return reply.read().decode()
-        except urllib.error.HTTPError as error:
-            if error.code == 404:
-                return None
-            reason = error
-        except OSError as error:
-            reason = error
-        if wait:
-            time.sleep(wait)
-    raise ConfigError(
-        f"this host has a TPU, but its metadata server does not tell {name}: {reason}; if the host "
-        "is alone, set JAX_NUM_PROCESSES=1, else give --coordinator_address and the others"
-    )
+    return "tpu" in wanted and importlib.util.find_spec("libtpu") is not None and bool(chips)
 
 
 def _await_name(host: str) -> None:

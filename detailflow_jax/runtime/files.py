@@ -14,26 +14,54 @@ from detailflow_jax.runtime.errors import ConfigError
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file that is, at every moment, absent, the old one or, once written, the new one."""
+def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A temporary path to write to, beside `path`; it becomes `path` when the block ends well.
+
+    So a file is at every moment absent, the old one or the new one, also after a power cut. A
+    process that is killed leaves the temporary file, see `remove_partial`.
+    """
     path = pathlib.Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+    os.close(descriptor)
+    temporary = pathlib.Path(name)
     try:
-        with os.fdopen(descriptor, "w+b") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner only.
+        temporary.chmod(0o644)  # mkstemp's files are for their owner only.
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """As `atomic_path`, an open file to write to and read from."""
+    with atomic_path(path) as temporary, temporary.open("w+b") as file:
+        yield file
+
+
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file as `atomic_file` does, for what fits into memory."""
+    """Writes a file as `atomic_path` does, for what fits into memory."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def remove_partial(folder: str | os.PathLike, name: str = "*") -> None:
+    """Removes the temporary files that killed processes left of files `name`, a glob pattern."""
+    for left in pathlib.Path(folder).glob(f".{name}.partial-*"):
+        left.unlink(missing_ok=True)
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Makes the names in a folder safe on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""ImageNet from tars of its real form: prepared by the real builder, trained on, extracted.
+"""ImageNet from tars of its real form: prepared, compared with TFDS's own, trained on, extracted.
 
 The pictures are scikit-learn's two photographs, cut and scaled to several sizes.
 """
@@ -18,15 +18,20 @@ import urllib.parse
 
 import numpy as np
 import pytest
-import tensorflow as tf
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from etils import epath
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from detailflow_jax import train
-from detailflow_jax.data import UnreadableImage, imagenet, make_iterator, make_source, split_writer
+from detailflow_jax.data import (
+    UnreadableImage,
+    imagenet,
+    imagenet_writer,
+    make_iterator,
+    make_source,
+    shards,
+)
 from detailflow_jax.data.images import decode_image
 from detailflow_jax.data.prepare import main as prepare
 from detailflow_jax.inference import extract_codes
@@ -94,11 +99,10 @@ def write_tars(data_dir, training, validation):
 
 
 KILLED_EVER_LATER = """
-import functools, itertools, os, signal, sys, tensorflow, tensorflow_datasets as tfds
-import tensorflow_datasets.image_classification  # Once, not in every child.
-from detailflow_jax.data import prepare, split_writer, spool
-split_writer.Spool = functools.partial(spool.Spool, commit_bytes=100_000)
-tfds.download.DownloadConfig = functools.partial(tfds.download.DownloadConfig, num_shards=3)
+import itertools, os, signal, sys, tensorflow, tensorflow_datasets
+from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
+from detailflow_jax.data import imagenet_writer, prepare
+imagenet_writer.SHARD_BYTES = 50_000
 
 def counted(call, left):
     def count(*args, **kwargs):
@@ -110,8 +114,8 @@ def counted(call, left):
 
 for attempt in itertools.count():
     if (child := os.fork()) == 0:
-        left = [attempt * attempt + 1]
-        for module, name in ((os, "fsync"), (os, "replace"), (os, "link"), (os, "mkdir")):
+        left = [2 * attempt + 1]
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir")):
             setattr(module, name, counted(getattr(module, name), left))
         os._exit(prepare.main(["--data_dir", sys.argv[1], "--partial"]))
     if (status := os.waitpid(child, 0)[1]) != signal.SIGKILL:
@@ -134,29 +138,39 @@ def data_dir(tmp_path_factory):
     write_tars(path, training_files(), validation_files())
     output = prepare_and_kill(path)
     assert int(output.split("killed ")[1].split()[0]) >= 5
-    assert "images are in already" in output and "of no use" not in output
+    assert "removing" not in output and "damaged" not in output
     return str(path)
 
 
-def test_a_preparation_killed_and_run_again_equals_that_of_tfds(data_dir, tmp_path):
+def test_a_preparation_killed_and_run_again_holds_what_tfds_would_write(data_dir, tmp_path):
     builder = tfds.builder("imagenet2012", data_dir=str(tmp_path), file_format="array_record")
     manual = os.path.join(data_dir, "downloads", "manual")
-    config = tfds.download.DownloadConfig(manual_dir=manual, num_shards=3)
-    builder.download_and_prepare(download_config=config)
-    ours, theirs = (
-        {f.name: content(f) for f in pathlib.Path(path, "imagenet2012", "5.1.0").iterdir()}
-        for path in (data_dir, tmp_path)
-    )
-    assert len(theirs) > 7 and ours == theirs
-    assert not list(pathlib.Path(data_dir, "imagenet2012").glob("[!5.]*"))  # Nothing else is left.
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual))
+    by_directory = tfds.builder_from_directory(os.path.join(data_dir, "imagenet2012", "5.1.0"))
+    ours = tfds.builder("imagenet2012", data_dir=data_dir)
+    assert dict(ours.info.features.items()).keys() == dict(builder.info.features.items()).keys()
+    for split in ("train", "validation"):
+        expected = content(builder, split)
+        assert content(ours, split) == content(by_directory, split) == expected
+        assert ours.info.splits[split].num_examples == len(expected)
+    assert ours.info.splits["train"].num_shards > 5
+    folders = {path.name for path in pathlib.Path(data_dir, "imagenet2012").iterdir()}
+    assert folders == {"5.1.0", ".lock"}
+    files = pathlib.Path(data_dir, "imagenet2012", "5.1.0").iterdir()
+    assert not [file.name for file in files if "partial" in file.name]
 
 
-def content(file):
-    """Examples of a file of records (protobuf gives their fields in no certain order), or bytes."""
-    if "array_record" not in file.name:
-        return file.read_bytes()
-    records = array_record_module.ArrayRecordReader(os.fspath(file)).read_all()
-    return [tf.train.Example.FromString(record) for record in records]
+def content(builder, split):
+    """{file name: (label, bytes of the image)}; every image once."""
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    records = [(x["file_name"], (x["label"], x["image"])) for x in source]
+    assert len(dict(records)) == len(records)
+    return dict(records)
+
+
+def test_a_slice_holds_many_classes(data_dir):
+    source = make_source("tfds:imagenet2012:train[:40%]", data_dir=data_dir)
+    assert len({int(source._records[i]["label"]) for i in range(len(source))}) == 4
 
 
 def by_name(source):
@@ -172,7 +186,7 @@ def by_name(source):
     return examples, unreadable
 
 
-def test_every_image_comes_through_the_real_builder(data_dir):
+def test_every_image_is_there_with_its_label(data_dir):
     source = make_source("tfds:imagenet2012", data_dir=data_dir)
     assert len(source) == 25 and source.num_classes == 1000
     examples, unreadable = by_name(source)
@@ -184,7 +198,7 @@ def test_every_image_comes_through_the_real_builder(data_dir):
             got = examples[name]
             assert source.class_names[got["label"]] == synset
             expected = decode_image(data, name).astype(int)
-            # What the builder re-encodes, its known CMYK and PNG files, loses a little.
+            # What is encoded again, the known CMYK and PNG files, loses a little.
             far = np.abs(got["image"] - expected).mean()
             assert far == 0 if name not in (CMYK, PNG) else far < 6, name
 
@@ -324,8 +338,10 @@ def test_reads_from_a_bucket(data_dir, bucket):
 
 @pytest.fixture
 def unfinished(tmp_path, monkeypatch, capsys):
-    """A preparation that the full disk stopped when all images were in: (folder, progress)."""
+    """A preparation that the full disk stopped after three shards: (folder, progress)."""
+    monkeypatch.setattr(imagenet_writer, "SHARD_BYTES", 100_000)
     write_tars(tmp_path, training_files(), validation_files())
+    whole, made = shards.array_record_module.ArrayRecordWriter, []
 
     class Full:
         def __init__(self, path, options):
@@ -337,31 +353,45 @@ def unfinished(tmp_path, monkeypatch, capsys):
         def close(self):
             pass
 
+    def writer(path, options):
+        made.append(path)
+        return (whole if len(made) <= 3 else Full)(path, options)
+
     with monkeypatch.context() as patch:
-        patch.setattr(split_writer.array_record_module, "ArrayRecordWriter", Full)
+        patch.setattr(shards.array_record_module, "ArrayRecordWriter", writer)
         assert prepare(["--data_dir", str(tmp_path), "--partial"]) == 2
     assert "No space left" in capsys.readouterr().err
     progress = tmp_path / "imagenet2012" / "unfinished.5.1.0"
-    assert list(progress.glob("train/bucket*"))
+    assert len(list(progress.glob("*train*"))) == 3
     return tmp_path, progress
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    ("harm", "message", "kept"),
     [
-        (lambda path, progress: None, "prepared in"),
-        (lambda path, progress: next(progress.glob("train/bucket*")).unlink(), "of no use"),
+        (lambda path, progress: None, "prepared in", 3),
+        (lambda path, progress: cut(min(progress.glob("*train*"))), "is damaged", 2),
+        (lambda path, progress: (progress / "tars.json").write_bytes(b"{"), "other files", 0),
         (
             lambda path, progress: os.utime(next(path.glob("downloads/manual/*train*")), (7, 7)),
             "made of other files",
+            0,
         ),
     ],
 )
-def test_what_was_done_before_is_used_if_it_is_whole(unfinished, capsys, harm, message):
+def test_what_was_done_before_is_used_if_it_is_whole(unfinished, capsys, harm, message, kept):
     path, progress = unfinished
+    before = {file.name: file.stat().st_mtime_ns for file in progress.glob("*train*")}
     harm(path, progress)
     assert prepare(["--data_dir", str(path), "--partial"]) == 0
     assert message in capsys.readouterr().out
+    folder = path / "imagenet2012" / "5.1.0"
+    after = {file.name: file.stat().st_mtime_ns for file in folder.glob("*train*")}
+    assert sum(after[name] == number for name, number in before.items()) == kept
     assert len(make_source("tfds:imagenet2012", data_dir=str(path))) == 25
     assert not progress.exists()
 
@@ -373,24 +403,11 @@ def test_stopped_from_the_keyboard_it_says_how_to_go_on(unfinished, monkeypatch,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(split_writer, "_write_shard", stop)
+        patch.setattr(imagenet_writer, "write_records", stop)
         assert prepare(["--data_dir", str(path), "--partial"]) == 130
     assert "run the same command again to go on" in capsys.readouterr().err
-    assert progress.exists() and not list(progress.parent.glob("incomplete*"))
+    assert progress.exists()
     assert prepare(["--data_dir", str(path), "--partial"]) == 0
-
-
-def test_a_split_of_another_size_than_the_official_one_is_refused(unfinished):
-    path, _ = unfinished
-    builder = tfds.builder("imagenet2012", data_dir=str(path))
-    arguments = {"manual_dir": path / "downloads" / "manual", "try_download_gcs": False}
-    config = tfds.download.DownloadConfig(**arguments)
-    with (
-        pytest.raises(ValueError, match="25 train images, expected 1,281,167"),
-        split_writer.resumable(builder, [], {"train": 1_281_167}),
-    ):
-        builder.download_and_prepare(download_config=config, file_format="array_record")
-    assert not builder.data_path.exists()
 
 
 def test_a_preparation_at_work_and_a_strange_folder_are_left_alone(tmp_path, capsys):
@@ -438,7 +455,7 @@ def test_tars_that_are_not_the_official_ones_need_partial(tmp_path, capsys):
     [
         ({"n00000001": {}}, {}, "'n00000001.tar', expected SYNSET.tar"),
         ({"train/n01440764": {}}, {}, "'train/n01440764.tar', expected SYNSET.tar"),
-        ({"n01440764": {"a.JPEG": b"x"}}, {}, "begins with 'a.JPEG', expected n01440764_NUMBER"),
+        ({"n01440764": {"a.JPEG": b"x"}}, {}, "holds 'a.JPEG', expected n01440764_NUMBER"),
         ({}, {"val/ILSVRC2012_val_00000001.JPEG": b"x"}, "labels go by place"),
         ({}, {"ILSVRC2012_val_00000002.JPEG": b"x"}, "in the place of 'ILSVRC2012_val_00000001"),
     ],
@@ -458,27 +475,31 @@ def test_a_tar_that_was_cut_short_is_refused(tmp_path, capsys):
     assert error.count("unexpected end of data") == 2 and "download it again" in error
 
 
-def test_members_and_checksums_are_compared_with_the_official_ones(tmp_path, monkeypatch):
+def test_counts_and_checksums_are_compared_with_the_official_ones(tmp_path, monkeypatch):
     manual = write_tars(tmp_path, training_files(), validation_files())
     files = [manual / tar.file for tar in imagenet.TARS]
     known = [
         dataclasses.replace(
             tar,
             num_bytes=file.stat().st_size,
-            num_members=4,
+            num_images=number,
             md5=hashlib.md5(file.read_bytes()).hexdigest(),
         )
-        for tar, file in zip(imagenet.TARS, files, strict=True)
+        for tar, file, number in zip(imagenet.TARS, files, (25, 4), strict=True)
     ]
     monkeypatch.setattr(imagenet, "TARS", known)
     synsets = list(training_files())
-    assert imagenet.check_tars(str(manual), synsets, md5=True) == known
+    splits = imagenet.index_tars(manual, synsets, md5=True)
+    assert [(split.name, len(split.members)) for split in splits] == [
+        ("train", 25),
+        ("validation", 4),
+    ]
     known[1] = dataclasses.replace(known[1], md5="0" * 32)
     with pytest.raises(imagenet.TarError, match=r"img_val.tar: MD5 .* official file has 0000"):
-        imagenet.check_tars(str(manual), synsets, md5=True)
-    known[0] = dataclasses.replace(known[0], num_members=5)
-    with pytest.raises(imagenet.TarError, match=r"img_train.tar: 4 members, expected 5"):
-        imagenet.check_tars(str(manual), synsets)
+        imagenet.index_tars(manual, synsets, md5=True)
+    known[0] = dataclasses.replace(known[0], num_images=26)
+    with pytest.raises(imagenet.TarError, match=r"img_train.tar: 25 images, expected 26"):
+        imagenet.index_tars(manual, synsets)
 
 
 def test_unknown_and_unsuitable_datasets_are_refused(tmp_path, capsys):

@@ -83,20 +83,38 @@ def test_all_are_started_again_after_a_preemption_or_a_failure(tmp_path):
     assert [(tmp_path / str(i)).read_text() for i in range(2)] == ["x\n" * 4] * 2
 
 
+def ignore_sigint() -> None:
+    """What a shell without job control does for what it runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("preexec", [None, ignore_sigint])
 @pytest.mark.parametrize("whole_group", [False, True])
-def test_being_asked_to_leave_reaches_all_once_and_is_the_end(whole_group):
+def test_being_asked_to_leave_reaches_all_once_and_is_the_end(whole_group, preexec):
     """A signal to the launcher, and Ctrl-C, which the terminal sends to what it waits with too."""
     script = "trap 'echo asked; exit 143' TERM; echo up; while :; do sleep 0.05; done"
     command = [LOCAL, "-n", "2", "--", "bash", "-c", script]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True) as child:
-        assert sorted(child.stdout.readline() for _ in range(2)) == ["[0] up\n", "[1] up\n"]
-        if whole_group:
-            os.killpg(child.pid, signal.SIGINT)
-        else:
-            child.terminate()
-        assert sorted(child.stdout.read().splitlines()) == ["[0] asked", "[1] asked"]
+    options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, preexec_fn=preexec, **options) as child:
+        try:
+            assert sorted(child.stdout.readline() for _ in range(2)) == ["[0] up\n", "[1] up\n"]
+            if whole_group:
+                os.killpg(child.pid, signal.SIGINT)
+            else:
+                child.terminate()
+            told = child.communicate(timeout=30)[0]
+        except BaseException:
+            child.kill()
+            raise
+        assert sorted(told.splitlines()) == ["[0] asked", "[1] asked"]
     assert child.returncode == PREEMPTED
+
+
+def test_one_process_can_be_interrupted_when_the_launcher_runs_in_the_background():
+    script = "import signal; print(signal.getsignal(signal.SIGINT) == signal.default_int_handler)"
+    command = [LOCAL, "--", "python", "-c", script]
+    told = subprocess.check_output(command, preexec_fn=ignore_sigint, text=True, timeout=60)
+    assert told == "True\n"
 
 
 def test_dry_run_of_several():

@@ -1,7 +1,10 @@
-"""Who this process is, as the environments of launchers and clusters tell; and a real start."""
+"""Who this process is, from launchers and environments; what is left to JAX; and real starts."""
 
+import os
 import pathlib
+import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +14,7 @@ from detailflow_jax.runtime.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
+MPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:3", "OMPI_COMM_WORLD_SIZE": "2"}
 EXPLICIT = {
     "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
     "JAX_NUM_PROCESSES": "4",
@@ -21,7 +25,7 @@ SLURM = {
     "SLURM_PROCID": "11",
     "SLURM_LOCALID": "3",
     "SLURM_STEP_NODELIST": "gpu[07-09,12],login1",
-    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_NTASKS": "16",
     "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
 }
 JOBSET = {  # What launch/jobset.yaml sets, on nodes without TPUs.
@@ -33,23 +37,11 @@ JOBSET = {  # What launch/jobset.yaml sets, on nodes without TPUs.
     "JOBSET_NAME": "gpt-l",
     "REPLICATED_JOB_NAME": "slice",
 }
-GKE_TPU = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a-0.gpt-l,a-1.gpt-l"}
-SLICES = {
-    "MEGASCALE_COORDINATOR_ADDRESS": "gpt-l-slice-0-0.gpt-l:8080",
-    "MEGASCALE_NUM_SLICES": "2",
-    "MEGASCALE_SLICE_ID": "1",
-}
-SECOND_SLICE = ("gpt-l-slice-0-0.gpt-l:8476", 4, 3, None)
-POD = {  # Metadata of a TPU VM.
-    "worker-network-endpoints": "unknown:8470:10.1.0.5,unknown:8470:10.1.0.6",
-    "agent-worker-number": "1",
-    "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\nWORKER_ID: '1'\n",
-}
 
 
-def place(environ, metadata=None, **flags):
+def place(environ, **flags):
     """(address, processes, id, local devices), or None for a process alone."""
-    cluster = find(environ, metadata=(metadata or {}).get, **flags)
+    cluster = find(environ, **flags)
     return cluster and (
         cluster.coordinator_address,
         cluster.num_processes,
@@ -59,23 +51,18 @@ def place(environ, metadata=None, **flags):
 
 
 @pytest.mark.parametrize(
-    ("environ", "metadata", "expected"),
+    ("environ", "expected"),
     [
-        (EXPLICIT, None, ("10.0.0.1:1234", 4, 3, None)),
-        (SLURM, None, ("gpu07:61809", 16, 11, (3,))),  # 61440 + 70001 % 4096
-        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, None, ("gpu07:61809", 16, 11, None)),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x16)"}, None, ("gpu07:61809", 16, 11, None)),
-        (SLURM | {"SLURM_STEP_NODELIST": "n1,n[2-3]"}, None, ("n1:61809", 16, 11, (3,))),
-        (JOBSET, None, ("gpt-l-slice-0-0.gpt-l:8476", 8, 6, None)),
-        (GKE_TPU, None, ("a-0.gpt-l:8476", 2, 1, None)),
-        (JOBSET | GKE_TPU | SLICES | {"JAX_NUM_PROCESSES": "4"}, None, SECOND_SLICE),
-        ({}, POD, ("10.1.0.5:8476", 2, 1, None)),
-        ({}, POD | {"worker-network-endpoints": "h0,h1,h2"}, ("h0:8476", 3, 1, None)),
-        ({}, POD | {"tpu-env": "\n".join(f"{k}: '{v}'" for k, v in SLICES.items())}, SECOND_SLICE),
+        (EXPLICIT, ("10.0.0.1:1234", 4, 3, None)),
+        (SLURM, (None, None, None, None)),  # All is left to JAX, a GPU per process too.
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, (None, None, None, ())),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x16)"}, (None, None, None, ())),
+        (JOBSET, ("gpt-l-slice-0-0.gpt-l:8476", 8, 6, None)),
+        (MPI, (None, None, None, None)),
     ],
 )
-def test_environments(environ, metadata, expected):
-    assert place(environ, metadata) == expected
+def test_environments(environ, expected):
+    assert place(environ) == expected
 
 
 def test_xpk_on_gpus():
@@ -91,33 +78,31 @@ def test_xpk_on_gpus():
 
 
 @pytest.mark.parametrize(
-    ("environ", "metadata"),
+    "environ",
     [
-        ({}, None),
-        (dict.fromkeys(EXPLICIT, ""), None),
-        ({"JAX_NUM_PROCESSES": "1"}, POD),
-        ({}, {"worker-network-endpoints": "a:b:10.1.0.5", "agent-worker-number": "0"}),
-        (GKE_TPU | {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        {},
+        dict.fromkeys(EXPLICIT, ""),
+        {"JAX_NUM_PROCESSES": "1"},
+        SLURM | {"JAX_NUM_PROCESSES": "1"},
         # A batch script, and a shell of salloc: not steps of many tasks.
-        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, None),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"},
+        SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        MPI | {"OMPI_COMM_WORLD_SIZE": "1"},
         # An Indexed Job of runs that have nothing to do with each other.
-        ({"KUBERNETES_SERVICE_HOST": "10.96.0.1", "JOB_COMPLETION_INDEX": "5"}, None),
+        {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "JOB_COMPLETION_INDEX": "5"},
     ],
 )
-def test_alone(environ, metadata):
-    if environ.get("JAX_NUM_PROCESSES") == "1":
-        metadata = None  # It is not asked for then; `find` leaves it out on a TPU VM.
-    assert place(environ, metadata) is None
+def test_alone(environ):
+    assert place(environ) is None
     # A launcher of its own within such a place is welcome.
-    assert place(EXPLICIT | environ | EXPLICIT, None)[1:3] == (4, 3)
+    assert place(EXPLICIT | environ | EXPLICIT)[1:3] == (4, 3)
 
 
 def test_flags_and_what_fills_in():
     flags = {"coordinator_address": "h:1", "num_processes": 2, "process_id": 0}
     assert place({}, **flags) == ("h:1", 2, 0, None)
-    # Another address, of a faster network, with the rest from Slurm.
-    assert place(SLURM, coordinator_address="ib0:99") == ("ib0:99", 16, 11, (3,))
+    # Another address, of a faster network, with the rest from JAX.
+    assert place(SLURM, coordinator_address="ib0:99") == ("ib0:99", None, None, None)
     assert find(EXPLICIT) == Cluster("environment", "10.0.0.1:1234", 4, 3)
 
 
@@ -126,9 +111,7 @@ def test_flags_and_what_fills_in():
     [
         (EXPLICIT, {"num_processes": 8}, ["num_processes", "8", "flags", "4", "environment"]),
         (EXPLICIT, {"coordinator_address": "h:1"}, ["coordinator_address", "h:1", "10.0.0.1:1234"]),
-        (SLURM | EXPLICIT, {}, ["num_processes", "4", "environment", "16", "Slurm"]),
-        (SLURM, {"process_id": 2}, ["process_id", "2", "flags", "11", "Slurm"]),
-        (JOBSET | GKE_TPU, {}, ["num_processes", "8", "environment", "2", "TPU"]),
+        (JOBSET, {"process_id": 2}, ["process_id", "2", "flags", "6", "Kubernetes"]),
         ({"JAX_NUM_PROCESSES": "2"}, {}, ["coordinator_address and process_id", "--process_id"]),
         ({}, {"process_id": 1, "num_processes": 1}, ["coordinator_address"]),
         (EXPLICIT | {"JAX_PROCESS_ID": "4"}, {}, ["process_id=4", "0 to 3"]),
@@ -143,15 +126,56 @@ def test_contradictions_and_gaps(environ, flags, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_one_process_starts_nothing(monkeypatch):
-    for name in EXPLICIT:
+@pytest.fixture
+def started(monkeypatch):
+    """What `jax.distributed.initialize` is called with, in place of a start."""
+    for name in [*EXPLICIT, *SLURM]:
         monkeypatch.delenv(name, raising=False)
-    started = []
+    calls = []
     monkeypatch.setattr(
-        distributed.jax.distributed, "initialize", lambda *a, **k: started.append(a)
+        distributed.jax.distributed, "initialize", lambda *a, **k: calls.append((*a, k))
     )
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    return calls
+
+
+def test_one_process_starts_nothing(started):
     assert distributed.start() is None and distributed.start(num_processes=1) is None
     assert started == []
+
+
+def test_jax_is_told_what_was_asked_for_and_finds_the_rest(started, monkeypatch):
+    assert distributed.start("127.0.0.1:1", 2, 0).process_id == 0
+    *place, options = started.pop()
+    assert place == ["127.0.0.1:1", 2, 0]
+    assert options["cluster_detection_method"] == "deactivate"
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    distributed.start("ib0:99")
+    *place, options = started.pop()
+    assert place == ["ib0:99", None, None]
+    assert options["cluster_detection_method"] is None and options["local_device_ids"] is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    distributed.start("ib0:99")
+    assert started.pop()[-1]["local_device_ids"] == []
+
+
+def test_a_tpu_vm_is_left_to_jax_and_may_be_no_pod(started, monkeypatch):
+    monkeypatch.setattr(distributed, "_on_tpu_vm", lambda environ: True)
+    assert distributed.start() == Cluster("TPU")
+    assert started.pop()[:3] == (None, None, None)
+
+    def fail(error):
+        def initialize(*args, **options):
+            raise error
+
+        monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+
+    fail(ValueError("coordinator_address should be defined."))
+    assert distributed.start() is None
+    fail(ConnectionError("no metadata server"))
+    with pytest.raises(ConfigError, match=r"no metadata server.*JAX_NUM_PROCESSES=1"):
+        distributed.start()
 
 
 TWO_PROCESSES = """
@@ -199,3 +223,25 @@ def test_two_processes_reduce_over_loopback_and_one_fails():
     assert said <= set(done.stdout.splitlines())
     command = [ROOT / "launch" / "local.sh", "--cpu-devices", "1", "--"]
     subprocess.run([*command, "python", "-c", TOO_LATE], check=True, timeout=120)
+
+
+def test_jax_finds_the_processes_of_a_slurm_step():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    children = []
+    for i in range(2):
+        environ = SLURM | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_NTASKS": "2"}
+        environ |= {"SLURM_STEP_NODELIST": "localhost,n[2-3]", "JAX_COORDINATOR_PORT": port}
+        script = "import jax; from detailflow_jax.runtime import distributed; distributed.start(); "
+        script += "print(jax.process_index(), jax.process_count()); distributed.leave(0)"
+        children.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script],
+                env={**os.environ, **environ, "JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    told = [child.communicate(timeout=120)[0] for child in children]
+    assert told == ["0 2\n", "1 2\n"]
