@@ -27,7 +27,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,8 +39,8 @@ from ml_collections import ConfigDict
 
 from detailflow_jax.convert.start import load_into
 from detailflow_jax.data import make_iterator
+from detailflow_jax.data.pipeline import batch_sizes
 from detailflow_jax.evaluate.training import Scorer, make_scorer
-from detailflow_jax.ops.input_sizes import input_sizes
 from detailflow_jax.runtime import distributed, sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.command import program_name
@@ -135,6 +135,7 @@ def train(
             sharding.check_batch_size(size, mesh)
         sharding.sync_processes("started")
         stack.enter_context(sharding.use(mesh))
+        own = task is None
         task, iterator = _task_and_data(config, task, iterator, mesh)
         feed = stack.enter_context(Feed(iterator, mesh))
         if jax.process_index() == 0:
@@ -157,8 +158,10 @@ def train(
         if step >= config.total_steps:
             logging.info("this run is finished: nothing is left to do in %s", workdir)
             return state
-        state = _with_weights(config, state, fresh=restored is None)
-        scorer = _scorer(config, mesh, workdir)
+        state = load_into(config, state, fresh=restored is None)
+        scorer = make_scorer(config, mesh, workdir)
+        with _as_config_error() if own else contextlib.nullcontext():
+            task.check(feed.peek())  # Data of other shapes than the network's.
 
         # -------------------------------------------------------------------------------- steps
         writer = MetricWriter(workdir, tensorboard=config.tensorboard, step=step)
@@ -194,7 +197,6 @@ def run_steps(
 ) -> TrainState:
     """The loop. The host never waits for the devices but to log, draw or save."""
     config, first = run.config, step + 1
-    _check_first(task, run.feed)
     while step < config.total_steps:
         run.watchdog.beat(f"step {step + 1}")
         batch = run.feed.take()
@@ -302,10 +304,7 @@ def check_run(config: ConfigDict, workdir: str) -> None:
 
 def _batch_sizes(config: ConfigDict) -> set[int]:
     """Every number of images that a batch can have."""
-    try:
-        sizes = input_sizes(config.get("data", {}), config.batch_size, config.seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    sizes = batch_sizes(config.get("data", {}), config.batch_size, config.seed)
     return {config.batch_size, *(sizes.images(x) for x in (sizes.possible if sizes else ()))}
 
 
@@ -313,40 +312,31 @@ def _task_and_data(
     config: ConfigDict, task: Task | None, iterator: Any, mesh: Mesh
 ) -> tuple[Task, Any]:
     block, blocks = sharding.batch_share(mesh)
-    try:
-        if task is None:
+    if task is None:
+        with _as_config_error():
             task = make_task(config)
-        if iterator is None:
-            iterator = make_iterator(
-                config.data,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                process_index=block,
-                process_count=blocks,
-            )
-    except (ValueError, FileNotFoundError) as error:  # What they refuse; log.txt tells where.
-        raise ConfigError(str(error)) from error
+    if iterator is None:
+        iterator = make_iterator(
+            config.data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            process_index=block,
+            process_count=blocks,
+        )
     return task, iterator
 
 
-def _check_first(task: Task, feed: Feed) -> None:
+@contextlib.contextmanager
+def _as_config_error() -> Iterator[None]:
+    """Turns what a task that the configuration names says of it into ConfigError.
+
+    A task that was passed to `train` is forked code: there a ValueError keeps its traceback.
+    """
     try:
-        task.check(feed.peek())
-    except ValueError as error:  # Data of other shapes than the network's.
-        raise ConfigError(str(error)) from error
-
-
-def _with_weights(config: ConfigDict, state: TrainState, *, fresh: bool) -> TrainState:
-    try:
-        return load_into(config, state, fresh=fresh)
-    except ValueError as error:  # What a file is not, or is not good for.
-        raise ConfigError(str(error)) from error
-
-
-def _scorer(config: ConfigDict, mesh: Mesh, workdir: str) -> Scorer | None:
-    try:
-        return make_scorer(config, mesh, workdir)
-    except ValueError as error:  # Weights or images that are not there.
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
         raise ConfigError(str(error)) from error
 
 

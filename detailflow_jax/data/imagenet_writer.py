@@ -40,7 +40,7 @@ def write(builder: Any, splits: Sequence[Split]) -> None:
 
     Raises:
         TarError: a tar has changed since it was indexed.
-        OSError: the disk is full or cannot be written.
+        FileError: the disk is full or cannot be written.
     """
     import tensorflow_datasets as tfds
 

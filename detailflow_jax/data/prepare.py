@@ -28,7 +28,7 @@ from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import image_and_label, make_source, unknown_dataset
 from detailflow_jax.runtime import extras
 from detailflow_jax.runtime.command import program_name
-from detailflow_jax.runtime.errors import ConfigError, UserError
+from detailflow_jax.runtime.errors import ConfigError, FileError, UserError
 from detailflow_jax.runtime.files import hold_workdir
 
 IMAGENET = "imagenet2012"
@@ -150,9 +150,9 @@ def _foreseen(builder: Any):
     )
     try:
         yield
-    except UserError:
-        raise
     except foreseen as error:
+        if isinstance(error, UserError) and not isinstance(error, FileError):
+            raise
         raise PrepareError(
             f"{builder.name} cannot be prepared: {error}\n"
             "When that is mended, run the same command again"

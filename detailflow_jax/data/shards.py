@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 from array_record.python import array_record_module
 
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, FileError
 from detailflow_jax.runtime.files import atomic_path, remove_partial, write_atomically
 
 FORMAT_VERSION = 1
@@ -202,7 +202,7 @@ def write_records(
     """Writes an ArrayRecord file; it appears only when it is complete.
 
     Raises:
-        OSError: the disk is full, or the file does not read back.
+        FileError: the disk is full, or the file does not read back.
         ValueError: there are not `expected` records.
     """
     with atomic_path(path) as temporary:
@@ -217,11 +217,11 @@ def write_records(
             finally:
                 writer.close()
         except RuntimeError as error:  # Its only kind: a full disk, above all.
-            raise OSError(f"{path} cannot be written: {error}") from error
+            raise FileError(f"cannot write {path}: {error}") from error
         if expected not in (None, count):
             raise ValueError(f"{path}: {count:,} records, expected {expected:,}")
         if num_records(temporary) != count:  # A full disk may show only here.
-            raise OSError(f"{path}: {count:,} records were written but do not read back")
+            raise FileError(f"{path}: {count:,} records were written but do not read back")
 
 
 def num_records(path: str | os.PathLike) -> int:

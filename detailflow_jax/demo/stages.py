@@ -12,7 +12,6 @@ from detailflow_jax.runtime import extras
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 from detailflow_jax.runtime.files import write_atomically
-from detailflow_jax.train import Preempted
 
 
 class Stages:
@@ -69,7 +68,7 @@ def main(
         for module in ("sklearn.datasets", "matplotlib.figure"):  # Before training, not after it.
             extras.require(module)
         figures = run(out)
-    except (UserError, Preempted) as error:
+    except UserError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 2
     rows = table(figures)

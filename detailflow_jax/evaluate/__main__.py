@@ -12,13 +12,11 @@ The same command again goes on where it was stopped.
 import argparse
 import functools
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.evaluate import features, generation, reconstruction, references
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.models import Reconstructor, Sampler
@@ -26,7 +24,6 @@ from detailflow_jax.evaluate.networks import load_extractor, load_perceptual
 from detailflow_jax.evaluate.samples import open_samples
 from detailflow_jax.inference import api
 from detailflow_jax.runtime import distributed, extras
-from detailflow_jax.runtime.checkpoint import CheckpointError as RunError
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 
@@ -250,7 +247,7 @@ def _shown(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 2 with one line that says what is wrong."""
+    """Runs the command line; returns 0, or an error's exit code after one line on it."""
     args = parse_arguments(argv)
     try:
         distributed.start(args.coordinator_address, args.num_processes, args.process_id)
@@ -258,9 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = run(args)
         if jax.process_index() == 0:
             generation.write_results(pathlib.Path(args.out), results)
-    except (UserError, CheckpointError, RunError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return error.report()
     if jax.process_index() == 0:
         print(table(results["rows"]))
         if len(results.get("summary", {}).get("by_cfg_scale", ())) > 1:

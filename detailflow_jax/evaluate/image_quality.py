@@ -6,6 +6,7 @@ Images are uint8 [B, H, W, 3]: reconstructions are rounded to 8 bits first, as p
 import jax
 import jax.numpy as jnp
 
+from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.ops import images as pixels
 
 WINDOW = 7
@@ -30,10 +31,10 @@ def ssim(images: jax.Array, reference: jax.Array, data_range: float = 1.0) -> ja
         tables used 2, which gives higher values.
 
     Raises:
-      ValueError: images of another shape or smaller than a window.
+      EvaluationError: images of another shape or smaller than a window.
     """
     if images.shape != reference.shape or min(images.shape[1:3]) < WINDOW:
-        raise ValueError(
+        raise EvaluationError(
             f"images {images.shape} and reference {reference.shape}: expected equal shapes "
             f"[B, H, W, 3] of at least {WINDOW} px"
         )

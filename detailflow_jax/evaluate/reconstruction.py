@@ -76,8 +76,8 @@ def evaluate(
       tokenizer tables), and `rfid` and `lpips` where asked for.
 
     Raises:
-      EvaluationError: images of another size, too few, or NaN from the model.
-      ValueError: token counts or groups that the model does not have.
+      EvaluationError: images of another size, too few, or NaN from the model; token counts or
+        groups that the model does not have.
     """
     total = _check_images(images, num_images, reconstructor.image_size)
     counts, groups = _check_parts(reconstructor, counts, groups)
@@ -163,8 +163,11 @@ def _check_parts(reconstructor: Reconstructor, counts, groups) -> tuple[list[int
         if counts or groups:
             raise EvaluationError("a VAE has no tokens: leave token counts and noise groups out")
         return [], []
-    for count in counts:
-        config.resolutions.check(count)
+    try:
+        for count in counts:
+            config.resolutions.check(count)
+    except ValueError as error:
+        raise EvaluationError(f"token counts {counts}: {error}") from error
     number = config.num_tokens // config.group_size
     wrong = [group for group in groups if not 0 <= group < number]
     if wrong:

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from detailflow_jax.pod import advice, meshes, programs, report, roofline, topologies
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import load_config
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import UserError
 
 COMPILED, UNUSABLE, DOES_NOT_FIT = 0, 2, 3
 
@@ -139,9 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             batch_size=args.batch_size,
             cfg_scale=args.cfg_scale,
         )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UNUSABLE
+    except UserError as error:
+        return error.report()
     if args.json:
         print(json.dumps(found))
     elif found["fits"]:

@@ -46,6 +46,13 @@ class WriteError(CheckpointError):
     label = "failed"
 
 
+class FileError(UserError, OSError):
+    """A file that cannot be written; the same command may succeed when there is room for it."""
+
+    exit_code = 1
+    label = "failed"
+
+
 class Diverged(UserError, RuntimeError):
     """The loss or the state is no longer finite; the text says at which step."""
 

@@ -1,4 +1,4 @@
-"""Files that are never half written, and the lock on a workdir."""
+"""Files that are written whole or not at all, and the lock on a workdir."""
 
 import contextlib
 import fcntl
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from absl import logging
 
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, FileError, UserError
 
 
 @contextlib.contextmanager
@@ -19,20 +19,26 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     So a file is at every moment absent, the old one or the new one, also after a power cut. A
     process that is killed leaves the temporary file, see `remove_partial`.
+
+    Raises:
+        FileError: the folder is missing or cannot be written, or the disk is full.
     """
-    path = pathlib.Path(path)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    os.close(descriptor)
-    temporary = pathlib.Path(name)
+    path, temporary = pathlib.Path(path), None
     try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+        os.close(descriptor)
+        temporary = pathlib.Path(name)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp's files are for their owner only.
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, UserError):
+            raise FileError(f"cannot write {path}: {error}") from error
         raise
 
 
@@ -66,9 +72,9 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def hold_workdir(workdir: str | os.PathLike) -> Iterator[None]:
-    """Within it no other process may hold the same workdir; makes it where there is none.
+    """Locks a workdir against other processes; makes it if it is missing.
 
-    The lock goes with the process, however that ends.
+    The lock ends with the process, however that ends.
 
     Raises:
         ConfigError: another process holds it, or it cannot be made.

@@ -1,0 +1,49 @@
+"""What is said in one line, and what keeps its traceback."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+import toy_task
+from detailflow_jax import train
+from detailflow_jax.runtime import errors
+
+TOY = pathlib.Path(toy_task.__file__)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (errors.ConfigError("x"), 2, "error: x"),
+        (errors.NotFoundError("x"), 2, "error: x"),
+        (errors.DataError("x"), 2, "error: x"),
+        (errors.CheckpointError("x"), 2, "error: x"),
+        (errors.WriteError("x"), 1, "failed: x"),
+        (errors.FileError("x"), 1, "failed: x"),
+        (errors.Diverged("x"), 1, "diverged: x"),
+        (train.Preempted(3), 143, "preempted: saved step 3; run the same command to resume"),
+    ],
+)
+def test_user_errors_are_one_line_and_an_exit_code(error, code, text, tmp_path, capsys):
+    def run(config, workdir):
+        raise error
+
+    assert train.main(["--config", str(TOY), "--workdir", str(tmp_path)], run) == code
+    assert capsys.readouterr().err == text + "\n"
+
+
+@pytest.mark.parametrize("where", ["check", "plan"])
+def test_a_bug_in_a_forked_task_keeps_its_traceback(where, tmp_path):
+    """Python prints the traceback of what leaves `main`, and exits with 1."""
+
+    def run(config, workdir):
+        def broken(*args):
+            raise ValueError("a bug in forked code")
+
+        task = dataclasses.replace(toy_task.make_task(config), **{where: broken})
+        return train.train(config, workdir, task, toy_task.make_iterator(config))
+
+    with pytest.raises(ValueError, match="a bug in forked code") as raised:
+        train.main(["--config", str(TOY), "--workdir", str(tmp_path)], run)
+    assert not isinstance(raised.value, errors.UserError)
