@@ -2,13 +2,13 @@
 
     python -m detailflow_jax.train --config configs/tokenizer.py:digits --workdir runs/tok
 
-A task (`detailflow_jax.tasks`) is a few pure functions over an explicit state. What goes into a
-step, its batch, its plan, its random numbers, is a function of the configuration and the step
-alone, and a checkpoint holds {state, position in the data, clock}. So the same command run again
-goes on from the last checkpoint, and ends with the same bits as a run that was never stopped.
+A task (`detailflow_jax.tasks`) is a few pure functions over an explicit state. The batch, the plan
+and the random numbers of a step depend on the configuration and the step alone, and a checkpoint
+holds {state, position in the data, clock}. So the same command run again resumes from the last
+checkpoint and ends with the same bits as a run that was never stopped.
 
-`step` counts finished updates. The first step to run is 0; what it yields is reported, drawn and
-saved as step 1.
+`step` counts finished updates. The first step to run is 0; its results are logged, drawn and saved
+as step 1.
 
 Exit codes:
     0    FINISHED   all steps are done (also when they were done before)
@@ -195,7 +195,7 @@ def train(
 def run_steps(
     run: "Run", task: Task, train_step: Callable, state: TrainState, step: int
 ) -> TrainState:
-    """The loop. The host never waits for the devices but to log, draw or save."""
+    """Runs the steps. The host waits for the devices only to log, draw or save."""
     config, first = run.config, step + 1
     while step < config.total_steps:
         run.watchdog.beat(f"step {step + 1}")
@@ -235,7 +235,7 @@ def _due(every: int, step: int) -> bool:
 
 @dataclasses.dataclass
 class Run:
-    """What a run holds open around its steps."""
+    """What the loop uses beside the task and the state."""
 
     config: ConfigDict
     feed: Feed
@@ -250,7 +250,7 @@ class Run:
     programs: dict[Hashable, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
     def compiled(self, train_step, variant: Hashable, *args: Any) -> jax.stages.Compiled:
-        """The program of a variant; compiled at its first step, which is left out of the rate."""
+        """Returns the program of a variant; its compilation does not count in the rate."""
         if variant not in self.programs:
             start = time.perf_counter()
             with self.progress.pause():
@@ -261,7 +261,7 @@ class Run:
         return self.programs[variant]
 
     def score(self, step: int, state: TrainState) -> dict[str, float]:
-        """Scores of a few images; they do not lower the rate."""
+        """Returns scores of a few images; the rate leaves this time out."""
         self.watchdog.beat(f"the scores of step {step}")
         with self.progress.pause():
             scores = self.scorer(state)
@@ -269,7 +269,7 @@ class Run:
         return scores
 
     def log(self, step: int, scores: dict[str, float]) -> None:
-        """Waits for the steps so far, then reports their means, and the scores of this one."""
+        """Waits for the steps so far, then logs their means and the scores of this step."""
         means = self.averages.take_means()
         skipped = self.feed.skipped
         if skipped is not None:
@@ -278,7 +278,7 @@ class Run:
         self.writer.scalars(step, means | scores | rate)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves, after making sure that every loss so far, and the state, is finite."""
+        """Saves the state; raises Diverged if a loss so far or the state is not finite."""
         self.averages.fetch()
         clock = {
             "seconds": self.progress.seconds,
@@ -292,7 +292,7 @@ class Run:
 
 
 def check_run(config: ConfigDict, workdir: str) -> None:
-    """Checks the loop's fields, and that the workdir is not of another configuration."""
+    """Checks the fields of the loop, and that the workdir belongs to this configuration."""
     check_fields(config, LOOP_FIELDS)
     values = flatten(config)
     for least, names in ((1, AT_LEAST_ONE), (0, AT_LEAST_ZERO)):
@@ -377,14 +377,14 @@ def _last_good(checkpoints: Checkpoints) -> str:
 
 
 class StopRequest:
-    """Turns SIGTERM and the first Ctrl-C into a wish that the loop sees; a context manager."""
+    """Turns SIGTERM and the first Ctrl-C into a request that the loop checks; a context manager."""
 
     def __init__(self):
         self._asked = self._interrupted = False
         self._before = {}
 
     def __enter__(self):
-        # With several processes it is JAX that takes SIGTERM, and makes them agree on a step.
+        # With several processes JAX handles SIGTERM and makes them agree on a step.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._ask)

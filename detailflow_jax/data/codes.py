@@ -1,7 +1,7 @@
-"""Codes of a whole data set: one record an image.
+"""Codes of a whole dataset: one record per image.
 
 Shapes: K crops of one image; N tokens; the last axis of codes is (clean, input, label), the
-triplet of self-correction (facts 4).
+triplet of self-correction.
 """
 
 import dataclasses

@@ -21,13 +21,13 @@ class UnreadableImage(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint at the names nearest to `name` to end an error with; empty if none is near."""
+    """Returns the end of an error text with the closest names; empty if none is close."""
     near = near_names(name, known, count=3)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a name that is not one of `known`, with the nearest ones suggested."""
+    """Returns the error for a name that is not in `known`; it suggests the closest names."""
     known = list(known)
     expected = f"expected one of {', '.join(known)}"
     return ConfigError(f"unknown {what} {name!r}: {expected}{did_you_mean(name, known)}")

@@ -35,7 +35,7 @@ _reported: set[str] = set()  # Broken records already named in this process's lo
 
 
 class ReadableSource:
-    """A source in which every position holds a picture, still a pure function of position.
+    """A source in which every position holds a picture, a pure function of the position.
 
     A broken record is replaced by the next readable one (cyclic). Adds "skipped", the int32
     number of broken records passed over at this position. Raises RuntimeError after 64.
@@ -113,8 +113,8 @@ def _with_size(position: int, example: dict, sizes: InputSizes) -> dict:
 class _WorkerIterator(grain.DatasetIterator):
     """Batches made by worker processes, with the index of the next one as the whole state.
 
-    Grain's own state is that of so many workers. A batch is a function of its index, so here any
-    number of workers, or none, goes on from it; new workers are started for that.
+    Grain's own state depends on the number of workers. A batch is a function of its index, so this
+    state can be resumed with any number of workers, or none; new workers are started for that.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ def make_iterator(
             other sizes: probability, sizes, multiple; `ops.input_sizes`). For all:
             num_workers (processes, 0 for none); worker_buffer (finished batches that each keeps,
             default 1); prefetch (batches in the making, in each worker); num_threads (that make
-            them, 0: one a batch).
+            them, 0: one per batch).
         batch_size: the global batch B, over all processes.
         seed: non-negative; with the step it determines every batch.
 
@@ -271,7 +271,7 @@ def batch_sizes(data: Mapping, batch_size: int, seed: int) -> InputSizes | None:
 def _check_batches(
     data: Mapping, batch_size: int, seed: int, process_index: int, process_count: int
 ) -> InputSizes | None:
-    """The sizes of the batches, None where all are alike; refuses what processes cannot share."""
+    """Returns the sizes of the batches, None if all are equal; raises ConfigError."""
     if batch_size <= 0 or batch_size % process_count:
         raise ConfigError(
             f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"

@@ -1,12 +1,12 @@
-"""What is derived from each image of a data set (codes, latents), in sharded ArrayRecord files.
+"""Writes what is derived from each image of a dataset (codes, latents) to ArrayRecord shards.
 
 A folder holds, WHAT being "codes" or "latents",
     layout.json                          first: everything that defines the extraction
     WHAT-00003-of-00012.json             the unreadable images of shard 3, before the shard
-    WHAT-00003-of-00012.array_record     shard 3: source positions [3 S, 4 S), a record an image
+    WHAT-00003-of-00012.array_record     shard 3: source positions [3 S, 4 S), one record per image
     manifest.json                        last: the layout and what was written
-Each file appears under its final name only when it is complete, so a run that is killed at any
-moment continues with the shards that are missing and ends with the same bytes.
+Each file gets its final name only when it is complete. So a killed run can be started again: it
+writes the missing shards, and the result has the same bytes.
 """
 
 import abc
@@ -137,8 +137,8 @@ def write_shard(
             while `records` is consumed.
 
     Raises:
-        ValueError: what `layout.encode` refuses; positions that are not, together
-            with the unreadable ones, exactly those of the shard.
+        ValueError: `layout.encode` raises it; or the positions, together with the unreadable
+            ones, are not exactly those of the shard.
     """
     path = os.path.join(directory, layout.file_name(shard))
     written = []

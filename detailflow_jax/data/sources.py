@@ -291,7 +291,7 @@ def _prepared_builder(tfds, name: str, data_dir: str):
 
 
 def unknown_dataset(name: str, data_dir: str) -> ConfigError:
-    """The error for a name that TFDS does not know, with the nearest ones suggested."""
+    """Returns the error for a name that TFDS does not know; it suggests the closest names."""
     import tensorflow_datasets as tfds
 
     return ConfigError(

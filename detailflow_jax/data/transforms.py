@@ -1,8 +1,8 @@
 """Crops for training and for encoding, on numpy arrays through Pillow.
 
 Shapes: H, W the source image; R the output side; K the number of crops of one image.
-An image is uint8 RGB, [H, W, 3], or a Picture (images.py). Resizing is the recipe of the paper's
-code (facts 3): halve with a box filter while the short side is at least twice the target, then
+An image is uint8 RGB, [H, W, 3], or a Picture (images.py). Resizing follows the published
+code: halve with a box filter while the short side is at least twice the target, then
 one bicubic resize.
 """
 
@@ -137,7 +137,7 @@ def training_crop(
     """One training view, uint8 [H, W, 3] -> uint8 [size, size, 3].
 
     `kind` is one of TRAINING_CROPS; with `flip` half of the views are mirrored. Raises
-    ValueError for another kind, with the near names.
+    ConfigError for another kind, with the closest names.
     """
     if kind not in TRAINING_CROPS:
         raise unknown_name("crop", kind, TRAINING_CROPS)
@@ -154,7 +154,7 @@ def training_crop(
 
 
 def encoding_crops(image: np.ndarray | Picture, size: int, kind: str) -> np.ndarray:
-    """The views of one image that are encoded for the generator (facts 4).
+    """Returns the views of one image that are encoded for the generator.
 
     Args:
         image: uint8 [H, W, 3], or a Picture.
@@ -167,7 +167,7 @@ def encoding_crops(image: np.ndarray | Picture, size: int, kind: str) -> np.ndar
         uint8 [K, R, R, 3] with K = ENCODING_CROPS[kind].
 
     Raises:
-        ValueError: for another `kind`, with the near names.
+        ConfigError: another `kind`; the text suggests the closest names.
     """
     if kind not in ENCODING_CROPS:
         raise unknown_name("encoding crop", kind, ENCODING_CROPS)

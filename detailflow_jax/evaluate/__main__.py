@@ -6,7 +6,7 @@
     python -m detailflow_jax.evaluate reconstruction --model runs/tok \\
         --reference tfds:imagenet2012:validation --num_tokens 16,64,128 --noise_groups 0,4
 
-The same command again goes on where it was stopped.
+Run the same command again to resume.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def _add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
     add("--inception", help="Inception of FID; default as detailflow_jax.runtime.weights lists it")
     add("--data_dir", help="where TFDS keeps its data")
     add("--weights", choices=("model", "ema"), help="which weights of a checkpoint")
-    add("--batch_size", type=int, default=64, help="images a call, over this process's devices")
+    add("--batch_size", type=int, default=64, help="images per call, over this process's devices")
     distributed.add_arguments(command)
     return command
 
@@ -90,7 +90,7 @@ def _add_generation(commands) -> None:
     add("--seeds", type=int, default=1, help="how many seeds, from 0; means and deviations follow")
     add("--npz", action="store_true", help="keep the images of each setting as an .npz")
     add = command.add_argument_group("of --kind flowar").add_argument
-    add("--num_steps", type=int, default=25, help="flow steps a scale")
+    add("--num_steps", type=int, default=25, help="flow steps per scale")
     add("--guidance_high", type=float, default=0.9, help="guidance from this time on; 1 is noise")
     add = command.add_argument_group("of --kind detailflow").add_argument
     add("--num_tokens", type=int, help="tokens to sample; default all")
@@ -107,16 +107,16 @@ def _add_reconstruction(commands) -> None:
     add("--kind", default="tokenizer", choices=("tokenizer", "vae"), help="of the model")
     add("--reference", required=True, help="images: .npz, folder, tfds:NAME:SPLIT, digits:test")
     add("--image_size", type=int, help="side of the images; default the tokenizer's, of a VAE 256")
-    add("--num_images", type=int, help="only the first so many; default all")
+    add("--num_images", type=int, help="use only the first N; default all")
     add("--num_tokens", help="token counts, as 16,64,128; default all tokens")
     add("--noise_groups", help="groups to perturb, as 0,4: the self-correction test")
-    add("--noise_top", type=int, default=50, help="nearest codes that noise picks from")
+    add("--noise_top", type=int, default=50, help="noise picks from this many closest codes")
     add("--seed", type=int, default=0, help="of the noise")
     add(
         "--lpips",
         nargs="+",
         metavar="FILE",
-        help="whole LPIPS, or VGG16 and vgg.pth; default as above",
+        help="LPIPS in one file, or VGG16 and vgg.pth; default as above",
     )
     add("--without", nargs="+", default=[], choices=("rfid", "lpips"), help="metrics to leave out")
 
@@ -131,7 +131,7 @@ def numbers(text: str | None, kind: Callable[[str], Any], option: str) -> list:
         return [kind(part) for part in text.split(",")] if text else []
     except ValueError as error:
         raise EvaluationError(
-            f"cannot read {option} {text!r}: expected numbers with commas between them"
+            f"cannot read {option} {text!r}: expected numbers separated by commas"
         ) from error
 
 
@@ -229,7 +229,7 @@ def run_reconstruction(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text, a column a field."""
+    """Rows as aligned text, one column per field."""
     shown = [[_shown(value) for value in row.values()] for row in rows]
     columns = list(zip(list(rows[0]), *shown, strict=True))
     widths = [max(map(len, column)) for column in columns]

@@ -120,7 +120,7 @@ def evaluate_images(
       reference: what to hold it against.
       extractor: the features.
       out: folder for partial results.
-      num_samples: only the first so many; default all.
+      num_samples: only the first ones; default all.
 
     Returns:
       one row: `name`, `num_samples` and METRICS.

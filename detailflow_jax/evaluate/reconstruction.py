@@ -26,7 +26,7 @@ class Perceptual:
 
     Attributes:
       distance: images and originals, float32 [B, R, R, 3] in [-1, 1] -> [B].
-      fingerprint: of its weights; partial results of others are not gone on with.
+      fingerprint: of its weights; partial results made with other weights are not used.
     """
 
     distance: Callable[[jax.Array, jax.Array], jax.Array]
@@ -36,8 +36,8 @@ class Perceptual:
 def psnr_by_tokens(tokenizer, images: np.ndarray, counts: Sequence[int]) -> dict[int, float]:
     """Mean PSNR in dB of images uint8 [B, R, R, 3] decoded from the first n tokens, for each n.
 
-    The decoded image is enlarged to full size by bicubic interpolation and held against the
-    original, so a count is judged by what a viewer sees of it.
+    The decoded image is enlarged to full size by bicubic interpolation and compared with the
+    original, so a count is judged by what a viewer sees.
     """
     codes = tokenizer.encode(images)
     reference = pixels.to_float(np.asarray(images))
@@ -66,12 +66,12 @@ def evaluate(
       out: folder for the partial results.
       counts: token counts; default all tokens. A VAE has none.
       groups: which groups to perturb, for the self-correction test.
-      num_images: only the first so many.
+      num_images: only the first ones.
       extractor: for rFID; None leaves it out.
       perceptual: LPIPS; None leaves it out.
 
     Returns:
-      a row a kind of reconstruction, those of `Reconstructor`: `name`, `images`, means of `psnr`
+      one row per kind of reconstruction of `Reconstructor`: `name`, `images`, means of `psnr`
       (dB, peak 1 on [0, 1]), `ssim` (data range 1), `ssim_range_2` (the constants of published
       tokenizer tables), and `rfid` and `lpips` where asked for.
 

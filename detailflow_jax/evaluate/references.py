@@ -1,4 +1,4 @@
-"""What samples are held against: the statistics of a set of real images.
+"""The statistics of a set of real images, with which samples are compared.
 
     PATH.npz            the guided-diffusion layout: `mu`, `sigma`, `mu_s`, `sigma_s` of the whole
                         set, and/or `arr_0`, images for precision and recall

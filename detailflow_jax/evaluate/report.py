@@ -21,7 +21,7 @@ td { font-variant-numeric: tabular-nums; } figcaption { color: #555; } figure { 
 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl, one a log step."""
+    """The lines of a run's metrics.jsonl, one per log step."""
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 

@@ -1,12 +1,12 @@
-"""Compiles a program for a TPU pod on any CPU, and says what the pod would make of it.
+"""Compiles a program for a TPU pod on any CPU and estimates how it would run there.
 
     python -m detailflow_jax.compile_pod --config configs/generator.py:detailflow_16:size=GPT-3B \\
         --topology v5e-256 --mesh auto
 
 The train step is the one that `detailflow_jax.train` runs, with the same placements; the compiler
-is the TPU's own (libtpu, `pip install 'jax[tpu]'`). Printed are the memory of a chip,
-the arithmetic, the memory traffic and the collectives of a step, the least time they can take, and
-what the recipe of the configuration costs at that speed. These are bounds, not measurements.
+is the TPU's own (libtpu, `pip install 'jax[tpu]'`). It prints the memory per chip, the
+arithmetic, memory traffic and collectives per step, the shortest time they can take, and what the
+recipe of the configuration costs at that speed. These are bounds, not measurements.
 
 Exit codes:
     0  compiled
@@ -47,7 +47,7 @@ def compile_pod(
       topology: of `topologies.find`.
       mesh: "" for the configuration's, "auto", or sizes such as "data=-1,fsdp=16".
       what: "train" or "sampler".
-      batch_size: images of one run of the sampler over the pod; 0: 32 a chip.
+      batch_size: images of one run of the sampler over the pod; 0: 32 per chip.
       cfg_scale: guidance of the sampler; 1 computes no null half.
 
     Returns:
@@ -114,7 +114,7 @@ exit codes: 0 compiled; 2 unusable command line, configuration or mesh; 3 does n
         type=int,
         default=0,
         metavar="N",
-        help="of the sampler, over the pod; default 32 a chip",
+        help="of the sampler, over the pod; default 32 per chip",
     )
     add("--cfg_scale", type=float, default=1.5, help="of the sampler; 1 means no guidance")
     add("--json", action="store_true", help="print JSON: bytes, seconds, counts")

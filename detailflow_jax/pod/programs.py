@@ -71,7 +71,7 @@ class Program:
 class Compiled:
     """A compiled program, and what compiling it took on this machine.
 
-    `cpu_seconds` are of all cores together, `host_memory` is the most that this process ever held.
+    `cpu_seconds` are of all cores together, `host_memory` is the peak memory of this process.
     """
 
     program: Program
@@ -205,7 +205,7 @@ def compile_program(program: Program) -> Compiled:
 
     Raises:
       DoesNotFit: the chip's memory is too small.
-      ConfigError: the step refuses the configuration.
+      ConfigError: the step cannot be traced with this configuration.
     """
     start, cpu_start = time.perf_counter(), time.process_time()
     with sharding.use(program.mesh):

@@ -55,7 +55,7 @@ def text(found: dict[str, Any]) -> str:
     """The summary as a table."""
     mesh = " ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
     title = (
-        f"{found['task']} {found['what']}, {found['images_a_step']} images a step, on "
+        f"{found['task']} {found['what']}, {found['images_a_step']} images per step, on "
         f"{found['topology']} ({found['chips']} chips), mesh {mesh}"
     )
     rows = [

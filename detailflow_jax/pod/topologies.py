@@ -126,7 +126,7 @@ def devices(topology: Topology) -> list[jax.Device]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.compiler_name)
     except Exception as error:  # The compiler's own errors have no common class.
         raise ConfigError(
-            f"the TPU compiler refuses the slice {topology.compiler_name}: {str(error)[:300]}"
+            f"the TPU compiler rejects the slice {topology.compiler_name}: {str(error)[:300]}"
         ) from error
     return list(found.devices)
 

@@ -1,12 +1,12 @@
-"""Checkpoints: {state, data, clock} saved as one unit, asynchronously, by Orbax.
+"""Checkpoints: {state, data, clock} saved together, asynchronously, by Orbax.
 
     WORKDIR/checkpoints/STEP/state   the task's state, an array store that any mesh can read
                              data    the data iterator's position, JSON
                              clock   the loop's own numbers and a checksum for each state field
 
-A checkpoint takes its final name only once it is whole, so a killed run leaves nothing that looks
-complete. What is damaged later, by a disk or by hand, is found when it is read, by Orbax or by
-the checksum, and the newest readable checkpoint is taken instead.
+A checkpoint gets its final name only when it is complete, so a killed run leaves nothing that
+looks complete. Damage that happens later is found on reading, by Orbax or by the checksum; then
+the newest readable checkpoint is used instead.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for the last save on leaving."""
+    """The checkpoints of one run; a context manager that waits for the last save on exit."""
 
     def __init__(self, workdir: str | os.PathLike, keep: int):
         """Opens WORKDIR/checkpoints, clearing what an interrupted save left.
@@ -78,7 +78,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: PyTree, data: dict, clock: dict) -> None:
-        """Saves after `step` updates; returns once the arrays are copied, writing goes on behind.
+        """Saves the state after `step` updates; returns as soon as the arrays are copied.
 
         Args:
             state: a dataclass of arrays. Its buffers may be donated as soon as this returns.
@@ -107,10 +107,10 @@ class Checkpoints:
             )
 
     def restore(self, abstract_state: PyTree) -> Restored | None:
-        """The newest readable checkpoint, or None where there is none at all.
+        """Returns the newest readable checkpoint, or None if there is no checkpoint.
 
-        One that cannot be read is named in a warning; once an older one has been read in its
-        stead, it is renamed to STEP.damaged to make room for the step to be saved again.
+        An unreadable one is named in a warning. Once an older one has been read instead, it is
+        renamed to STEP.damaged, so that the step can be saved again.
 
         Args:
             abstract_state: `jax.ShapeDtypeStruct` with the shardings to restore onto.

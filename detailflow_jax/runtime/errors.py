@@ -61,7 +61,7 @@ class Diverged(UserError, RuntimeError):
 
 
 def near_names(name: str, known: Iterable[str], count: int = 4) -> list[str]:
-    """The names in `known` nearest to `name`; "lr" comes near to "optim.lr" too."""
+    """Returns up to `count` names of `known` closest to `name`; "lr" is close to "optim.lr" too."""
 
     def closeness(option: str) -> float:
         last = option.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Batches on their way to the devices, one ahead of the step that runs."""
+"""Reads batches and places them on the devices, one ahead of the running step."""
 
 import copy
 import functools
@@ -15,8 +15,8 @@ from detailflow_jax.runtime.errors import DataError
 class Feed:
     """The batches of a run, placed on its mesh; a context manager that closes the iterator.
 
-    `state` is the iterator's state after the batches that were taken, though it has read one
-    more: saved with the model's state, it makes a resumed run read exactly what was not used.
+    `state` is the state of the iterator after the batches that were taken, although one more has
+    been read. Saved with the model's state, it makes a resumed run continue with the next batch.
     """
 
     def __init__(self, iterator: Any, mesh: jax.sharding.Mesh):
@@ -32,7 +32,7 @@ class Feed:
 
     @functools.cached_property
     def _blocks(self) -> int:
-        """How many processes read rows of their own."""
+        """The number of processes that read different rows."""
         return sharding.batch_share(self._mesh)[1]
 
     def __enter__(self):
@@ -42,7 +42,7 @@ class Feed:
         self._iterator.close()
 
     def set_state(self, state: dict, skipped: int | None) -> None:
-        """Goes on where a saved run was; call before the first batch."""
+        """Continues from a saved run; call it before the first batch."""
         self._iterator.set_state(state)
         self.state = state
         if skipped is not None:
@@ -50,9 +50,9 @@ class Feed:
 
     @property
     def skipped(self) -> int | None:
-        """Unreadable images passed over, where the data count them, in the whole run.
+        """Unreadable images skipped in the whole run; None if the data do not count them.
 
-        All processes must ask together.
+        Collective: every process must call it.
         """
         if self._skipped is None:
             return None
@@ -62,7 +62,7 @@ class Feed:
         return self._skipped_before + skipped
 
     def prefetch(self) -> None:
-        """Reads the next batch and starts its way to the devices, unless that is done already.
+        """Reads the next batch and starts its transfer to the devices, unless that is already done.
 
         Raises:
             DataError: the iterator cannot give another batch.
@@ -91,12 +91,12 @@ class Feed:
             )
 
     def peek(self) -> dict[str, jax.Array]:
-        """The next batch, which stays the next one."""
+        """Returns the next batch without taking it."""
         self.prefetch()
         return self._ahead[0]
 
     def take(self) -> dict[str, jax.Array]:
-        """The next batch, [b * process_count, ...]."""
+        """Takes the next batch, [b * process_count, ...]."""
         self.prefetch()
         (batch, self.state, skipped), self._ahead = self._ahead, None
         if skipped is not None:

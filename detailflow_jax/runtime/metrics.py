@@ -87,12 +87,12 @@ class Averages:
     """Means of the step metrics since the last log line; a host copy is made only when asked."""
 
     def __init__(self, totals: Mapping[str, list] | None = None):
-        """`totals` is what another object's `totals` held, to go on where it was."""
+        """`totals` of an earlier object continue it."""
         self.totals = dict(totals or {})  # {name: [sum, number of steps]}, JSON-like.
         self._on_device: list[tuple[int, Mapping[str, jax.Array]]] = []
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the scalars of a step without waiting for them."""
+        """Adds the scalars of a step without waiting for them."""
         self._on_device.append((step, metrics))
 
     def fetch(self) -> None:

@@ -30,7 +30,7 @@ def grid(
         columns: images a row; default the smallest square that holds all.
         padding: white pixels around each image.
         scale: each pixel becomes scale x scale pixels, for small images.
-        row_captions, column_captions: one a row, at its left; one a column, above it.
+        row_captions, column_captions: one per row, at its left; one per column, above it.
 
     Returns:
         uint8 [rows * (scale * H + padding) + padding (+ captions), ..., 3].

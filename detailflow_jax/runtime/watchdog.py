@@ -1,4 +1,4 @@
-"""Says so when a run stands still: a lost host or a hung reader raises nothing by itself."""
+"""Warns when a run hangs: a lost host or a hung reader raises nothing by itself."""
 
 import faulthandler
 import pathlib
@@ -12,12 +12,12 @@ from absl import logging
 class Watchdog:
     """Warns, from a thread of its own, when no step has begun for a while; a context manager.
 
-    The first warning of a standstill carries the stacks of all threads: they tell what is waited
-    for. It ends nothing: a slow checkpoint or a long compilation is no reason to lose a run.
+    The first warning of a hang holds the stacks of all threads, which show what the run waits for.
+    It never ends the run, because a checkpoint or a compilation may just be slow.
     """
 
     def __init__(self, seconds: float):
-        """`seconds` without a `beat` make a standstill; 0 watches nothing."""
+        """Warns after `seconds` without a `beat`; 0 never warns."""
         self._seconds = seconds
         self._last = time.monotonic()
         self._doing = "the start"
@@ -36,7 +36,7 @@ class Watchdog:
             self._thread.join()
 
     def beat(self, doing: str) -> None:
-        """Tells what begins now, such as "step 12"."""
+        """Notes what begins now, such as "step 12"."""
         self._last, self._doing = time.monotonic(), doing
 
     def _watch(self) -> None:
