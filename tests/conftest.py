@@ -6,7 +6,11 @@ import signal
 
 import jax
 import jaxlib
+import jaxtyping
 import pytest
+
+# Before the package is imported: annotated functions check shapes and dtypes in every call.
+jaxtyping.install_import_hook(["detailflow_jax.ops"], "beartype.beartype")
 
 # The background jobs of a shell script ignore SIGINT, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

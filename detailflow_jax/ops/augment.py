@@ -1,24 +1,32 @@
 """What a discriminator's input goes through: differentiable augmentation and random views.
 
-Shapes: B batch, H x W pixels, S view side. Float images [B, H, W, 3] in [-1, 1]; results are
-float32 and differentiable with respect to the images. What is drawn for an image depends on the
-key, the size of the global batch and its place there, never on the devices.
+Shapes: B batch, H x W pixels, S side of a view. Float images are [B, H, W, 3] in [-1, 1]. Results
+are float32 and differentiable with respect to the images. What is drawn for an image depends on
+the key, the size of the global batch and the image's place in it, never on the devices.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, PRNGKeyArray
 
-from detailflow_jax.ops import interpolation
+from detailflow_jax.ops import Array, interpolation
 
 TRANSLATION = 1 / 8
 """The largest shift, as a share of the side."""
 
+Images = Float[Array, "B H W 3"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How strong: side of the cut-out as a share, and how likely each of the three changes is."""
+    """Strength of the augmentation.
+
+    Attributes:
+      cutout: side of the cut-out, as a share of the image's side.
+      probability: of each of the three changes.
+    """
 
     cutout: float
     probability: float
@@ -28,10 +36,11 @@ WEAK = Policy(cutout=0.2, probability=0.5)
 STRONG = Policy(cutout=0.5, probability=1.0)
 
 
-def diff_augment(key: jax.Array, images: jax.Array, policy: Policy = WEAK) -> jax.Array:
-    """Colour, translation and cut-out, each for the whole batch with the policy's probability.
+def diff_augment(key: PRNGKeyArray, images: Images, policy: Policy = WEAK) -> Images:
+    """Images with changed colour, translation and cut-out (DiffAugment, arXiv 2006.10738).
 
-    DiffAugment (Zhao et al., arXiv 2006.10738). How much is drawn for every image.
+    Each of the three applies to the whole batch or not at all, with the policy's probability. Its
+    strength is drawn per image.
     """
     gate_key, *keys = jax.random.split(key, 4)
     gates = jax.random.uniform(gate_key, (3,)) < policy.probability
@@ -41,8 +50,8 @@ def diff_augment(key: jax.Array, images: jax.Array, policy: Policy = WEAK) -> ja
     return jnp.where(gates[2], cut_out(keys[2], images, policy.cutout), images)
 
 
-def jitter_colour(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Brightness +-0.5, then saturation x U(0, 2), then contrast x U(0.5, 1.5)."""
+def jitter_colour(key: PRNGKeyArray, images: Images) -> Images:
+    """Changes brightness by +-0.5, then saturation by U(0, 2), then contrast by U(0.5, 1.5)."""
     brightness, saturation, contrast = jax.random.uniform(key, (3, len(images), 1, 1, 1))
     images = images + (brightness - 0.5)
     grey = jnp.mean(images, axis=-1, keepdims=True)
@@ -51,8 +60,8 @@ def jitter_colour(key: jax.Array, images: jax.Array) -> jax.Array:
     return (images - level) * (contrast + 0.5) + level
 
 
-def translate(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Shifts by up to an eighth of the side in each direction; zeros come in."""
+def translate(key: PRNGKeyArray, images: Images) -> Images:
+    """Shifts each image by up to an eighth of the side in each direction; zeros come in."""
     shifts = []
     for side, one in zip(images.shape[1:3], jax.random.split(key), strict=True):
         most = int(side * TRANSLATION + 0.5)
@@ -60,13 +69,16 @@ def translate(key: jax.Array, images: jax.Array) -> jax.Array:
     return shift(images, *shifts)
 
 
-def shift(images: jax.Array, down: jax.Array, right: jax.Array) -> jax.Array:
-    """Moves every image by whole pixels, int32 [B] each way.
+def shift(
+    images: Float[Array, "B H W C"], down: Int[Array, " B"], right: Int[Array, " B"]
+) -> Float[Array, "B H W C"]:
+    """Moves every image by whole pixels: float32 [B, H, W, C].
 
-    As products with matrices of ones and zeros: exact, and their gradient needs no scatter.
+    Computed as products with matrices of zeros and ones, which is exact and whose gradient needs no
+    scatter.
     """
 
-    def matrix(side: int, by: jax.Array) -> jax.Array:
+    def matrix(side: int, by: Array) -> Array:
         at = jnp.arange(side)
         return (at[:, None] - by[:, None, None] == at).astype(jnp.float32)
 
@@ -76,8 +88,8 @@ def shift(images: jax.Array, down: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum("bwW,bhWC->bhwC", columns, images, precision=precision)
 
 
-def cut_out(key: jax.Array, images: jax.Array, share: float) -> jax.Array:
-    """A rectangle of `share` of each side becomes zero; its centre lies anywhere."""
+def cut_out(key: PRNGKeyArray, images: Images, share: float) -> Images:
+    """Sets a rectangle of `share` of each side to zero; its centre lies anywhere."""
     inside = []
     for side, one in zip(images.shape[1:3], jax.random.split(key), strict=True):
         size = int(side * share + 0.5)
@@ -88,30 +100,30 @@ def cut_out(key: jax.Array, images: jax.Array, share: float) -> jax.Array:
     return jnp.where(hole[..., None], 0.0, images)
 
 
-def random_view(key: jax.Array | None, images: jax.Array, size: int) -> jax.Array:
+def random_view(
+    key: PRNGKeyArray | None, images: Images, size: int
+) -> Float[Array, "B {size} {size} 3"]:
     """The batch at `size` x `size`, as the published DINO discriminator takes it.
 
-    Larger images are cropped, all at one random place, half of the time and reduced by area
-    averaging otherwise; smaller ones are enlarged by bicubic interpolation. Without a key nothing
-    is cropped.
+    Half of the time, images larger than `size` are cropped, all at one random place; otherwise they
+    are reduced by area averaging. Smaller ones are enlarged by bicubic interpolation. Without a key
+    nothing is cropped.
     """
     height, width = images.shape[1:3]
-    # Which of the two is told by the height alone, as published.
+    # The height alone decides, as published.
     resize = interpolation.area_matrix if height > size else interpolation.bicubic_matrix
     rows, columns = resize(height, size), resize(width, size)
     if (height, width) == (size, size):
         return images.astype(jnp.float32)
     if key is not None and min(height, width) > size:
-        cropped, *keys = jax.random.split(key, 3)
+        cropped, row_key, column_key = jax.random.split(key, 3)
         crop = jax.random.bernoulli(cropped)
-        rows, columns = (
-            jnp.where(crop, _window(one, side, size), matrix)
-            for one, side, matrix in zip(keys, (height, width), (rows, columns), strict=True)
-        )
+        rows = jnp.where(crop, _window(row_key, height, size), rows)
+        columns = jnp.where(crop, _window(column_key, width, size), columns)
     return interpolation.apply_matrices(images, rows, columns)
 
 
-def _window(key: jax.Array, side: int, size: int) -> jax.Array:
-    """A random crop along one axis as a matrix [size, side]."""
+def _window(key: PRNGKeyArray, side: int, size: int) -> Float[Array, "size side"]:
+    """A random crop along one axis as a matrix of zeros and ones."""
     start = jax.random.randint(key, (), 0, side - size + 1)
     return (jnp.arange(size)[:, None] + start == jnp.arange(side)).astype(jnp.float32)

@@ -1,25 +1,30 @@
 """Self-correction training: where noise strikes, what it does, and what counts afterwards.
 
-A noise span [start, stop) holds one token inside the causal first c, or one whole group later
-(the paper's self-correction training). Spans are arrays [B]; start = stop = N stands for "no
-noise", for which every weight below reduces to the plain loss. Shapes: B batch, N tokens, V codes.
+A noise span [start, stop) holds one token within the causal first c, or one whole group later (the
+paper's self-correction training). Spans are int32 arrays [B]. start = stop = N means "no noise";
+every weight below then reduces to the plain loss.
+
+Shapes: B batch, N tokens, D width, V codes. Sizes: g group, c causal tokens.
 """
 
 import typing
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped
+
+from detailflow_jax.ops import Array
 
 
 class Span(typing.NamedTuple):
-    """Perturbed positions start <= n < stop, one span a sample: two int32 arrays [B]."""
+    """The perturbed positions start <= n < stop of every sample: two int32 arrays [B]."""
 
-    start: jax.Array
-    stop: jax.Array
+    start: Array
+    stop: Array
 
 
-def span_of(position: jax.Array, group_size: int, causal_num: int) -> Span:
-    """The span that a noise position m (int32 [B]) stands for."""
+def span_of(position: Int[Array, " B"], group_size: int, causal_num: int) -> Span:
+    """The span of a noise position: the position itself before c, its group from there on."""
     group_start = position // group_size * group_size
     single = position < causal_num
     start = jnp.where(single, position, group_start)
@@ -33,27 +38,27 @@ def no_span(batch: int, num_tokens: int) -> Span:
 
 
 def draw_span(
-    key: jax.Array,
+    key: PRNGKeyArray,
     batch: int,
-    token_count: jax.Array,
+    token_count: Int[Array, ""] | int,
     *,
     num_tokens: int,
     group_size: int,
     causal_num: int,
     per_sample: bool = True,
 ) -> Span:
-    """m ~ U[0, t) for t <= c, else U[0, t - g); nothing is perturbed when t = 1.
+    """The span of a random position m, U[0, t) for t <= c and U[0, t - g) for larger t.
 
-    Nor when t = g and c = 0: no group is left that could correct for the first one.
+    Nothing is perturbed when t = 1, or when t = g and c = 0, since nothing later could correct it.
 
     Args:
       key: PRNG key.
       batch: B.
-      token_count: t, the number of tokens that will be decoded (an int32 scalar, data).
+      token_count: t, the number of tokens that will be decoded (data, not static).
       num_tokens: N.
       group_size: g.
       causal_num: c.
-      per_sample: one position a sample; False draws one for the whole batch, as published.
+      per_sample: one position per sample; False draws one for the whole batch, as published.
     """
     limit = jnp.where(token_count <= causal_num, token_count, token_count - group_size)
     uniform = jax.random.uniform(key, (batch if per_sample else 1,))
@@ -64,42 +69,51 @@ def draw_span(
     return Span(*(jnp.where(is_silent, n, s) for s, n in zip(span, silent, strict=True)))
 
 
-def inside(span: Span, num_tokens: int) -> jax.Array:
-    """bool [B, N]: the perturbed positions."""
+def inside(span: Span, num_tokens: int) -> Bool[Array, "B {num_tokens}"]:
+    """True at the perturbed positions."""
     n = jnp.arange(num_tokens)
     return (n >= span.start[:, None]) & (n < span.stop[:, None])
 
 
-def after(span: Span, num_tokens: int) -> jax.Array:
-    """bool [B, N]: the positions that correct for the noise."""
+def after(span: Span, num_tokens: int) -> Bool[Array, "B {num_tokens}"]:
+    """True at the positions that correct the noise."""
     return jnp.arange(num_tokens) >= span.stop[:, None]
 
 
-def splice(span: Span, before: jax.Array, noisy: jax.Array, later: jax.Array) -> jax.Array:
-    """`before` the span, `noisy` inside, `later` after it; all [B, N] or [B, N, D]."""
+def splice(
+    span: Span,
+    before: Shaped[Array, "B N *D"],
+    noisy: Shaped[Array, "B N *D"],
+    later: Shaped[Array, "B N *D"],
+) -> Shaped[Array, "B N *D"]:
+    """`before` ahead of the span, `noisy` inside it, `later` after it; [B, N] or [B, N, D]."""
     shape = (*span.start.shape, before.shape[1], *(1,) * (before.ndim - 2))
     is_noisy = inside(span, before.shape[1]).reshape(shape)
     is_later = after(span, before.shape[1]).reshape(shape)
     return jnp.where(is_later, later, jnp.where(is_noisy, noisy, before))
 
 
-def near_code(distances: jax.Array, choice: jax.Array, top: int = 50) -> jax.Array:
-    """The code of rank `choice` (0 = nearest) by ascending distance: int32 [B, N].
+def near_code(
+    distances: Float[Array, "B N V"], choice: Int[Array, "B N"], top: int = 50
+) -> Int[Array, "B N"]:
+    """The code of rank `choice` by ascending distance, int32; rank 0 is the nearest code.
 
     Args:
-      distances: of the clean vectors to all codes, float32 [B, N, V].
-      choice: rank in [0, min(top, V)), int32 [B, N].
-      top: how many nearest codes are candidates.
+      distances: from the clean vectors to all codes.
+      choice: rank in [0, min(top, V)).
+      top: how many of the nearest codes are candidates.
     """
     _, ranked = jax.lax.top_k(-distances, min(top, distances.shape[-1]))
     return jnp.take_along_axis(ranked, choice[..., None], axis=-1)[..., 0].astype(jnp.int32)
 
 
-def weighted_vq(clean: jax.Array, corrected: jax.Array, span: Span) -> jax.Array:
-    """Mean error of N clean and N - e corrected tokens a sample (e the end of the noise).
+def weighted_vq(
+    clean: Float[Array, "B N"], corrected: Float[Array, "B N"], span: Span
+) -> Float[Array, ""]:
+    """Mean error over the N clean and the N - e corrected tokens, e being the end of the noise.
 
-    For one e in the whole batch this is N/(2N-e) times the clean mean plus (N-e)/(2N-e) times the
-    mean over tokens from e on, as published. Both inputs are [B, N]; returns a scalar.
+    If e is the same in the whole batch, this is N/(2N-e) times the clean mean plus (N-e)/(2N-e)
+    times the mean over the tokens from e on, as published.
     """
     num_tokens = clean.shape[1]
     counted = jnp.where(after(span, num_tokens), corrected, 0.0)
@@ -107,7 +121,7 @@ def weighted_vq(clean: jax.Array, corrected: jax.Array, span: Span) -> jax.Array
     return jnp.mean(per_sample)
 
 
-def pass_weights(span: Span, num_tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Weights N/(2N-e) and (N-e)/(2N-e) of the clean and the corrected pass, batch means."""
+def pass_weights(span: Span, num_tokens: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weights of the clean and the corrected pass: batch means of N/(2N-e) and (N-e)/(2N-e)."""
     total = 2 * num_tokens - span.stop
     return jnp.mean(num_tokens / total), jnp.mean((num_tokens - span.stop) / total)

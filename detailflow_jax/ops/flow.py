@@ -1,41 +1,48 @@
 """Flow matching: the straight path from data to noise, time grids, and ODE and SDE solvers.
 
 Time runs from 1 (noise) to 0 (data), as in the published code of FlowAR (its paper writes it the
-other way round). Grids are made in float64 on the host: a float32 one lands on the wrong side of
-some of the 1000 levels that the time embedding has.
+other way round). Grids are computed in float64 on the host: a float32 grid would fall on the wrong
+side of some of the 1000 levels that the time embedding distinguishes.
+
+Shapes: *shape of the data, M steps of a grid.
 """
 
 import math
+import typing
 from collections.abc import Callable, Sequence
 
-import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+from detailflow_jax.ops import Array
+
+Data = Float[Array, "*shape"]
+Times = Float[np.ndarray, " M"]
+
+Velocity = Callable[[Array, Array], Array]
 """(x, time as a float32 scalar) -> velocity, of the shape of x."""
 
 
-def interpolate(data: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
-    """x_t = (1 - t) data + t noise, `time` broadcastable (the paper's flow matching)."""
+def interpolate(data: Data, noise: Data, time: Float[Array, "..."] | float) -> Data:
+    """Noisy data x_t = (1 - t) data + t noise; `time` broadcasts (the paper's flow matching)."""
     return (1.0 - time) * data + time * noise
 
 
-def target_velocity(data: jax.Array, noise: jax.Array) -> jax.Array:
+def target_velocity(data: Data, noise: Data) -> Data:
     """dx_t/dt = noise - data."""
     return noise - data
 
 
-def time_features(time: jax.Array, size: int = 256) -> jax.Array:
-    """Sinusoidal features of floor(1000 t): float32 [..., size], cosines first.
+def time_features(time: Float[Array, "*batch"], size: int = 256) -> Float[Array, "*batch {size}"]:
+    """Sinusoidal features of floor(1000 t), cosines first; float32.
 
-    The product is float32, as published: in float64 it would fall below a whole number elsewhere.
+    The product 1000 t is float32, as published: in float64 its floor would differ at some times.
     """
     level = jnp.floor(jnp.float32(1000.0) * jnp.asarray(time, jnp.float32))
     half = size // 2
-    # Exponents are float32 as published. At level 1000 an error of one bit in a frequency is seen,
-    # so the exponential itself is taken in float64 and rounded.
+    # Exponents are float32, as published. An error of one bit in a frequency is visible at level
+    # 1000, so the exponential is computed in float64 and then rounded.
     exponent = np.float32(-math.log(10_000.0)) * np.arange(half, dtype=np.float32) / half
     frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angles = level[..., None] * frequencies
@@ -45,10 +52,13 @@ def time_features(time: jax.Array, size: int = 256) -> jax.Array:
 # ----------------------------------------------------------------------------------------- grids
 
 
-def published_times(num_steps: int) -> np.ndarray:
-    """The published grid, float64: finer near the noise, but for exactly 50 steps uniform.
+def published_times(num_steps: int) -> Times:
+    """The published grid, float64: finer near the noise, but uniform for exactly 50 steps.
 
-    The number of steps is `num_steps` rounded down to an even number (25 means 24).
+    `num_steps` is rounded down to an even number (25 means 24).
+
+    Raises:
+      ValueError: if `num_steps` is less than 2.
     """
     if num_steps < 2:
         raise ValueError(f"num_steps={num_steps}; the published grid needs at least 2")
@@ -58,15 +68,23 @@ def published_times(num_steps: int) -> np.ndarray:
     return np.concatenate([np.linspace(1.0, 0.3, half), np.linspace(0.25, 0.0, half + 1)])
 
 
-def uniform_times(num_steps: int) -> np.ndarray:
-    """num_steps equal steps from 1 to 0: float64 [num_steps + 1]."""
+def uniform_times(num_steps: int) -> Times:
+    """`num_steps` equal steps from 1 to 0: float64 [num_steps + 1].
+
+    Raises:
+      ValueError: if `num_steps` is less than 1.
+    """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}; expected at least 1")
     return np.linspace(1.0, 0.0, num_steps + 1)
 
 
-def sde_times(num_steps: int) -> np.ndarray:
-    """The published grid of the Euler-Maruyama sampler: from 1 to 0.04, then 0."""
+def sde_times(num_steps: int) -> Times:
+    """The published grid of the Euler-Maruyama sampler, float64: from 1 to 0.04, then 0.
+
+    Raises:
+      ValueError: if `num_steps` is less than 1.
+    """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}; expected at least 1")
     return np.append(np.linspace(1.0, 0.04, num_steps), 0.0)
@@ -77,55 +95,55 @@ GRIDS = {"published": published_times, "uniform": uniform_times, "sde": sde_time
 
 
 def annealed_steps(first: int, last: int, num_scales: int) -> tuple[int, ...]:
-    """Flow steps a scale, falling evenly from `first` to `last`: later scales need fewer."""
+    """Flow steps per scale, falling evenly from `first` to `last`: later scales need fewer."""
     return tuple(int(n) for n in np.linspace(first, last, num_scales).round())
 
 
 # --------------------------------------------------------------------------------------- solvers
 
 
-@flax.struct.dataclass
-class Step:
-    """One step of a grid: float32 scalars (or arrays of steps, to scan over).
+class Step(typing.NamedTuple):
+    """One step of a grid: an int32 and three float32 scalars, or arrays [M] to scan over.
 
-    `length` is the difference of the float64 times: that of the rounded ones would lose digits.
+    `length` is the difference of the float64 times; the rounded ones would lose digits.
     """
 
-    index: jax.Array
-    time: jax.Array
-    next_time: jax.Array
-    length: jax.Array
+    index: Array
+    time: Array
+    next_time: Array
+    length: Array
 
 
-def steps(times: Sequence[float], first: int, last: int) -> Step:
+def steps(times: Sequence[float] | Times, first: int, last: int) -> Step:
     """Steps first .. last - 1 of a grid of float64 times."""
-    times = np.asarray(times, np.float64)[first : last + 1]
+    chosen = np.asarray(times, np.float64)[first : last + 1]
     return Step(
         index=np.arange(first, last, dtype=np.int32),
-        time=times[:-1].astype(np.float32),
-        next_time=times[1:].astype(np.float32),
-        length=np.diff(times).astype(np.float32),
+        time=chosen[:-1].astype(np.float32),
+        next_time=chosen[1:].astype(np.float32),
+        length=np.diff(chosen).astype(np.float32),
     )
 
 
-def euler_step(velocity: Velocity, x: jax.Array, step: Step, noise=None) -> jax.Array:
-    """One step along the velocity at its start."""
+def euler_step(velocity: Velocity, x: Data, step: Step, noise: Data | None = None) -> Data:
+    """x after one step along the velocity at the step's start."""
     del noise
     return x + velocity(x, step.time) * step.length
 
 
-def heun_step(velocity: Velocity, x: jax.Array, step: Step, noise=None) -> jax.Array:
-    """One step along the mean of the velocities at both ends; two evaluations."""
+def heun_step(velocity: Velocity, x: Data, step: Step, noise: Data | None = None) -> Data:
+    """x after one step along the mean of the velocities at both ends; two evaluations."""
     del noise
     first = velocity(x, step.time)
     second = velocity(x + first * step.length, step.next_time)
     return x + 0.5 * (first + second) * step.length
 
 
-def euler_maruyama_step(velocity: Velocity, x: jax.Array, step: Step, noise) -> jax.Array:
-    """One step of the SDE with the same marginals, diffusion w = 2t; no noise in the last one.
+def euler_maruyama_step(velocity: Velocity, x: Data, step: Step, noise: Data) -> Data:
+    """x after one step of the SDE with the same marginals; the last step adds no noise.
 
-    score = -(x + (1 - t) v) / t and drift = v - w/2 score (behaviour of the published sampler).
+    With diffusion w = 2t, score = -(x + (1 - t) v) / t and drift = v - w/2 score, as in the
+    published sampler.
     """
     v = velocity(x, step.time)
     score = -(x + (1.0 - step.time) * v) / step.time

@@ -1,16 +1,17 @@
-"""Pixels: value ranges and tiling."""
+"""Pixels: value ranges, tiling, PSNR."""
 
 import einops
-import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Float, Shaped, UInt8
+
+from detailflow_jax.ops import Array
 
 
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 [0, 255] -> float32 [-1, 1] by x/127.5 - 1; floating images pass unchanged.
+def to_float(images: Shaped[Array, "..."]) -> Float[Array, "..."]:
+    """uint8 images [0, 255] as float32 [-1, 1], by x/127.5 - 1; floating images are unchanged.
 
     Raises:
-      TypeError: neither uint8 nor floating point.
+      TypeError: if the images are neither uint8 nor floating point.
     """
     if images.dtype == jnp.uint8:
         return images / jnp.float32(127.5) - jnp.float32(1.0)
@@ -19,17 +20,19 @@ def to_float(images: jax.Array) -> jax.Array:
     return images
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
-    """Float [-1, 1] -> uint8: clip(127.5 * x + 128, 0, 255), truncated, as published."""
+def to_uint8(images: Float[Array, "..."]) -> UInt8[Array, "..."]:
+    """Float images [-1, 1] as uint8: clip(127.5 * x + 128, 0, 255), truncated, as published."""
     return jnp.clip(127.5 * images + 128.0, 0.0, 255.0).astype(jnp.uint8)
 
 
-def tile(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """[rows, columns, H, W, C] -> one picture [rows*H, columns*W, C], where the images are."""
+def tile(images: Shaped[Array, "rows columns H W C"]) -> Shaped[Array, "H_all W_all C"]:
+    """One picture [rows*H, columns*W, C] of images [rows, columns, H, W, C], on their device."""
     return einops.rearrange(images, "r c h w ch -> (r h) (c w) ch")
 
 
-def psnr(images: jax.Array, reference: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], one value an image: [B]."""
+def psnr(
+    images: Float[Array, "*B H W C"], reference: Float[Array, "*B H W C"]
+) -> Float[Array, "*B"]:
+    """Peak signal-to-noise ratio in dB, per image, of images in [-1, 1]."""
     error = jnp.mean(jnp.square(jnp.clip(images, -1, 1) - reference), axis=(-3, -2, -1))
     return 10.0 * jnp.log10(4.0 / jnp.maximum(error, 1e-12))

@@ -1,7 +1,7 @@
 """Dynamic input resolution: the size and the number of the images of every training step.
 
-A pure function of (seed, step), asked by who reads the images and by who trains on them. NumPy
-alone, as worker processes that read images need it.
+A pure function of (seed, step), which both the data pipeline and the training step evaluate. It
+uses NumPy alone, since worker processes that read images need it.
 """
 
 import dataclasses
@@ -10,24 +10,24 @@ from typing import Any
 
 import numpy as np
 
-_STREAM = 1  # Apart from the other draws of a step, which are seeded by (seed, step).
+_STREAM = 1  # Separates these draws from the step's other ones, which are seeded by (seed, step).
 
 
 @dataclasses.dataclass(frozen=True)
 class InputSizes:
-    """Which input size a step has, and how many images.
+    """The input size and the number of images of each step.
 
     Attributes:
       usual: side in pixels of most batches (`config.data.image_size`).
       probability: of a batch of another size.
       sizes: the other sizes; one is drawn uniformly.
       batch_size: global batch of the usual size, and of smaller ones.
-      multiple: larger images come in a multiple of this, so many fewer that no batch has more
-        pixels than the usual one (but for the least batch, one `multiple`).
+      multiple: batches of larger images hold a multiple of this many, reduced so that no batch has
+        more pixels than a usual one (but never less than one `multiple`).
       seed: of the run.
 
     Raises:
-      ValueError: fields without meaning.
+      ValueError: if a field is out of range.
     """
 
     usual: int
@@ -62,7 +62,7 @@ class InputSizes:
         return self.sizes[rng.integers(len(self.sizes))]
 
     def images(self, size: int) -> int:
-        """The global batch of a size."""
+        """The global batch of images of a size."""
         if size <= self.usual:
             return self.batch_size
         fitting = self.batch_size * self.usual**2 // size**2
@@ -70,10 +70,10 @@ class InputSizes:
 
 
 def input_sizes(data: Mapping[str, Any], batch_size: int, seed: int) -> InputSizes | None:
-    """The sizes that `config.data` asks for; None where all batches have its `image_size`.
+    """The sizes that `config.data` asks for; None if all batches have its `image_size`.
 
     Raises:
-      ValueError: see `InputSizes`.
+      ValueError: if a field is out of range.
     """
     dynamic = data.get("dynamic")
     if not (dynamic and dynamic["probability"]):

@@ -1,8 +1,10 @@
 """Image resizing as two small matrix products.
 
-Interpolation along one axis is linear, so it is a fixed (out x in) matrix. The matrices are made
-in float64 with NumPy, once per pair of sizes, and used as float32: friendly to every accelerator
-and, as plain arrays, able to travel into a compiled step as data.
+Interpolation along one axis is linear, so it is a fixed matrix [size_out, size_in]. The matrices
+are computed in float64 with NumPy, once per pair of sizes, and used as float32. This suits every
+accelerator, and as plain arrays they can enter a compiled step as data.
+
+Shapes: H x W pixels before, h x w pixels after, C channels, D width of a position table.
 """
 
 import functools
@@ -10,30 +12,34 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Shaped
+
+from detailflow_jax.ops import Array
 
 
-def _read_only(matrix: np.ndarray) -> np.ndarray:
+def read_only(matrix: np.ndarray) -> np.ndarray:
+    """The matrix as float32 that cannot be written to, since a cache shares it."""
     matrix = matrix.astype(np.float32)
-    matrix.setflags(write=False)  # cached, so shared by every caller
+    matrix.setflags(write=False)
     return matrix
 
 
 @functools.cache
-def area_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """Area averaging (adaptive average pooling): float32 [size_out, size_in]."""
+def area_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "{size_out} {size_in}"]:
+    """Matrix of area averaging (adaptive average pooling)."""
     matrix = np.zeros((size_out, size_in))
     for i in range(size_out):
         start, stop = i * size_in // size_out, -(-(i + 1) * size_in // size_out)
         matrix[i, start:stop] = 1.0 / (stop - start)
-    return _read_only(matrix)
+    return read_only(matrix)
 
 
 @functools.cache
-def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """Bicubic with a = -0.75, half-pixel centres, clamped edges, no antialiasing.
+def bicubic_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "{size_out} {size_in}"]:
+    """Matrix of bicubic interpolation: a = -0.75, half-pixel centres, clamped edges, no antialias.
 
-    The kernel of `torch.nn.functional.interpolate(mode="bicubic")`; `jax.image.resize` has another
-    (a = -0.5). Returns float32 [size_out, size_in].
+    This is the kernel of `torch.nn.functional.interpolate(mode="bicubic")`; `jax.image.resize` uses
+    a = -0.5.
     """
     a = -0.75
     centre = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
@@ -45,48 +51,63 @@ def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
         far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
         weight = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
         np.add.at(matrix, (np.arange(size_out), np.clip(base + tap, 0, size_in - 1)), weight)
-    return _read_only(matrix)
+    return read_only(matrix)
 
 
 @functools.cache
-def antialiased_bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """Triangle filter, widened when shrinking; for position tables. float32 [size_out, size_in]."""
+def antialiased_bilinear_matrix(
+    size_in: int, size_out: int
+) -> Float[np.ndarray, "{size_out} {size_in}"]:
+    """Matrix of a triangle filter that widens when it shrinks the image; for position tables."""
     scale = size_in / size_out
     width = max(scale, 1.0)
     centre = (np.arange(size_out)[:, None] + 0.5) * scale
     matrix = np.maximum(0.0, 1.0 - np.abs(np.arange(size_in) + 0.5 - centre) / width)
-    return _read_only(matrix / matrix.sum(axis=1, keepdims=True))
+    return read_only(matrix / matrix.sum(axis=1, keepdims=True))
 
 
 @functools.cache
-def degradation_matrix(image_size: int, low_size: int, decoded_size: int) -> np.ndarray:
-    """Reduce to `low_size` by area, then enlarge to `decoded_size` by bicubic, as one matrix.
+def degradation_matrix(
+    image_size: int, low_size: int, decoded_size: int
+) -> Float[np.ndarray, "{decoded_size} {image_size}"]:
+    """Matrix that reduces to `low_size` by area, then enlarges to `decoded_size` by bicubic.
 
-    The training target for a short token sequence, in the paper a progressively degraded image.
-    At full resolution it is the identity. Returns float32 [decoded_size, image_size].
+    It gives the training target of a short token sequence (the paper's progressively degraded
+    image). At full resolution it is the identity.
     """
     down = area_matrix(image_size, low_size).astype(np.float64)
-    return _read_only(bicubic_matrix(low_size, decoded_size).astype(np.float64) @ down)
+    return read_only(bicubic_matrix(low_size, decoded_size).astype(np.float64) @ down)
 
 
-def apply_matrices(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Resize [..., H, W, C] with rows [h, H] and columns [w, W] to [..., h, w, C], in float32."""
-    images = jnp.asarray(images, jnp.float32)
+def apply_matrices(
+    images: Shaped[Array, "*batch H W C"],
+    rows: Float[Array, "h H"],
+    columns: Float[Array, "w W"],
+) -> Float[Array, "*batch h w C"]:
+    """Images resized by a matrix for the rows and one for the columns, in float32."""
+    resized = jnp.asarray(images, jnp.float32)
     precision = jax.lax.Precision.HIGHEST
-    images = jnp.einsum("hH,...HWC->...hWC", rows, images, precision=precision)
-    return jnp.einsum("wW,...hWC->...hwC", columns, images, precision=precision)
+    resized = jnp.einsum("hH,...HWC->...hWC", rows, resized, precision=precision)
+    return jnp.einsum("wW,...hWC->...hwC", columns, resized, precision=precision)
 
 
-def enlarge(images: jax.Array, size: int) -> jax.Array:
-    """Square images [..., H, H, C] brought to `size` by bicubic interpolation, float32."""
+def enlarge(
+    images: Shaped[Array, "*batch H H C"], size: int
+) -> Float[Array, "*batch {size} {size} C"]:
+    """Square images brought to `size` by bicubic interpolation, in float32."""
     matrix = bicubic_matrix(images.shape[-2], size)
     return apply_matrices(images, matrix, matrix)
 
 
-def resize_position_table(table: jax.Array, height: int, width: int) -> jax.Array:
-    """A square table [side * side, D] resized to a patch grid: [height * width, D].
+def resize_position_table(
+    table: Float[Array, "rows D"], height: int, width: int
+) -> Float[Array, "{height*width} D"]:
+    """A square position table [side * side, D] resized to a grid of height x width patches.
 
     Antialiased bilinear, as in SigLIP2-NaFlex; float32.
+
+    Raises:
+      ValueError: if the number of rows is not a square.
     """
     side = round(table.shape[0] ** 0.5)
     if side * side != table.shape[0]:

@@ -1,14 +1,19 @@
-"""Images to sequences of patches and back, in (row, column, channel) order inside a patch."""
+"""Images to sequences of patches and back, in (row, column, channel) order inside a patch.
+
+Shapes: B batch, H x W pixels, C channels, P patches in row-major order, F = p*p*C values of one.
+"""
 
 import einops
-import jax
+from jaxtyping import Shaped
+
+from detailflow_jax.ops import Array
 
 
-def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-    """[B, H, W, C] -> [B, (H/p)(W/p), p*p*C], patches in row-major order.
+def patchify(images: Shaped[Array, "B H W C"], patch_size: int) -> Shaped[Array, "B P F"]:
+    """Images as patches of p x p pixels: [B, (H/p)(W/p), p*p*C].
 
     Raises:
-      ValueError: a side is not a multiple of the patch size.
+      ValueError: if a side is not a multiple of the patch size.
     """
     height, width = images.shape[-3:-1]
     if height % patch_size or width % patch_size:
@@ -20,7 +25,9 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     return einops.rearrange(images, pattern, p=patch_size, q=patch_size)
 
 
-def unpatchify(patches: jax.Array, patch_size: int, height: int, width: int) -> jax.Array:
-    """[B, height*width, p*p*C] -> [B, height*p, width*p, C]; `height`, `width` count patches."""
+def unpatchify(
+    patches: Shaped[Array, "B {height*width} F"], patch_size: int, height: int, width: int
+) -> Shaped[Array, "B {height*patch_size} {width*patch_size} C"]:
+    """The images of a grid of height x width patches; the inverse of `patchify`."""
     pattern = "b (h w) (p q c) -> b (h p) (w q) c"
     return einops.rearrange(patches, pattern, p=patch_size, q=patch_size, h=height, w=width)

@@ -1,4 +1,4 @@
-"""How many pixels n tokens are worth: the resolution map R(n) (the paper's resolution mapping)."""
+"""The resolution map R(n): the image size that n tokens stand for (the paper's mapping)."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def describe_counts(num_tokens: int, group_size: int, causal_num: int) -> str:
-    """The valid token counts in words, for messages."""
+    """The valid token counts in words, for error messages."""
     groups = f"multiples of {group_size} up to {num_tokens}"
     return f"1..{causal_num}, then {groups}" if causal_num else groups
 
@@ -17,17 +17,16 @@ class ResolutionMap:
     """Token counts and the resolutions they stand for.
 
     R(n) = R - (R - 1) / (N - 1)^a * (N - n)^a, truncated and clamped to [1, R]. The decoded size is
-    R(n) rounded *up* to a multiple of the patch size (the paper says nearest; the published code
+    R(n) rounded up to a multiple of the patch size (the paper says nearest; the published code
     rounds up).
 
     Attributes:
       image_size: R, the full resolution in pixels.
       num_tokens: N.
       group_size: g; counts above `causal_num` come in multiples of g.
-      causal_num: c, tokens generated one by one; counts up to c are all valid. 0: multiples of g
-        only.
-      patch_size: of the decoder.
-      power: a.
+      causal_num: c, the tokens generated one by one; every count up to c is valid.
+      patch_size: of the decoder, in pixels.
+      power: a, the exponent.
     """
 
     image_size: int
@@ -57,7 +56,11 @@ class ResolutionMap:
         return -(-self.resolution(num_tokens) // self.patch_size) * self.patch_size
 
     def best_count(self, size: int) -> int:
-        """Inverse map: of the counts that decode to `size`, the one whose R(n) is nearest it."""
+        """The inverse map: among the counts that decode to `size`, the one with the closest R(n).
+
+        Raises:
+          ValueError: if no count decodes to `size`.
+        """
         counts = [n for n in self.token_counts if self.decoded_size(n) == size]
         if not counts:
             sizes = sorted({self.decoded_size(n) for n in self.token_counts})
@@ -65,7 +68,7 @@ class ResolutionMap:
         return min(reversed(counts), key=lambda n: abs(self.resolution(n) - size))
 
     def check(self, num_tokens: int) -> None:
-        """Raises ValueError, listing the valid counts, if n tokens mean nothing here."""
+        """Raises ValueError, listing the valid counts, if n is not one of them."""
         if num_tokens not in self.token_counts:
             raise ValueError(
                 f"num_tokens={num_tokens} is not valid for this model; valid counts are "
@@ -79,12 +82,15 @@ class ResolutionMap:
     def draw_count(
         self, rng: np.random.Generator, full_probability: float = 0.8, most: int | None = None
     ) -> int:
-        """Coarse-to-fine training: all tokens, or t ~ U[1, most - g] rounded up to a valid count.
+        """A random token count for coarse-to-fine training.
+
+        It is `most` with probability `full_probability`, else U[1, most - g] rounded up to a valid
+        count.
 
         Args:
           rng: source of the draw.
           full_probability: of all tokens.
-          most: how many tokens encode the image, fewer than N for a smaller one; None: N.
+          most: how many tokens encode the image: fewer than N for a smaller image; None: N.
         """
         most = self.num_tokens if most is None else most
         if rng.random() < full_probability or most <= self.group_size:

@@ -1,22 +1,22 @@
 """The scales of FlowAR: a latent grid seen coarse to fine (the paper's scale design).
 
-Shapes: B batch, S side of the latent grid, K scales of sides i_0 < ... < i_{K-1} = S,
-T = sum of i_k^2 positions, C channels. A scale's positions are row-major; scales follow each other.
+Shapes: B batch, S side of the latent grid, K scales of sides i_0 < ... < i_{K-1} = S, T = sum of
+i_k^2 positions, C channels. Positions of a scale are row-major; the scales follow one another.
 """
 
 import functools
 import itertools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
-from detailflow_jax.ops import interpolation, rotary
+from detailflow_jax.ops import Array, interpolation, rotary
 
 
 def check_scales(scales: Sequence[int]) -> None:
-    """Raises ValueError unless the sides increase from at least 1."""
+    """Raises ValueError unless the sides increase and start at 1 or more."""
     whole = all(isinstance(side, int | np.integer) and side >= 1 for side in scales)
     increasing = all(a < b for a, b in itertools.pairwise(scales))
     if not scales or not whole or not increasing:
@@ -27,75 +27,74 @@ def check_scales(scales: Sequence[int]) -> None:
 
 
 def offsets(scales: Sequence[int]) -> tuple[int, ...]:
-    """First position of every scale, and T at the end: K + 1 numbers."""
+    """First position of every scale, then T: K + 1 numbers."""
     return (0, *np.cumsum([side * side for side in scales]).tolist())
 
 
-def scale_index(scales: Sequence[int]) -> np.ndarray:
-    """The scale that each position belongs to: int32 [T]."""
+def scale_index(scales: Sequence[int]) -> Int[np.ndarray, " T"]:
+    """The scale that each position belongs to, int32."""
     return np.repeat(np.arange(len(scales), dtype=np.int32), [side * side for side in scales])
 
 
-def scale_mask(scales: Sequence[int]) -> np.ndarray:
-    """Every position sees all of its own and of earlier scales: bool [T, T]."""
+def scale_mask(scales: Sequence[int]) -> Bool[np.ndarray, "T T"]:
+    """The attention mask: every position sees its own scale and all earlier ones."""
     index = scale_index(scales)
     return index[:, None] >= index[None, :]
 
 
-def rotary_table(scales: Sequence[int], head_dim: int) -> np.ndarray:
-    """Rotary table of all positions, each scale stretched over the finest: [T, head_dim/2, 2]."""
+def rotary_table(scales: Sequence[int], head_dim: int) -> Float[np.ndarray, "T {head_dim//2} 2"]:
+    """Rotary table of all positions, each scale stretched over the area of the finest one."""
     tables = [rotary.grid_rotary_table(side, scales[-1] / side, head_dim) for side in scales]
     return np.concatenate(tables)
 
 
 @functools.cache
 def _next_matrix(finest: int, side: int, next_side: int) -> np.ndarray:
-    """Enlarge to the finest grid by bicubic, then reduce to the next scale by area, as one."""
+    """Matrix that enlarges to the finest grid by bicubic, then reduces to the next by area."""
     up = interpolation.bicubic_matrix(side, finest).astype(np.float64)
-    matrix = interpolation.area_matrix(finest, next_side).astype(np.float64) @ up
-    matrix = matrix.astype(np.float32)
-    matrix.setflags(write=False)  # cached, so shared by every caller
-    return matrix
+    down = interpolation.area_matrix(finest, next_side).astype(np.float64)
+    return interpolation.read_only(down @ up)
 
 
-def reduce_to(latents: jax.Array, side: int) -> jax.Array:
-    """Area average of latents [B, S, S, C] to one scale: float32 [B, side^2, C]."""
+def reduce_to(latents: Float[Array, "B S S C"], side: int) -> Float[Array, "B {side**2} C"]:
+    """The positions of one scale: the latents' area average, in float32."""
     matrix = interpolation.area_matrix(latents.shape[1], side)
-    reduced = interpolation.apply_matrices(latents, matrix, matrix)
+    reduced = interpolation.apply_matrices(latents, matrix, matrix)  # [B, side, side, C]
     return reduced.reshape(len(latents), side * side, -1)
 
 
-def next_input(positions: jax.Array, side: int, next_side: int, finest: int) -> jax.Array:
-    """What the transformer reads for the next scale, from a finished scale.
+def next_input(
+    positions: Float[Array, "B {side**2} C"], side: int, next_side: int, finest: int
+) -> Float[Array, "B {next_side**2} C"]:
+    """What the transformer reads for the next scale, from a finished scale; float32.
 
     Args:
-      positions: [B, side^2, C] of the finished scale.
+      positions: of the finished scale.
       side: its side.
       next_side: the next scale's side.
       finest: S.
-
-    Returns:
-      float32 [B, next_side^2, C].
     """
     grid = positions.reshape(len(positions), side, side, -1)
     matrix = _next_matrix(finest, side, next_side)
-    out = interpolation.apply_matrices(grid, matrix, matrix)
+    out = interpolation.apply_matrices(grid, matrix, matrix)  # [B, next_side, next_side, C]
     return out.reshape(len(positions), next_side * next_side, -1)
 
 
-def pyramid(latents: jax.Array, scales: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+def pyramid(
+    latents: Float[Array, "..."], scales: Sequence[int]
+) -> tuple[Float[Array, "B T C"], Float[Array, "B T_later C"]]:
     """Targets and inputs of all scales.
 
     Args:
-      latents: [B, S, S, C] with S the last scale.
+      latents: [B, S, S, C], S being the last scale.
       scales: K sides.
 
     Returns:
-      targets float32 [B, T, C], the latents at every scale; inputs float32 [B, T - i_0^2, C], what
-      the transformer reads for scales 1 .. K - 1.
+      targets: float32 [B, T, C], the latents at every scale.
+      inputs: float32 [B, T - i_0^2, C], what the transformer reads for scales 1 .. K - 1.
 
     Raises:
-      ValueError: latents of another size.
+      ValueError: if the latents have another shape.
     """
     if latents.ndim != 4 or latents.shape[1:3] != (scales[-1], scales[-1]):
         raise ValueError(
