@@ -47,9 +47,10 @@ test: lint ## everything but what test-full runs: under ten minutes on two cores
 test-full: $(VENV)/.ready-test ## only the full-size networks and the long series of kills
 	$(PYTEST) -m full
 
-lint: $(VENV)/.ready-test ## ruff only
+lint: $(VENV)/.ready-test ## ruff and static types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/ty check --python $(VENV)
 
 docs: $(VENV)/.ready-docs ## the documentation site: site/index.html
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --strict

@@ -1,39 +1,45 @@
 """Discriminators: frozen DINO features with trained heads, and PatchGAN as the light choice.
 
-Shapes: B batch, L positions, C channels, R read points, K kernel size.
+Shapes: B batch, H x W pixels, L positions, C channels, R read points, K kernel size.
 Float images are [B, H, W, 3] in [-1, 1]; logits are float32 [B, positions], unbounded.
 
-Beside its parameters a discriminator has a state, explicit collections that a training forward
-renews: `batch_stats` (running mean and variance) and `spectral` (the singular vectors u, v).
+Besides its parameters a discriminator has a state, which each training forward updates: the
+collections `batch_stats` (running mean and variance) and `spectral` (the singular vectors u, v).
 """
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, PRNGKeyArray
 
 from detailflow_jax.models import layers, siglip
-from detailflow_jax.ops import augment
+from detailflow_jax.ops import Array, augment
+
+Images = Float[Array, "B H W 3"]
+Positions = Float[Array, "B L C"]
+Logits = Float[Array, "B positions"]
 
 STATE = ("batch_stats", "spectral")
-"""Collections that are neither trained by gradient nor constant."""
+"""Collections that a training forward updates, without a gradient."""
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
 class DinoConfig:
-    """Sizes of the frozen DINO and where it is read; the defaults are ViT-S/16."""
+    """Sizes of the frozen DINO and of the heads that read it; the defaults are ViT-S/16."""
 
     width: int = 384
     depth: int = 12
     num_heads: int = 6
     patch_size: int = 16
     image_size: int = 224
-    read_blocks: tuple[int, ...] = (2, 5, 8, 11)
+    read_blocks: Sequence[int] = (2, 5, 8, 11)
     kernel_size: int = 9
     dtype: str = "float32"
     scan: bool = True
@@ -50,20 +56,20 @@ class DinoConfig:
 
     @property
     def read_points(self) -> int:
-        """R: after the embedding and after every block that is read."""
+        """R: the embedding, and every block that is read."""
         return 1 + len(self.read_blocks)
 
 
 class _ReadBlock(siglip.Block):
-    """A block that shows its output instead of its keys and values."""
+    """A block that returns its output in place of its keys and values."""
 
-    def __call__(self, x, prefix, mask, rope):
+    def __call__(self, x, prefix, mask, rope) -> tuple[Any, Any]:
         x, _ = super().__call__(x, prefix, mask, rope)
         return x, x
 
 
 class Dino(nn.Module):
-    """DINO ViT, read after the embedding and after some blocks; its final norm is not used.
+    """DINO ViT, read after the embedding and after some blocks, without its final norm.
 
     Caron et al., arXiv 2104.14294. Its GELU is the tanh approximation, as in the published
     discriminator.
@@ -72,11 +78,11 @@ class Dino(nn.Module):
     config: DinoConfig
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
-        """Images [B, S, S, 3] in [-1, 1] -> R arrays, float32 [B, L, C]: patches + class token.
+    def __call__(self, images: Images) -> tuple[Positions, ...]:
+        """R features of images in [-1, 1], float32: each patch token plus the class token.
 
         Raises:
-          ValueError: S is not `config.image_size`.
+          ValueError: if the sides are not `config.image_size`.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         if images.shape[1:3] != (c.image_size, c.image_size):
@@ -87,13 +93,14 @@ class Dino(nn.Module):
         images = ((images.astype(jnp.float32) + 1) / 2 - jnp.array(_MEAN)) / jnp.array(_STD)
         patch = (c.patch_size, c.patch_size)
         tokens = nn.Conv(c.width, patch, patch, "VALID", dtype=dtype, name="patch_embed")(images)
-        tokens = tokens.reshape(len(images), -1, c.width)
+        tokens = tokens.reshape(len(images), -1, c.width)  # [B, L, C]
         init = nn.initializers.normal(0.02)
         length = tokens.shape[1] + 1
         class_token = self.param("class_token", init, (1, c.width))
         first = jnp.broadcast_to(class_token, (len(images), 1, c.width))
         table = self.param("position_table", init, (length, c.width))
-        tokens = jnp.concatenate([first, tokens.astype(jnp.float32)], axis=1) + table
+        tokens = jnp.concatenate([first, tokens.astype(jnp.float32)], axis=1)  # [B, L + 1, C]
+        tokens = tokens + table
         options = {"num_heads": c.num_heads, "mlp_dim": 4 * c.width, "dtype": dtype}
         blocks = layers.Stack(
             _ReadBlock, options, c.depth, scan=c.scan, remat=c.remat, name="blocks"
@@ -103,22 +110,23 @@ class Dino(nn.Module):
         return tuple((x[:, 1:] + x[:, :1]).astype(jnp.float32) for x in read)
 
 
-def _uniform_fan_in(key, shape, dtype=jnp.float32):
-    """U(+-1/sqrt(fan in)) of a convolution kernel [..., in, out]."""
+def _uniform_fan_in(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """A convolution kernel [..., in, out] drawn from U(+-1/sqrt(fan in))."""
     bound = 1 / math.sqrt(math.prod(shape[:-1]))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _unit(x: jax.Array) -> jax.Array:
+    """The vector divided by its length."""
     return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
 
 
 class SpectralConv(nn.Module):
     """1-D convolution with circular padding, its weight divided by its largest singular value.
 
-    Miyato et al., arXiv 1802.05957: a training forward takes one step of the power iteration and
-    keeps u and v in the collection `spectral`; an evaluation takes none. No gradient passes through
-    u and v.
+    Spectral normalisation (Miyato et al., arXiv 1802.05957): a training forward takes one step of
+    the power iteration and keeps u and v in the collection `spectral`; an evaluation takes none. No
+    gradient flows through u and v.
     """
 
     features: int
@@ -126,8 +134,8 @@ class SpectralConv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """[B, L, C] -> [B, L, features] in `dtype`."""
+    def __call__(self, x: Positions, *, train: bool) -> Float[Array, "B L features"]:
+        """x after the convolution, in `dtype`."""
         size, width = self.kernel_size, x.shape[-1]
         kernel = self.param("kernel", _uniform_fan_in, (size, width, self.features))
         bound = 1 / math.sqrt(size * width)
@@ -137,10 +145,10 @@ class SpectralConv(nn.Module):
         )  # fmt: skip
         u = self.variable("spectral", "u", self._start, self.features)
         v = self.variable("spectral", "v", self._start, width * size)
-        # The published order of rows and columns, (out, in * K), so that v means the same there.
+        # Rows and columns in the published order, (out, in * K), so that v is the same vector.
         matrix = kernel.transpose(2, 1, 0).reshape(self.features, -1)
         sigma = self._largest(matrix, u, v, train and not self.is_initializing())
-        # As one matrix product: TPU compilers take minutes for many such convolutions.
+        # One matrix product, since TPU compilers take minutes for many such convolutions.
         x = jnp.pad(x.astype(self.dtype), ((0, 0), (size // 2, size // 2), (0, 0)), mode="wrap")
         length = x.shape[1] - size + 1
         windows = jnp.concatenate([x[:, i : i + length] for i in range(size)], axis=-1)
@@ -151,8 +159,8 @@ class SpectralConv(nn.Module):
         return _unit(jax.random.normal(self.make_rng("params"), (size,)))
 
     @staticmethod
-    def _largest(matrix: jax.Array, u, v, step: bool) -> jax.Array:
-        """sigma = u^T W v, after a power iteration if `step`."""
+    def _largest(matrix: jax.Array, u: Any, v: Any, step: bool) -> jax.Array:
+        """sigma = u^T W v, after one step of the power iteration if `step`."""
         with jax.default_matmul_precision("highest"):
             if step:
                 fixed = jax.lax.stop_gradient(matrix)
@@ -162,9 +170,9 @@ class SpectralConv(nn.Module):
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch norm over the whole batch of all devices: under `jit` a mean is over the global array.
+    """Batch norm over the batch of all devices: under `jit` a mean is over the global array.
 
-    The running variance is unbiased, the one that normalises is not, as in PyTorch.
+    The running variance is unbiased and the one that normalises is biased, as in PyTorch.
     """
 
     epsilon: float
@@ -172,8 +180,8 @@ class GlobalBatchNorm(nn.Module):
     scale_init: Any = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """[..., C] -> float32 [..., C]."""
+    def __call__(self, x: Float[Array, "*batch C"], *, train: bool) -> Float[Array, "*batch C"]:
+        """x after the norm, float32."""
         x = x.astype(jnp.float32)
         width = (x.shape[-1],)
         scale = self.param("scale", self.scale_init, width)
@@ -194,13 +202,13 @@ class GlobalBatchNorm(nn.Module):
 
 
 class _Head(nn.Module):
-    """One head: conv K=1, a residual conv K=9 over sqrt 2, conv to one logit a position."""
+    """One head: a convolution K = 1, a residual one K = 9 over sqrt 2, one logit per position."""
 
     kernel_size: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: Positions, *, train: bool) -> Float[Array, "B L"]:
         width = x.shape[-1]
 
         def block(x, size, name):
@@ -215,13 +223,13 @@ class _Head(nn.Module):
 
 
 class DinoHeads(nn.Module):
-    """The trained part over DINO: one head a read point (StyleGAN-T, arXiv 2301.09515)."""
+    """The trained part: one head per read point of DINO (StyleGAN-T, arXiv 2301.09515)."""
 
     config: DinoConfig
 
     @nn.compact
-    def __call__(self, features: tuple[jax.Array, ...], *, train: bool) -> jax.Array:
-        """R arrays [B, L, C] -> logits [B, R * L], in the order of reading."""
+    def __call__(self, features: tuple[Positions, ...], *, train: bool) -> Logits:
+        """Logits [B, R * L] of R features, in the order of reading."""
         dtype = jnp.dtype(self.config.dtype)
         logits = [
             _Head(self.config.kernel_size, dtype, name=f"head_{i}")(x, train=train)
@@ -231,13 +239,13 @@ class DinoHeads(nn.Module):
 
 
 def apply_heads(
-    config: DinoConfig, params, state, features: tuple[jax.Array, ...], *, train: bool
-) -> tuple[jax.Array, Any]:
-    """`DinoHeads.apply`, and the state after it: the heads, which are alike, in a loop.
+    config: DinoConfig, params: Any, state: Any, features: tuple[Positions, ...], *, train: bool
+) -> tuple[Logits, Any]:
+    """Logits and new state as `DinoHeads.apply` returns them, with the heads in a loop.
 
-    A compiler for accelerators takes minutes for each of five written out. The backward pass
-    computes each head again: its windows are `kernel_size` times its features, and keeping those of
-    all heads costs more than the arithmetic.
+    The heads have the same shapes, and accelerator compilers take minutes for each one written out.
+    The backward pass recomputes each head: its windows are `kernel_size` times its features, and
+    keeping those of all heads costs more than the arithmetic.
     """
     head = _Head(config.kernel_size, jnp.dtype(config.dtype))
     names = [f"head_{i}" for i in range(len(features))]
@@ -260,7 +268,7 @@ def apply_heads(
 
 @dataclasses.dataclass(frozen=True)
 class PatchGANConfig:
-    """Sizes of PatchGAN; each of `num_layers` halves the sides, two more layers do not."""
+    """Sizes of PatchGAN; each of `num_layers` halves the sides, two further layers keep them."""
 
     channels: int = 64
     num_layers: int = 3
@@ -273,18 +281,18 @@ class PatchGAN(nn.Module):
     config: PatchGANConfig
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Images [B, H, W, 3] -> logits [B, positions], row by row.
+    def __call__(self, images: Images, *, train: bool) -> Logits:
+        """Logits of the patches, row by row.
 
         Raises:
-          ValueError: the images are too small to give a position.
+          ValueError: if the images are too small for a single patch.
         """
         c = self.config
         smallest = 3 * 2**c.num_layers
         if min(images.shape[1:3]) < smallest:
             raise ValueError(
                 f"PatchGAN with num_layers={c.num_layers} was given images of {images.shape[1:3]}; "
-                f"expected sides of {smallest} at least: take fewer layers"
+                f"expected sides of {smallest} at least: use fewer layers"
             )
         x = nn.leaky_relu(self._conv("conv_0", c.channels, 2)(images), 0.2)
         for i in range(1, c.num_layers + 1):
@@ -309,20 +317,25 @@ class PatchGAN(nn.Module):
         )
 
 
-# ------------------------------------------------------------------------------- what a task holds
+# ------------------------------------------------------------------------------ for training tasks
 
 
 @dataclasses.dataclass(frozen=True)
 class Discriminator:
-    """Images to logits, as pure functions; parameters, state and frozen part are the caller's."""
+    """Pure functions from images to logits; the caller keeps parameters, state and frozen part.
+
+    Attributes:
+      network: the trained part.
+      trunk: the frozen part that it reads, or None.
+    """
 
     network: nn.Module
     trunk: Dino | None = None
 
-    def init(self, key: jax.Array, image_size: int) -> tuple[Any, Any, Any]:
-        """(trained parameters, state, frozen parameters), all random, for images of this size.
+    def init(self, key: PRNGKeyArray, image_size: int) -> tuple[Any, Any, Any]:
+        """Random (trained parameters, state, frozen parameters) for images of a size.
 
-        Nested dicts; the frozen part is in flax boxes that name its axes for `sharding`.
+        They are nested dicts. The frozen part is in flax boxes that name its axes for sharding.
         """
         example = jnp.zeros((1, image_size, image_size, 3))
         trunk_key, key = jax.random.split(key)
@@ -336,44 +349,48 @@ class Discriminator:
         return variables.pop("params"), {k: variables[k] for k in STATE if k in variables}, frozen
 
     def logits(
-        self, params, state, frozen, images: jax.Array, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
-        """One forward.
+        self,
+        params: Any,
+        state: Any,
+        frozen: Any,
+        images: Images,
+        *,
+        train: bool,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Logits, Any]:
+        """The logits of images, and the state after this forward.
 
         Args:
           params: trained parameters.
-          state: what `init` or the last training forward gave.
-          frozen: of DINO; empty for PatchGAN.
-          images: [B, H, W, 3] in [-1, 1], any size.
-          train: normalise by this batch and renew the state.
-          key: draws the view that DINO gets (`augment.random_view`); None resizes.
-
-        Returns:
-          logits [B, positions], and the state after this forward.
+          state: from `init` or the last training forward.
+          frozen: parameters of DINO; empty for PatchGAN.
+          images: in [-1, 1], any size.
+          train: whether to normalise by this batch and to update the state.
+          key: draws DINO's view of the images (`augment.random_view`); None resizes them.
         """
         features = self.read(frozen, self.view(key, images))
         return self.judge(params, state, features, train=train)
 
-    def view(self, key: jax.Array | None, images: jax.Array) -> jax.Array:
-        """Images as the network takes them: of any size for PatchGAN, a random view for DINO."""
+    def view(self, key: PRNGKeyArray | None, images: Images) -> Float[Array, "B _ _ 3"]:
+        """Images as the network takes them: unchanged for PatchGAN, a random view for DINO."""
         if self.trunk is None:
             return images
         return augment.random_view(key, images, self.trunk.config.image_size)
 
-    def read(self, frozen, views: jax.Array) -> Any:
-        """What the trained part judges, of each image by itself: DINO's features, or the image."""
+    def read(self, frozen: Any, views: Images) -> Any:
+        """What the trained part judges, computed per image: DINO's features, or the image."""
         if self.trunk is None:
             return views
         return self.trunk.apply({"params": frozen}, views)
 
-    def judge(self, params, state, features: Any, *, train: bool) -> tuple[jax.Array, Any]:
-        """Logits of what `read` gave, and the state after this forward; see `logits`."""
+    def judge(self, params: Any, state: Any, features: Any, *, train: bool) -> tuple[Logits, Any]:
+        """Logits of what `read` returned, and the state after this forward; see `logits`."""
         if self.trunk is not None:
             logits, new = apply_heads(self.trunk.config, params, state, features, train=train)
             return logits, new if train else state
         variables = {"params": params, **state}
         if not train:
-            return self.network.apply(variables, features, train=False), state
+            return cast(jax.Array, self.network.apply(variables, features, train=False)), state
         logits, new = self.network.apply(variables, features, train=True, mutable=list(state))
         return logits, new
 

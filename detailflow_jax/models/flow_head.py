@@ -1,6 +1,6 @@
-"""A flow-matching head: noise to data at T positions, each with a condition of its own.
+"""A flow-matching head: noise to data at T positions, each with its own condition.
 
-It knows of no generator: any network that gives a vector a position can stand in front of it.
+It does not depend on the generator: any network that gives one vector per position can use it.
 
 Shapes: B batch, T positions, C channels of the data, W width of the condition, w width of the head.
 """
@@ -11,9 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from detailflow_jax.models import layers
-from detailflow_jax.ops import flow
+from detailflow_jax.models.layers import Mask, Prefix, Rope
+from detailflow_jax.ops import Array, flow, modulation
+
+Hidden = Float[Array, "B T w"]
+Modulation = Float[Array, "B #T w"]
 
 INJECTIONS = {
     "spatial": "Spatial-adaLN: every position is modulated by its own condition and the time",
@@ -25,20 +30,22 @@ INJECTIONS = {
     "sequence": "the condition is put before the input as tokens; modulation by the time",
     "cross": "cross-attention to the raw condition in every block; modulation by the time",
 }
-"""How the condition enters (paper table 7, and the published large models)."""
+"""How the condition enters (the paper's table 7, and the published large models)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowHeadConfig:
-    """Everything that shapes the head. The defaults are those of FlowAR-S.
+    """Sizes and options of the head. The defaults are those of FlowAR-S.
 
     Attributes:
       width: w, a multiple of `head_dim`.
-      depth: blocks.
+      depth: number of blocks.
       channels: C.
       injection: one of `INJECTIONS`.
       head_dim: width of an attention head.
-      dtype, scan, remat: as everywhere.
+      dtype: of the computation.
+      scan: whether the blocks are scanned (`layers.Stack`).
+      remat: one of `layers.REMAT_POLICIES`.
     """
 
     width: int = 1024
@@ -60,7 +67,7 @@ class FlowHeadConfig:
 
     @property
     def num_heads(self) -> int:
-        """Attention heads."""
+        """Number of attention heads."""
         return self.width // self.head_dim
 
     @property
@@ -90,56 +97,78 @@ def _attention(config: FlowHeadConfig, name: str) -> layers.Attention:
 
 
 class Block(nn.Module):
-    """Attention and gated MLP, both modulated and gated by six vectors of one modulation."""
+    """Attention and gated MLP, both under Spatial-adaLN (`ops.modulation.spatial_adaln`)."""
 
     config: FlowHeadConfig
 
     @nn.compact
-    def __call__(self, x, prefix, mask, rope, modulation):
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        six = _dense(6 * c.width, ("embed", "mlp"), c, "modulation")(nn.silu(modulation))
+    def __call__(
+        self,
+        x: Hidden,
+        prefix: Prefix | None,
+        mask: Mask | None,
+        rope: Rope | None,
+        condition: Modulation,
+    ) -> tuple[Hidden, None]:
+        """x after the block; `condition` is embedded time plus embedded condition."""
+        c = self.config
+        attention = _attention(c, "attention")
+        mlp = layers.GatedMLP(c.mlp_dim, jnp.dtype(c.dtype), name="mlp")
+        six = _dense(6 * c.width, ("embed", "mlp"), c, "modulation")(nn.silu(condition))
         gate1, gate2, scale1, scale2, shift1, shift2 = jnp.split(six, 6, axis=-1)
-        y = layers.modulate(x, scale1, shift1).astype(dtype)
-        y, own = _attention(c, "attention")(y, prefix=prefix, mask=mask, rope=rope)
-        x = x + y * gate1
-        y = layers.modulate(x, scale2, shift2).astype(dtype)
-        x = x + layers.GatedMLP(c.mlp_dim, dtype, name="mlp")(y) * gate2
-        return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), own
+
+        def attend(y: Array) -> Array:
+            return attention(y, prefix=prefix, mask=mask, rope=rope)[0]
+
+        x = modulation.spatial_adaln(attend, x, gate1, scale1, shift1)
+        x = modulation.spatial_adaln(mlp, x, gate2, scale2, shift2)
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), None
 
 
 class CrossBlock(nn.Module):
     """Attention, cross-attention to the raw condition, gated MLP.
 
     Attention is modulated by the time alone, cross-attention is a plain residual, and the MLP is
-    modulated by `mlp_modulation`.
+    modulated by `mlp_condition` (Spatial-adaLN if that holds the condition too).
     """
 
     config: FlowHeadConfig
 
     @nn.compact
-    def __call__(self, x, prefix, mask, rope, time, mlp_modulation, condition):
+    def __call__(
+        self,
+        x: Hidden,
+        prefix: Prefix | None,
+        mask: Mask | None,
+        rope: Rope | None,
+        time: Modulation,
+        mlp_condition: Modulation,
+        condition: Float[Array, "B T W"],
+    ) -> tuple[Hidden, None]:
+        """x after the block, from the embedded time and the raw condition."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
 
-        def three(name: str, modulation):
-            vectors = _dense(3 * c.width, ("embed", "mlp"), c, name)(nn.silu(modulation))
+        def three(name: str, by: Array) -> list[jax.Array]:
+            vectors = _dense(3 * c.width, ("embed", "mlp"), c, name)(nn.silu(by))
             return jnp.split(vectors, 3, axis=-1)
 
-        gate, scale, shift = three("attention_modulation", time)
-        y = layers.modulate(x, scale, shift).astype(dtype)
-        y, own = _attention(c, "attention")(y, prefix=prefix, mask=mask, rope=rope)
-        x = x + y * gate
+        attention = _attention(c, "attention")
+
+        def attend(y: Array) -> Array:
+            return attention(y, prefix=prefix, mask=mask, rope=rope)[0]
+
+        x = modulation.spatial_adaln(attend, x, *three("attention_modulation", time))
         query = layers.rms_norm("query_norm", 1e-6)(x).astype(dtype)
         context = layers.rms_norm("context_norm", 1e-6)(condition).astype(dtype)
         cross = _attention(c, "cross_attention")
         x = x + cross(query, mask=mask, rope=rope, context=context)[0]
-        gate, scale, shift = three("mlp_modulation", mlp_modulation)
-        y = layers.modulate(x, scale, shift).astype(dtype)
-        x = x + layers.GatedMLP(c.mlp_dim, dtype, name="mlp")(y) * gate
-        return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), own
+        mlp = layers.GatedMLP(c.mlp_dim, dtype, name="mlp")
+        x = modulation.spatial_adaln(mlp, x, *three("mlp_modulation", mlp_condition))
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), None
 
 
 class FlowHead(nn.Module):
-    """(noisy data, time, condition) -> velocity, the paper's spatial adaptive layer norm."""
+    """The velocity of noisy data, from the time and a condition per position."""
 
     config: FlowHeadConfig
 
@@ -152,42 +181,39 @@ class FlowHead(nn.Module):
         self.input = layers.dense(c.width, ("code", "embed"), dtype=dtype)
         block = CrossBlock if c.crosses else Block
         self.blocks = layers.Stack(block, {"config": c}, c.depth, scan=c.scan, remat=c.remat)
-        # Zero, so that training starts from the velocity 0 (the published code means to).
+        # Zero, so that training starts from velocity 0, as the published code intends.
         zeros = nn.initializers.zeros
         self.final_modulation = layers.dense(
             2 * c.width, ("embed", "mlp"), dtype=dtype, kernel_init=zeros
         )
         self.output = layers.dense(c.channels, ("embed", "code"), dtype=dtype, kernel_init=zeros)
 
-    def embed_time(self, time: jax.Array) -> jax.Array:
-        """Times [...] -> [..., w]."""
+    def embed_time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch w"]:
+        """Embedded times."""
         features = flow.time_features(time).astype(self.config.dtype)
         return self.time_out(nn.silu(self.time_in(features)))
 
     def __call__(
         self,
-        x: jax.Array,
-        time: jax.Array,
-        condition: jax.Array,
+        x: Float[Array, "B T _C"],
+        time: Float[Array, "..."],
+        condition: Float[Array, "B _T W"],
         *,
-        rope: jax.Array | None = None,
-        segments: np.ndarray | None = None,
-    ) -> jax.Array:
-        """The velocity at x.
+        rope: Rope | None = None,
+        segments: Int[np.ndarray, " T"] | None = None,
+    ) -> Float[Array, "B T {self.config.channels}"]:
+        """The velocity at x, float32.
 
         Args:
-          x: [B, T, C], noisy data.
-          time: float [B], or [B, T] where positions differ; 1 is noise, 0 data.
-          condition: [B, T, W], or [B, 1, W] for one vector over all positions.
-          rope: rotary table [T, head_dim/2, 2] (`ops.rotary.grid_rotary_table`), or None.
-          segments: int [T]; positions of different segments do not see each other, so that
-            several grids, such as the scales of one latent, go through in one call. None: one.
-
-        Returns:
-          float32 [B, T, C].
+          x: noisy data [B, T, C].
+          time: [B], or [B, T] if positions differ; 1 is noise, 0 is data.
+          condition: [B, T, W], or [B, 1, W] for one vector at all positions.
+          rope: rotary table (`ops.rotary.grid_rotary_table`), or None.
+          segments: positions of different segments do not see each other, so that several grids,
+            such as the scales of one latent, go through in one call. None: a single segment.
 
         Raises:
-          ValueError: shapes that do not belong together.
+          ValueError: if the shapes do not fit together.
         """
         _check(self.config, x, time, condition)
         length = x.shape[1]
@@ -196,23 +222,26 @@ class FlowHead(nn.Module):
         time = self.embed_time(time if time.ndim == 2 else time[:, None])
         condition = jnp.broadcast_to(condition, (*x.shape[:2], condition.shape[-1]))
         condition = condition.astype(self.config.dtype)
-        modulation, tokens, condition_tokens = self._inject(x, time, condition, segments)
+        vectors, tokens, condition_tokens = self._inject(x, time, condition, segments)
         if condition_tokens is not None:
             segments = np.concatenate([segments, segments])
-            tokens = jnp.concatenate([condition_tokens, tokens], axis=1)
+            tokens = jnp.concatenate([condition_tokens, tokens], axis=1)  # [B, 2T, w]
             time = jnp.concatenate([time, time], axis=1) if time.shape[1] > 1 else time
-            modulation, rope = time, None if rope is None else jnp.concatenate([rope, rope])
+            vectors, rope = time, None if rope is None else jnp.concatenate([rope, rope])
         mask = None if segments.min() == segments.max() else segments[:, None] == segments[None]
-        context = (time, modulation, condition) if self.config.crosses else (modulation,)
+        context = (time, vectors, condition) if self.config.crosses else (vectors,)
         tokens, _ = self.blocks(tokens, mask=mask, rope=rope, context=context)
-        return self._read_out(tokens[:, -length:], modulation[:, -length:])
+        return self._read_out(tokens[:, -length:], vectors[:, -length:])
 
-    def _inject(self, x, time, condition, segments):
-        """(modulation [B, 1 or T, w], tokens [B, T, w], tokens to put before them or None)."""
+    def _inject(
+        self, x: Array, time: Array, condition: Array, segments: np.ndarray
+    ) -> tuple[Modulation, Hidden, Hidden | None]:
+        """What modulates the blocks, the tokens, and tokens to put before them (or None)."""
         injection = self.config.injection
         embedded = self.condition_in(condition)
         if injection == "channel":
-            return time, self.channel_input(x, embedded), None
+            both = jnp.concatenate([x.astype(embedded.dtype), embedded], axis=-1)
+            return time, self.input(both), None
         tokens = self.input(x.astype(self.config.dtype))
         if injection == "add":
             return time, tokens + embedded, None
@@ -224,23 +253,19 @@ class FlowHead(nn.Module):
             return time, tokens, None
         return time + embedded, tokens, None
 
-    def channel_input(self, x, embedded):
-        """Input projection of data and embedded condition side by side."""
-        return self.input(jnp.concatenate([x.astype(embedded.dtype), embedded], axis=-1))
-
-    def _read_out(self, tokens, modulation):
-        shift, scale = jnp.split(self.final_modulation(nn.silu(modulation)), 2, axis=-1)
-        y = layers.modulate(tokens, scale, shift).astype(self.config.dtype)
+    def _read_out(self, tokens: Hidden, vectors: Modulation) -> Float[Array, "B T C"]:
+        shift, scale = jnp.split(self.final_modulation(nn.silu(vectors)), 2, axis=-1)
+        y = modulation.modulate(tokens, scale, shift).astype(self.config.dtype)
         return self.output(y).astype(jnp.float32)
 
 
-def segment_mean(x: jax.Array, segments: np.ndarray) -> jax.Array:
-    """Each position's mean over its segment: [B, T, w] -> [B, T, w]."""
+def segment_mean(x: Hidden, segments: Int[np.ndarray, " T"]) -> Hidden:
+    """The mean over each position's segment."""
     same = (segments[:, None] == segments[None]).astype(np.float32)
     return jnp.einsum("ts,bsw->btw", same / same.sum(axis=1, keepdims=True), x).astype(x.dtype)
 
 
-def _check(config: FlowHeadConfig, x, time, condition) -> None:
+def _check(config: FlowHeadConfig, x: Array, time: Array, condition: Array) -> None:
     if x.ndim != 3 or x.shape[-1] != config.channels:
         raise ValueError(f"x has shape {x.shape}, expected [B, T, {config.channels}]")
     if time.shape not in (x.shape[:1], x.shape[:2]):

@@ -1,29 +1,36 @@
 """FlowAR: a transformer that is causal by scale, and a flow head for each scale's latent.
 
-The transformer reads the class and earlier scales and gives one vector a position, the semantics;
-the head, conditioned on them, carries noise to the latent of a scale.
+The transformer reads the class and the earlier scales and gives one vector per position, the
+semantics. The head, conditioned on them, carries noise to the latent of a scale.
 
-Shapes: B batch, S side of the latent, K scales, T positions of all scales, n buffer tokens,
-P = n + T sequence positions, C latent channels, W width.
+Shapes: B batch, S side of the latent, K scales of sides i_k, T positions of all scales, n buffer
+tokens, N = n + T sequence positions, t positions of one call, m input positions, C latent channels,
+W width.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from detailflow_jax.models import layers
 from detailflow_jax.models.flow_head import FlowHead, FlowHeadConfig
+from detailflow_jax.models.layers import KeysValues, LayerCache, Mask, Prefix, Rope
+from detailflow_jax.ops import Array, modulation
 from detailflow_jax.ops import scales as grids
+
+Labels = Int[Array, " B"]
+Halves = tuple[LayerCache, LayerCache]
+"""Keys and values of both halves of the transformer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowARConfig:
-    """Everything that shapes the network. The defaults are FlowAR-S on KL-16 latents of 256 px.
+    """Sizes and options of the network. The defaults are FlowAR-S on KL-16 latents of 256 px.
 
     Attributes:
       width: W.
@@ -31,13 +38,13 @@ class FlowARConfig:
       num_heads: attention heads of the transformer.
       scales: sides of the scales, increasing; the last one is S.
       channels: C.
-      num_classes: classes; the null class is one more row of the table.
+      num_classes: number of classes; the null class is one more row of the table.
       buffer_size: n, class tokens in front of the sequence.
       head_width, head_depth, injection: of the flow head (`FlowHeadConfig`).
       head_dim: width of an attention head of the flow head.
-      class_dropout: share of labels that are replaced by the null class in training.
+      class_dropout: share of the labels that training replaces by the null class.
       attention_dropout, projection_dropout: rates in the transformer, in training.
-      dtype, scan, remat: as everywhere.
+      dtype, scan, remat: see `FlowHeadConfig`.
     """
 
     width: int = 768
@@ -67,7 +74,7 @@ class FlowARConfig:
                 f"width={self.width} is no multiple of 4 x num_heads={self.num_heads}, which "
                 "2-D rotary positions need"
             )
-        self.head  # noqa: B018  Refuses what the head refuses.
+        self.head  # noqa: B018  (its own checks run too)
 
     @property
     def head(self) -> FlowHeadConfig:
@@ -103,20 +110,20 @@ class FlowARConfig:
         """Hidden width of the transformer's gated MLP: int(8W/3)."""
         return int(8 * self.width / 3)
 
-    def mask(self) -> np.ndarray:
-        """Who sees whom, bool [P, P]; the buffer belongs to the first scale."""
+    def mask(self) -> Bool[np.ndarray, "N N"]:
+        """The attention mask; the buffer belongs to the first scale."""
         mask = grids.scale_mask(self.scales)
         return np.pad(mask, (self.buffer_size, 0), mode="edge")
 
-    def rope(self) -> np.ndarray:
-        """Rotary table of the transformer, float32 [P, head_dim/2, 2]; none for the buffer."""
+    def rope(self) -> Float[np.ndarray, "N half 2"]:
+        """Rotary table of the transformer, float32; the buffer is not turned."""
         table = grids.rotary_table(self.scales, self.width // self.num_heads)
-        still = np.zeros((self.buffer_size, *table.shape[1:]), np.float32)
-        still[..., 0] = 1.0
-        return np.concatenate([still, table])
+        identity = np.zeros((self.buffer_size, *table.shape[1:]), np.float32)
+        identity[..., 0] = 1.0  # cos 0
+        return np.concatenate([identity, table])
 
-    def head_rope(self) -> np.ndarray:
-        """Rotary table of the head, float32 [T, head_dim/2, 2]."""
+    def head_rope(self) -> Float[np.ndarray, "T half 2"]:
+        """Rotary table of the head, float32."""
         return grids.rotary_table(self.scales, self.head_dim)
 
 
@@ -137,7 +144,7 @@ SIZES = {
         "FlowAR-H": (30, 1536, 16, 12, 1536, "spatial_cross"),
     }.items()
 }
-"""Published sizes by name; B is the paper's alone, and there the head of H has 18 blocks."""
+"""Published sizes by name. B appears in the paper only, where the head of H has 18 blocks."""
 
 
 class Block(nn.Module):
@@ -146,7 +153,15 @@ class Block(nn.Module):
     config: FlowARConfig
 
     @nn.compact
-    def __call__(self, x, prefix, mask, rope, condition):
+    def __call__(
+        self,
+        x: Float[Array, "B t W"],
+        prefix: Prefix | None,
+        mask: Mask | None,
+        rope: Rope | None,
+        condition: Float[Array, "B 1 W"],
+    ) -> tuple[Float[Array, "B t W"], KeysValues]:
+        """x after the block, and its own keys and values."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         drop = nn.Dropout(c.projection_dropout, deterministic=not self.has_rng("dropout"))
         six = layers.dense(6 * c.width, ("embed", "mlp"), dtype=dtype, name="modulation")(condition)
@@ -159,16 +174,16 @@ class Block(nn.Module):
             dropout=c.attention_dropout,
             name="attention",
         )
-        y = layers.modulate(x, scale1, shift1).astype(dtype)
+        y = modulation.modulate(x, scale1, shift1).astype(dtype)
         y, own = attention(y, prefix=prefix, mask=mask, rope=rope)
         x = x + drop(y) * gate1
-        y = layers.modulate(x, scale2, shift2).astype(dtype)
+        y = modulation.modulate(x, scale2, shift2).astype(dtype)
         x = x + drop(layers.GatedMLP(c.mlp_dim, dtype, name="mlp")(y)) * gate2
         return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), own
 
 
 class FlowAR(nn.Module):
-    """Latents and labels to semantics, and semantics to velocities."""
+    """Semantics from latents and labels, and velocities from semantics."""
 
     config: FlowARConfig
 
@@ -184,22 +199,22 @@ class FlowAR(nn.Module):
         self.middle_in = layers.dense(c.width, ("embed", "mlp"), dtype=dtype)
         self.second_half = self._half(c.second_depth)
         self.last_norm = layers.rms_norm(epsilon=1e-6)
-        table = (c.buffer_size + c.num_positions, c.width)
-        self.first_positions = self.param("first_positions", embedding_init, table)
-        self.second_positions = self.param("second_positions", embedding_init, table)
-        self.last_positions = self.param("last_positions", embedding_init, table)
+        length = c.buffer_size + c.num_positions
+        self.first_positions = layers.table(self, "first_positions", length, c.width)
+        self.second_positions = layers.table(self, "second_positions", length, c.width)
+        self.last_positions = layers.table(self, "last_positions", length, c.width)
         self.head = FlowHead(c.head)
 
     def _half(self, depth: int) -> layers.Stack:
         c = self.config
         return layers.Stack(Block, {"config": c}, depth, scan=c.scan, remat=c.remat)
 
-    def embed(self, labels: jax.Array, inputs: jax.Array) -> jax.Array:
+    def embed(self, labels: Labels, inputs: Float[Array, "B m C"]) -> Float[Array, "B t W"]:
         """The sequence that the transformer reads.
 
         Args:
-          labels: int32 [B]; num_classes is the null class.
-          inputs: float32 [B, m, C], inputs of scales 1 .. k (`ops.scales.pyramid`); m may be 0.
+          labels: class of each sample; `num_classes` is the null class.
+          inputs: of scales 1 .. k (`ops.scales.pyramid`); m may be 0.
 
         Returns:
           [B, n + i_0^2 + m, W]: the class at the buffer and the first scale, then the inputs.
@@ -211,22 +226,30 @@ class FlowAR(nn.Module):
         ).astype(c.dtype)
         return jnp.concatenate([classes, self.embed_inputs(inputs)], axis=1)
 
-    def embed_inputs(self, inputs: jax.Array) -> jax.Array:
-        """Inputs [B, m, C] -> [B, m, W]."""
+    def embed_inputs(self, inputs: Float[Array, "B m C"]) -> Float[Array, "B m W"]:
+        """Inputs at the transformer's width."""
         return self.latent_in(inputs.astype(self.config.dtype))
 
-    def run(self, x, labels, *, start: int = 0, cache=None, mask=None):
-        """Both halves over positions start .. start + t - 1.
+    def run(
+        self,
+        x: Float[Array, "B t W"],
+        labels: Labels,
+        *,
+        start: int = 0,
+        cache: Halves | None = None,
+        mask: Bool[Array, "t t"] | None = None,
+    ) -> tuple[Float[Array, "B t W"], Halves]:
+        """Both halves over the positions start .. start + t - 1.
 
         Args:
-          x: [B, t, W] from `embed`.
-          labels: int32 [B].
-          start: static, the first position, counted with the buffer.
-          cache: keys and values of the earlier positions, a pair for the two halves, or None.
-          mask: bool [t, t], or None where all may be seen.
+          x: from `embed`.
+          labels: class of each sample.
+          start: the first position, counted with the buffer (static).
+          cache: keys and values of the earlier positions.
+          mask: None if every position sees all.
 
         Returns:
-          semantics [B, t, W]; the keys and values of these positions, a pair.
+          The semantics, and the keys and values of these positions.
         """
         c = self.config
         here = slice(start, start + x.shape[1])
@@ -240,39 +263,41 @@ class FlowAR(nn.Module):
         x, own2 = self.second_half(x, prefix=second, mask=mask, rope=rope, context=condition)
         return self.last_norm(x) + self.last_positions[here], (own, own2)
 
-    def semantics(self, inputs: jax.Array, labels: jax.Array) -> jax.Array:
-        """All scales in one masked pass (training): float32 [B, T, W].
-
-        Args:
-          inputs: float32 [B, T - i_0^2, C].
-          labels: int32 [B].
-        """
+    def semantics(self, inputs: Float[Array, "B m C"], labels: Labels) -> Float[Array, "B T W"]:
+        """Semantics of all scales, float32, in one masked pass (training); m = T - i_0^2."""
         c = self.config
         x, _ = self.run(self.embed(labels, inputs), labels, mask=c.mask())
         return x[:, c.buffer_size :]
 
-    def velocity(self, x, time, semantics, *, scale: int | None = None) -> jax.Array:
-        """The head at one scale (static index), or at all of them at once (None).
-
-        Args:
-          x: [B, t, C].
-          time: float [B], or [B, t].
-          semantics: [B, t, W].
-        """
+    def velocity(
+        self,
+        x: Float[Array, "B t C"],
+        time: Float[Array, " B"] | Float[Array, "B t"],
+        semantics: Float[Array, "B t W"],
+        *,
+        scale: int | None = None,
+    ) -> Float[Array, "B t C"]:
+        """The head's velocity at one scale (static index), or at all of them together (None)."""
         c = self.config
         start, stop = (0, c.num_positions) if scale is None else c.offsets[scale : scale + 2]
         segments = grids.scale_index(c.scales)[start:stop]
         rope = c.head_rope()[start:stop]
         return self.head(x, time, semantics, rope=rope, segments=segments)
 
-    def __call__(self, inputs, labels, x, time):
-        """Semantics float32 [B, T, W] and velocities [B, T, C] of all scales (training)."""
+    def __call__(
+        self,
+        inputs: Float[Array, "B m C"],
+        labels: Labels,
+        x: Float[Array, "B T C"],
+        time: Float[Array, "B T"],
+    ) -> tuple[Float[Array, "B T W"], Float[Array, "B T C"]]:
+        """Semantics and velocities of all scales (training), float32."""
         semantics = self.semantics(inputs, labels)
         return semantics, self.velocity(x, time, semantics)
 
 
-def extend_cache(cache: Any, own: Any, scan: bool) -> Any:
-    """The cache with the keys and values of one more scale; None is the empty one."""
+def extend_cache(cache: Halves | None, own: Halves, scan: bool) -> Halves:
+    """The cache with the keys and values of one more scale; None is the empty cache."""
     if cache is None:
         return own
     axis = 2 if scan else 1  # stacked layers come first
@@ -280,7 +305,7 @@ def extend_cache(cache: Any, own: Any, scan: bool) -> Any:
 
 
 def check_vae(config: FlowARConfig, latent_channels: int, what: str = "the autoencoder") -> None:
-    """Raises ValueError unless its latents are those that the network makes."""
+    """Raises ValueError unless the autoencoder's latents have the network's channels."""
     if latent_channels != config.channels:
         raise ValueError(
             f"{what} has latents of {latent_channels} channels, this FlowAR of "

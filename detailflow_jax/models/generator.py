@@ -1,31 +1,37 @@
 """The DetailFlow generator: a causal transformer that predicts later groups in parallel.
 
-Shapes: B batch, T positions, N tokens, g group, c causal tokens, V codes, D width.
-Sequence of length N: [class, z_1 .. z_c, s_1 .. s_{g-1}, z_{c+1} .. z_{N-g}] with s the special
-embeddings; position p predicts z_{p+1}, without a further shift (facts of the published model).
-With c = 0 the first group is predicted in parallel as well, from [class, s_1 .. s_{g-1}].
+Shapes: B batch, T positions, N tokens, V codes, D width, K key/value heads, h head dimension.
+Sizes: g group, c causal tokens.
+
+The sequence of length N is [class, z_1 .. z_c, s_1 .. s_{g-1}, z_{c+1} .. z_{N-g}], s being the
+special embeddings. Position p predicts z_{p+1}, without a further shift. With c = 0 the first group
+is predicted in parallel as well, from [class, s_1 .. s_{g-1}].
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from detailflow_jax.models import layers
-from detailflow_jax.ops import masks, resolution, rotary
+from detailflow_jax.models.layers import KeysValues, LayerCache, Mask, Prefix, Rope, Tokens
+from detailflow_jax.ops import Array, masks, resolution, rotary
+
+Labels = Int[Array, " B"]
+Logits = Float[Array, "B T V"]
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-    """Everything that shapes the network. The defaults are GPT-L over 128 tokens."""
+    """Sizes and options of the network. The defaults are GPT-L over 128 tokens."""
 
     width: int = 1024
     depth: int = 24
     num_heads: int = 16
-    num_kv_heads: int | None = None  # None: as many as heads
+    num_kv_heads: int | None = None  # None: num_heads
     multiple_of: int = 256
     num_tokens: int = 128
     group_size: int = 8
@@ -49,7 +55,7 @@ class GeneratorConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads."""
+        """K, the number of key/value heads."""
         return self.num_kv_heads or self.num_heads
 
     @property
@@ -62,8 +68,8 @@ class GeneratorConfig:
         """SwiGLU hidden width: 8D/3 rounded up to `multiple_of`."""
         return -(-int(8 * self.width / 3) // self.multiple_of) * self.multiple_of
 
-    def rope(self) -> np.ndarray:
-        """Rotary table of the N positions: float32 [N, head_dim/2, 2]."""
+    def rope(self) -> Float[np.ndarray, "N half 2"]:
+        """Rotary table of the N positions, float32."""
         table = rotary.group_rotary_table(self.num_tokens, self.group_size, self.head_dim)
         return table[: self.num_tokens]
 
@@ -104,16 +110,19 @@ class Block(nn.Module):
     config: GeneratorConfig
 
     @nn.compact
-    def __call__(self, x, prefix, mask, rope):
+    def __call__(
+        self, x: Tokens, prefix: Prefix | None, mask: Mask | None, rope: Rope | None
+    ) -> tuple[Tokens, KeysValues]:
+        """x after the block, and its own keys and values."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        # Dropout is active exactly when the caller supplies randomness for it.
-        still = not self.has_rng("dropout")
+        # Dropout is active if the caller passes a `dropout` key.
+        deterministic = not self.has_rng("dropout")
         attention = layers.Attention(
             c.num_heads, c.kv_heads, use_bias=False, dtype=dtype, kernel_init=INIT, name="attention"
         )
         y = layers.rms_norm("attention_norm")(x).astype(dtype)
         y, keys_values = attention(y, prefix=prefix, mask=mask, rope=rope)
-        x = x + nn.Dropout(c.residual_dropout)(y, deterministic=still)
+        x = x + nn.Dropout(c.residual_dropout)(y, deterministic=deterministic)
 
         def project(name: str, features: int, axes: tuple[str, str]) -> nn.Dense:
             return layers.dense(
@@ -121,12 +130,11 @@ class Block(nn.Module):
             )
 
         y = layers.rms_norm("ffn_norm")(x).astype(dtype)
-        y = nn.silu(project("w1", c.mlp_dim, ("embed", "mlp"))(y)) * project(
-            "w3", c.mlp_dim, ("embed", "mlp")
-        )(y)
+        gate = project("w1", c.mlp_dim, ("embed", "mlp"))(y)
+        y = nn.silu(gate) * project("w3", c.mlp_dim, ("embed", "mlp"))(y)  # [B, T, mlp_dim]
         y = nn.with_logical_constraint(y, ("batch", "length", "mlp"))
         y = project("w2", c.width, ("mlp", "embed"))(y)
-        x = x + nn.Dropout(c.residual_dropout)(y, deterministic=still)
+        x = x + nn.Dropout(c.residual_dropout)(y, deterministic=deterministic)
         return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), keys_values
 
 
@@ -136,7 +144,7 @@ def _embedding(rows: int, width: int, axis: str, std: float = 0.02) -> nn.Embed:
 
 
 class Generator(nn.Module):
-    """Codes and labels to logits; `__call__` is teacher forcing, `step` one cached step."""
+    """Logits from codes and labels: `__call__` is teacher forcing, `step` one cached step."""
 
     config: GeneratorConfig
 
@@ -157,39 +165,36 @@ class Generator(nn.Module):
         )
         self.dropout = nn.Dropout(c.token_dropout)
 
-    def embed_class(self, labels):
-        """Labels int32 [B] (num_classes is the null class) -> [B, 1, D]."""
+    def embed_class(self, labels: Labels) -> Float[Array, "B 1 D"]:
+        """Embedded labels; `num_classes` is the null class."""
         return self.class_embedding(labels)[:, None].astype(self.config.dtype)
 
-    def embed_codes(self, codes):
-        """Codes int32 [B, n] -> [B, n, D]."""
+    def embed_codes(self, codes: Int[Array, "B T"]) -> Tokens:
+        """Embedded codes."""
         return self.token_embedding(codes).astype(self.config.dtype)
 
-    def embed_special(self, batch: int):
-        """The g - 1 special embeddings for a batch: [B, g - 1, D]."""
+    def embed_special(self, batch: int) -> Float[Array, "{batch} g_minus_1 D"]:
+        """The g - 1 special embeddings, for a batch."""
         c = self.config
-        if c.group_size == 1:  # Not touched, there is no table: checkpoints refuse one of no rows.
+        if c.group_size == 1:  # The unused table is never created; checkpoints reject empty ones.
             return jnp.zeros((batch, 0, c.width), c.dtype)
         special = self.special_embedding.embedding.astype(c.dtype)
         return jnp.broadcast_to(special, (batch, *special.shape))
 
-    def to_logits(self, x):
-        """[B, T, D] -> float32 [B, T, V]."""
+    def to_logits(self, x: Tokens) -> Logits:
+        """Logits of the blocks' output, float32."""
         x = self.final_norm(x).astype(self.config.dtype)
         logits = self.output(x).astype(jnp.float32)
         return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
-    def __call__(self, codes, labels):
-        """Teacher forcing.
+    def __call__(self, codes: Int[Array, "B n"], labels: Labels) -> Float[Array, "B N V"]:
+        """Logits of all tokens under teacher forcing, float32; position p holds those of z_{p+1}.
+
+        Dropout is active if a `dropout` key is passed.
 
         Args:
-          codes: int32 [B, N] (or the N - g that are used, N - 1 where c = N) in [0, V).
-          labels: int32 [B]; `num_classes` is the null class. Drop them before, with
-            `layers.drop_labels`.
-
-        Returns:
-          float32 [B, N, V]; position p holds the logits of z_{p+1}. Dropout is active when a
-          `dropout` key is given.
+          codes: [B, N] in [0, V), or only those that are read: N - g, or N - 1 if c = N.
+          labels: class of each sample; `num_classes` is the null class (`layers.drop_labels`).
         """
         c = self.config
         parts = [
@@ -198,23 +203,25 @@ class Generator(nn.Module):
             self.embed_special(len(codes)),
             self.embed_codes(codes[:, c.causal : c.num_tokens - c.group_size]),
         ]
-        # Where every token is causal (c = N) the sequence ends with z_{N-1}: no specials are read.
+        # If every token is causal (c = N), the sequence ends with z_{N-1}, before the specials.
         x = jnp.concatenate(parts, axis=1)[:, : c.num_tokens]
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
         mask = masks.group_mask(c.num_tokens, c.group_size, c.causal)[None, None]
         x, _ = self.blocks(x, mask=mask, rope=c.rope())
         return self.to_logits(x)
 
-    def step(self, x, cache, start):
-        """Positions start .. start + n - 1 at once, all seeing each other and the past.
+    def step(
+        self, x: Tokens, cache: LayerCache, start: Int[Array, ""]
+    ) -> tuple[Logits, LayerCache]:
+        """Logits of T positions at once, all seeing each other and the past; float32.
 
         Args:
-          x: embedded tokens [B, n, D].
-          cache: per layer keys and values [B, N, K, h] of the past.
-          start: int32 scalar, how many positions are in the cache.
+          x: embedded tokens.
+          cache: keys and values [B, N, K, h] of every layer; see `empty_cache`.
+          start: the number of positions that are in the cache.
 
         Returns:
-          logits float32 [B, n, V], and the new positions' keys and values per layer.
+          The logits, and the new positions' keys and values of every layer.
         """
         length = x.shape[1]
         past = jnp.arange(jax.tree.leaves(cache)[0].shape[-3]) < start
@@ -224,8 +231,8 @@ class Generator(nn.Module):
         return self.to_logits(x), keys_values
 
 
-def empty_cache(config: GeneratorConfig, batch: int) -> Any:
-    """Zero keys and values for N positions: stacked over layers if scanned, else one pair each."""
+def empty_cache(config: GeneratorConfig, batch: int) -> LayerCache:
+    """Zero keys and values for N positions: stacked over layers if scanned, else a pair each."""
     shape = (batch, config.num_tokens, config.kv_heads, config.head_dim)
 
     def pair(*lead: int):
@@ -234,8 +241,8 @@ def empty_cache(config: GeneratorConfig, batch: int) -> Any:
     return pair(config.depth) if config.scan else [pair() for _ in range(config.depth)]
 
 
-def extend_cache(cache: Any, new: Any, start: jax.Array) -> Any:
-    """Write the keys and values [..., n, K, h] of new positions into the cache, in place."""
+def extend_cache(cache: LayerCache, new: LayerCache, start: Int[Array, ""]) -> LayerCache:
+    """The cache with the keys and values [..., T, K, h] of new positions written at `start`."""
 
     def write(past, part):
         return jax.lax.dynamic_update_slice_in_dim(past, part.astype(past.dtype), start, axis=-3)

@@ -1,51 +1,57 @@
 """The Inception network that FID is measured with: the TensorFlow graph of 2015-12-05.
 
-Shapes: B batch, 8 x 8 x 2048 last features, 17 x 17 x 768 middle features.
+Shapes: B batch, H x W pixels, h x w positions and C channels of a feature.
 
-What sets it apart from other InceptionV3: images reach 299 px by TF1's bilinear resize, average
-pools do not count their padding, the last block pools by maximum, and there are 1008 logits. All
-in float32; convolutions are never rounded to less, as published numbers are not.
+It differs from other InceptionV3 networks: images reach 299 px by TF1's bilinear resize, average
+pools do not count their padding, the last block pools by maximum, and there are 1008 logits.
+Everything is float32, with convolutions at full precision, as in published scores.
 """
 
 import functools
-import typing
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Shaped
 
-from detailflow_jax.ops import interpolation
+from detailflow_jax.ops import Array, interpolation
+
+Feature = Float[Array, "B h w C"]
 
 SIZE = 299
 POOL_FEATURES, SPATIAL_FEATURES, CLASSES = 2048, 17 * 17 * 7, 1008
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-class Features(typing.NamedTuple):
+class Features(NamedTuple):
     """What the metrics read, float32.
 
-    pool [B, 2048]: for FID, precision and recall. spatial [B, 2023]: the first 7 channels of
-    `mixed_6/conv`, by (row, column, channel), for sFID. logits [B, 1008]: without the bias, whose
-    softmax the Inception score reads. (With bias: `logits + params["logits"]["bias"]`.)
+    Attributes:
+      pool: [B, 2048], for FID, precision and recall.
+      spatial: [B, 2023], the first 7 channels of `mixed_6/conv` in (row, column, channel) order,
+        for sFID.
+      logits: [B, 1008], without the bias, for the Inception score. The bias is
+        `params["logits"]["bias"]`.
     """
 
-    pool: jax.Array
-    spatial: jax.Array
-    logits: jax.Array
+    pool: Array
+    spatial: Array
+    logits: Array
 
     @property
-    def probabilities(self) -> jax.Array:
-        """Softmax of the bias-free logits, [B, 1008]."""
+    def probabilities(self) -> Float[Array, "B classes"]:
+        """Softmax of the logits without bias."""
         return jax.nn.softmax(self.logits, axis=-1)
 
 
 @functools.cache
-def tf1_bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """TensorFlow 1's bilinear resize of one axis: float32 [size_out, size_in].
+def tf1_bilinear_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "{size_out} {size_in}"]:
+    """Matrix of TensorFlow 1's bilinear resize of one axis.
 
-    No half-pixel centres, no antialiasing, the right neighbour clamped. The positions are computed
-    in float32, as there.
+    No half-pixel centres, no antialiasing, the right neighbour clamped. Positions are computed in
+    float32, as TensorFlow does.
     """
     scale = np.float32(size_in) / np.float32(size_out)
     position = np.arange(size_out, dtype=np.float32) * scale
@@ -55,12 +61,11 @@ def tf1_bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
     rows = np.arange(size_out)
     np.add.at(matrix, (rows, np.minimum(left, size_in - 1)), 1 - share)
     np.add.at(matrix, (rows, np.minimum(left + 1, size_in - 1)), share)
-    matrix.setflags(write=False)
-    return matrix
+    return interpolation.read_only(matrix)
 
 
-def preprocess(images: jax.Array) -> jax.Array:
-    """Images [B, H, W, 3] of values 0 to 255, any size -> [B, 299, 299, 3] as (x - 128) / 128."""
+def preprocess(images: Shaped[Array, "B H W 3"]) -> Float[Array, "B 299 299 3"]:
+    """Images of values 0 to 255 and any size, resized to 299 px, as (x - 128) / 128."""
     rows, columns = (tf1_bilinear_matrix(side, SIZE) for side in images.shape[1:3])
     return (interpolation.apply_matrices(images, rows, columns) - 128.0) / 128.0
 
@@ -74,7 +79,7 @@ class ConvNorm(nn.Module):
     padding: str = "SAME"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
         x = nn.Conv(
             self.features,
             self.kernel_size,
@@ -93,9 +98,9 @@ class ConvNorm(nn.Module):
 
 
 # --------------------------------------------------------------------------------- the mixed blocks
-# A block is its branches in the order of concatenation; a branch is a chain of (name, features,
-# kernel size) with an optional stride of 2, which goes without padding. A tuple of tuples ends a
-# branch in several convolutions of the same input, side by side.
+# A block is a tuple of branches, whose outputs are concatenated. A branch is a chain of pools and
+# convolutions (name, features, kernel size). A fourth entry, the stride 2, also turns padding off.
+# A tuple of convolutions ends a branch with several convolutions of the same input.
 
 _3, _5, _1x7, _7x1, _1x3, _3x1 = (3, 3), (5, 5), (1, 7), (7, 1), (1, 3), (3, 1)
 _1 = (1, 1)
@@ -164,7 +169,7 @@ MIXED = {
 }
 """Every mixed block by its published name."""
 
-STEM = (
+STEM: tuple[Any, ...] = (
     ("Conv2d_1a_3x3", 32, _3, 2, "VALID"),
     ("Conv2d_2a_3x3", 32, _3, 1, "VALID"),
     ("Conv2d_2b_3x3", 64, _3, 1, "SAME"),
@@ -173,11 +178,11 @@ STEM = (
     ("Conv2d_4a_3x3", 192, _3, 1, "VALID"),
     "reduce",
 )
-"""What comes before them."""
+"""The convolutions and pools before the mixed blocks."""
 
 
-def _pool(x: jax.Array, kind: str) -> jax.Array:
-    """3x3 pooling: "mean" and "max" keep the size, "reduce" is the maximum at stride 2."""
+def _pool(x: Feature, kind: str) -> Float[Array, "B _ _ C"]:
+    """x after 3x3 pooling: "mean" and "max" keep the size, "reduce" is the maximum at stride 2."""
     if kind == "mean":
         return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
     if kind == "max":
@@ -191,9 +196,9 @@ class Mixed(nn.Module):
     branches: tuple
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """-> the branches, concatenated; and the first of them."""
-        ends: list[jax.Array] = []
+    def __call__(self, x: Feature) -> tuple[Float[Array, "B _ _ _"], Float[Array, "B _ _ _"]]:
+        """The branches, concatenated, and the first of them."""
+        ends: list[Array] = []
         for branch in self.branches:
             y = [x]
             for step in branch:
@@ -201,7 +206,7 @@ class Mixed(nn.Module):
             ends += y
         return jnp.concatenate(ends, axis=-1), ends[0]
 
-    def _step(self, step, x: jax.Array) -> list[jax.Array]:
+    def _step(self, step: Any, x: Array) -> list[Array]:
         if isinstance(step, str):
             return [_pool(x, step)]
         if isinstance(step[0], tuple):
@@ -212,10 +217,10 @@ class Mixed(nn.Module):
 
 
 class Logits(nn.Module):
-    """The last layer. Its bias is a parameter of the file's, and not added: see `Features`."""
+    """The last layer. Its bias is loaded but not added (see `Features`)."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B C"]) -> Float[Array, "B classes"]:
         init = nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (x.shape[-1], CLASSES))
         self.param("bias", nn.initializers.zeros, (CLASSES,))
@@ -223,11 +228,11 @@ class Logits(nn.Module):
 
 
 class Inception(nn.Module):
-    """The whole network."""
+    """The whole network, from images to features."""
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> Features:
-        """uint8 or float images [B, H, W, 3], values 0 to 255, any size -> features."""
+    def __call__(self, images: Shaped[Array, "B H W 3"]) -> Features:
+        """Features of uint8 or float images of values 0 to 255, any size."""
         x = preprocess(images)
         for step in STEM:
             if isinstance(step, str):

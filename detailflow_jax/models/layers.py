@@ -1,18 +1,31 @@
 """What the networks share: dense layers, norms, attention and the stack of blocks.
 
-Shapes: B batch, T tokens, P prefix tokens, D width, H heads, K key/value heads, h head dimension.
-Parameters are float32 and carry logical axis names; compute runs in `dtype`, while norms, softmax
-and attention scores are float32.
+Shapes: B batch, T tokens, S tokens that keys and values come from (mostly T), P prefix tokens,
+D width, H heads, K key/value heads, h head dimension, L layers.
+Parameters are float32 and carry logical axis names. Compute runs in `dtype`; norms, softmax and
+attention scores are float32.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from detailflow_jax.ops import rotary
+from detailflow_jax.ops import Array, rotary
+
+Tokens = Float[Array, "B T D"]
+Mask = Bool[Array, "..."]
+"""True where attention is allowed; broadcastable to [B, 1, T, P + S], or [T, P + S] for all."""
+Rope = Float[Array, "T half 2"]
+"""Rotary table; half = h/2 (`ops.rotary`)."""
+KeysValues = tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]
+Prefix = tuple[Float[Array, "B P K h"], Float[Array, "B P K h"]]
+LayerCache = Any
+"""Keys and values of every layer: stacked, [L, B, S, K, h], if scanned, else a list of pairs."""
 
 REMAT_POLICIES = {
     "none": None,
@@ -20,7 +33,6 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 """What a block keeps for its backward pass: everything, only its input, or matmul outputs too."""
-
 
 XAVIER = nn.initializers.xavier_uniform()
 
@@ -45,6 +57,22 @@ def dense(
     )
 
 
+def param(
+    module: nn.Module,
+    name: str,
+    init: Callable,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """A parameter of the module that carries the logical names `axes`."""
+    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
+
+
+def table(module: nn.Module, name: str, rows: int, width: int) -> Float[Array, "{rows} {width}"]:
+    """A learned table with one row per position, initialised with std 0.02."""
+    return param(module, name, nn.initializers.normal(0.02), ("positions", "embed"), (rows, width))
+
+
 def layer_norm(name: str | None = None) -> nn.LayerNorm:
     """LayerNorm, eps 1e-6, computed and returned in float32."""
     return nn.LayerNorm(
@@ -67,34 +95,23 @@ def rms_norm(name: str | None = None, epsilon: float = 1e-5) -> nn.RMSNorm:
     )
 
 
-def normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """RMSNorm without a weight, float32."""
-    x = jnp.asarray(x, jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
-
-
-def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """Adaptive norm: weightless RMSNorm of x, times (1 + scale), plus shift; float32."""
-    return normalize(x) * (1.0 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
-
-
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "B T H h"],
+    key: Float[Array, "B S K h"],
+    value: Float[Array, "B S K h"],
     *,
-    prefix: tuple[jax.Array, jax.Array] | None = None,
-    mask: jax.Array | None = None,
+    prefix: Prefix | None = None,
+    mask: Mask | None = None,
     drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
-) -> jax.Array:
-    """Softmax attention over [prefix, own] keys without copying the two together.
+) -> Float[Array, "B T H h"]:
+    """Softmax attention over the keys [prefix, own], without concatenating the two.
 
     Args:
-      query: [B, T, H, h].
-      key: own keys [B, T', K, h]; query head i reads key/value head i // (H/K).
-      value: own values [B, T', K, h].
-      prefix: keys and values [B, P, K, h] that come before them: a cache, or another stream.
-      mask: bool, broadcastable to [B, 1, T, P + T'], True where attention is allowed.
+      query: queries.
+      key: own keys; query head i reads key/value head i // (H/K).
+      value: own values.
+      prefix: keys and values that come before the own ones: a cache, or another stream.
+      mask: see `Mask`.
       drop: applied to the attention weights, such as dropout.
 
     Returns:
@@ -104,7 +121,7 @@ def attend(
     query = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)
     parts = [(key, value)] if prefix is None else [prefix, (key, value)]
 
-    def score(part: jax.Array) -> jax.Array:
+    def score(part: Array) -> jax.Array:
         return jnp.einsum("btkrh,bskh->bkrts", query, part, preferred_element_type=jnp.float32)
 
     scores = jnp.concatenate([score(k) for k, _ in parts], axis=-1) * head_dim**-0.5
@@ -114,16 +131,16 @@ def attend(
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
     edge = weights.shape[-1] - key.shape[1]
     split = [weights] if prefix is None else [weights[..., :edge], weights[..., edge:]]
-    out = sum(jnp.einsum("bkrts,bskh->btkrh", w, v) for w, (_, v) in zip(split, parts, strict=True))
-    return out.reshape(batch, length, heads, head_dim)
+    read = [jnp.einsum("bkrts,bskh->btkrh", w, v) for w, (_, v) in zip(split, parts, strict=True)]
+    return functools.reduce(jnp.add, read).reshape(batch, length, heads, head_dim)
 
 
 class Attention(nn.Module):
     """Multi-head attention over its own tokens and, before them, an optional prefix.
 
-    One mechanism serves four uses: the encoder's queries look at the patches of their image, a
-    cached decoding step looks at the past, plain self-attention has no prefix, and cross-attention
-    takes its keys and values from a context.
+    It serves four uses. The encoder's queries look at the patches of their image (a prefix), a
+    cached decoding step looks at the past (a prefix), self-attention has no prefix, and
+    cross-attention takes its keys and values from a context.
 
     Attributes:
       num_heads: H.
@@ -131,8 +148,8 @@ class Attention(nn.Module):
       use_bias: of the projections to queries, keys and values.
       dtype: of the computation.
       kernel_init: of all projections.
-      output_bias: of the output projection; None: as `use_bias`.
-      dropout: rate on the attention weights, active where the caller supplies randomness.
+      output_bias: of the output projection; None: the same as `use_bias`.
+      dropout: rate on the attention weights; active if the caller passes a `dropout` key.
     """
 
     num_heads: int
@@ -144,16 +161,24 @@ class Attention(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x, *, prefix=None, mask=None, rope=None, context=None):
-        """[B, T, D] -> ([B, T, D], own (keys, values) [B, T, K, h], turned by `rope`).
+    def __call__(
+        self,
+        x: Tokens,
+        *,
+        prefix: Prefix | None = None,
+        mask: Mask | None = None,
+        rope: Rope | None = None,
+        context: Float[Array, "B T C"] | None = None,
+    ) -> tuple[Tokens, KeysValues]:
+        """The tokens after attention, and their own keys (turned by `rope`) and values.
 
-        `context` [B, T, C] gives the keys and values in place of x, at the same positions.
+        `context` gives the keys and values in place of x, at the same positions.
         """
         width = x.shape[-1]
         head_dim = width // self.num_heads
         read = x if context is None else context
 
-        def project(name: str, x: jax.Array, heads: int) -> jax.Array:
+        def project(name: str, x: Array, heads: int) -> jax.Array:
             layer = dense(
                 heads * head_dim,
                 ("embed", "heads"),
@@ -190,10 +215,10 @@ class GatedMLP(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Tokens) -> Tokens:
         gate = dense(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1_g")(x)
         y = dense(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1_x")(x)
-        y = nn.gelu(gate, approximate=False) * y
+        y = nn.gelu(gate, approximate=False) * y  # [B, T, hidden]
         y = nn.with_logical_constraint(y, ("batch", "length", "mlp"))
         return dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="fc2")(y)
 
@@ -201,8 +226,9 @@ class GatedMLP(nn.Module):
 class Stack(nn.Module):
     """`depth` equal blocks, scanned over stacked parameters or unrolled.
 
-    A block maps (x, prefix, mask, rope, *context) to (x, its own keys and values). Scanned, the
-    parameters lie under `layers` with a leading layer axis; unrolled, under `layers_0`, ...
+    A block maps (x, prefix, mask, rope, *context) to (x, its own keys and values). The parameters
+    of a scanned stack are in `layers`, with a leading layer axis; those of an unrolled one are in
+    `layers_0`, `layers_1`, ...
     """
 
     block: type[nn.Module]
@@ -212,18 +238,26 @@ class Stack(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, x, *, prefix=None, mask=None, rope=None, context=()):
-        """Run all blocks.
+    def __call__(
+        self,
+        x: Any,
+        *,
+        prefix: LayerCache | None = None,
+        mask: Mask | None = None,
+        rope: Rope | None = None,
+        context: Sequence[Array] = (),
+    ) -> tuple[Any, LayerCache]:
+        """Runs all blocks.
 
         Args:
-          x: [B, T, D].
-          prefix: per layer keys and values: stacked [L, B, P, K, h] when scanned, else a sequence.
-          mask: see `attend`; the same for every layer.
-          rope: rotary table for the T positions, or None.
-          context: further arguments of every block, the same for each, such as a condition.
+          x: [B, T, D], or whatever the block maps to itself.
+          prefix: keys and values of every layer that come before the own ones.
+          mask: the same for every layer.
+          rope: rotary table of the T positions.
+          context: further arguments of the blocks, the same for each, such as a condition.
 
         Returns:
-          x after the last block, and every layer's own keys and values in the form of `prefix`.
+          x after the last block, and every layer's own keys and values.
         """
         block = self.block
         policy = REMAT_POLICIES[self.remat]
@@ -248,17 +282,17 @@ class Stack(nn.Module):
         return x, own
 
 
-def drop_labels(key: jax.Array, labels: jax.Array, config: Any) -> jax.Array:
-    """Labels int32 [B], each with probability `config.class_dropout` the null class instead.
+def drop_labels(key: PRNGKeyArray, labels: Int[Array, " B"], config: Any) -> Int[Array, " B"]:
+    """Labels, each replaced by the null class with probability `config.class_dropout`.
 
-    `config.num_classes` is the null class (classifier-free guidance).
+    The null class is `config.num_classes`; classifier-free guidance needs it.
     """
     dropped = jax.random.bernoulli(key, config.class_dropout, labels.shape)
     return jnp.where(dropped, config.num_classes, labels)
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of scanned stacks (`layers`) as those of unrolled ones (`layers_i`), recursively.
+    """Parameters of scanned stacks (`layers`) as those of unrolled ones (`layers_i`).
 
     On a CPU, separate arrays decode faster than a scan that slices stacked ones.
     """

@@ -1,6 +1,7 @@
 """LPIPS: the perceptual distance over VGG16 features (Zhang et al., arXiv 1801.03924).
 
-Shapes: B batch, C channels of a feature. Float images are [B, H, W, 3] in [-1, 1].
+Shapes: B batch, H x W pixels, h x w positions and C channels of a feature. Float images are
+[B, H, W, 3] in [-1, 1].
 """
 
 from typing import Any
@@ -8,22 +9,29 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
+from detailflow_jax.ops import Array
+
+Images = Float[Array, "B H W 3"]
+Features = tuple[Float[Array, "B _ _ _"], ...]
+"""One feature [B, H / 2^i, W / 2^i, C] per stage of VGG16."""
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Widths of VGG16's convolutions; a stage ends where a feature is read, the next pools first."""
+"""Widths of VGG16's convolutions. A stage ends where a feature is read; the next pools first."""
 
 SMALLEST = 2 ** (len(STAGES) - 1)
-"""The smallest side of an image that every pool leaves a pixel of."""
+"""The smallest side of an image that leaves at least one pixel after every pool."""
 
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
-def _in_three(convolution: nn.Conv, x: jax.Array) -> jax.Array:
-    """A 3 x 3 convolution of [B, H, W, C] with H or W below 3, on a grid of 3 at least.
+def _in_three(convolution: nn.Conv, x: Float[Array, "B h w _"]) -> Float[Array, "B h w _"]:
+    """A 3 x 3 convolution of a feature whose h or w is below 3, on a grid of at least 3.
 
-    Two pixels under a 3 x 3 kernel are a case of their own to XLA, on a CPU 40 times slower than
-    three. The zeros are those that the convolution pads with anyway; the barriers, in the forward
-    and the backward pass, keep XLA from finding that out.
+    XLA treats two pixels under a 3 x 3 kernel as a special case, which is 40 times slower on a CPU
+    than three pixels. The zeros added here are those that the convolution pads with anyway; the
+    barriers, in the forward and the backward pass, keep XLA from noticing that.
     """
     height, width = x.shape[1:3]
     more = [(0, max(3 - size, 0)) for size in (height, width)]
@@ -38,8 +46,8 @@ class VGG16(nn.Module):
     precision: Any = None
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
-        """Normalised images [B, H, W, 3] -> five features [B, H / 2^i, W / 2^i, C] in `dtype`."""
+    def __call__(self, images: Images) -> Features:
+        """Five features of normalised images, in `dtype`."""
         features, x, count = [], images.astype(self.dtype), 0
         for stage in STAGES:
             if features:
@@ -60,10 +68,10 @@ class VGG16(nn.Module):
         return tuple(features)
 
 
-def unit_channels(feature: jax.Array) -> jax.Array:
-    """Every position divided by its length, eps 1e-10 outside the root; float32.
+def unit_channels(feature: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+    """Every position divided by its length, with eps 1e-10 outside the root; float32.
 
-    Where all channels are zero the result and its gradient are zero: the root's own would be NaN.
+    If all channels are zero, the result and its gradient are zero; that of the root would be NaN.
     """
     feature = feature.astype(jnp.float32)
     square = jnp.sum(jnp.square(feature), axis=-1, keepdims=True)
@@ -72,12 +80,12 @@ def unit_channels(feature: jax.Array) -> jax.Array:
 
 
 class LPIPS(nn.Module):
-    """The distance with learned non-negative channel weights, no dropout.
+    """The distance with learned non-negative channel weights and no dropout.
 
     Attributes:
       dtype: of the convolutions; distances are float32.
-      precision: of the convolutions. To measure, take `jax.lax.Precision.HIGHEST`: accelerators
-        round float32 inputs otherwise.
+      precision: of the convolutions. Use `jax.lax.Precision.HIGHEST` to evaluate: otherwise
+        accelerators round float32 inputs.
     """
 
     dtype: Any = jnp.float32
@@ -91,11 +99,11 @@ class LPIPS(nn.Module):
             for i, stage in enumerate(STAGES)
         ]
 
-    def features(self, images: jax.Array) -> tuple[jax.Array, ...]:
-        """Images [B, H, W, 3] in [-1, 1] -> VGG16's five features.
+    def features(self, images: Images) -> Features:
+        """VGG16's five features of images in [-1, 1].
 
         Raises:
-          ValueError: the images are smaller than 16 x 16.
+          ValueError: if the images are smaller than 16 x 16.
         """
         if min(images.shape[1:3]) < SMALLEST:
             raise ValueError(
@@ -105,14 +113,14 @@ class LPIPS(nn.Module):
         shift, scale = jnp.array(_SHIFT), jnp.array(_SCALE)
         return self.vgg((images.astype(jnp.float32) - shift) / scale)
 
-    def compare(self, features: tuple[jax.Array, ...], others: tuple[jax.Array, ...]) -> jax.Array:
-        """Distance of two images from what `features` gave for each: float32 [B]."""
-        distance = 0.0
+    def compare(self, features: Features, others: Features) -> Float[Array, " B"]:
+        """The distance of two images from the features of each, float32."""
+        distance = jnp.zeros(len(features[0]))
         for weight, a, b in zip(self.weights, features, others, strict=True):
             difference = jnp.square(unit_channels(a) - unit_channels(b))
             distance += jnp.mean(jnp.sum(difference * weight[..., 0], axis=-1), axis=(1, 2))
         return distance
 
-    def __call__(self, images: jax.Array, reference: jax.Array) -> jax.Array:
-        """Images and reference, [B, H, W, 3] in [-1, 1] -> distance, float32 [B], 0 where equal."""
+    def __call__(self, images: Images, reference: Images) -> Float[Array, " B"]:
+        """The distance of images in [-1, 1] from a reference, float32; 0 if they are equal."""
         return self.compare(self.features(images), self.features(reference))

@@ -1,22 +1,27 @@
 """The SigLIP2-NaFlex vision transformer: trunk of the encoder, of the decoder, and the teacher.
 
-Shapes: B batch, P = height * width patches, D width, L layers.
+Shapes: B batch, H x W pixels, P = height * width patches, T tokens, D width, L layers.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from detailflow_jax.models import layers
-from detailflow_jax.ops import interpolation, patches
+from detailflow_jax.models.layers import LayerCache, Mask, Prefix, Rope, Tokens
+from detailflow_jax.ops import Array, interpolation, patches
+
+Images = Float[Array, "B H W 3"]
+Patches = Float[Array, "B P D"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of one vision transformer; the defaults are SigLIP2-so400m."""
+    """Sizes of a vision transformer; the defaults are SigLIP2-so400m."""
 
     width: int = 1152
     depth: int = 27
@@ -34,7 +39,10 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, prefix, mask, rope):
+    def __call__(
+        self, x: Any, prefix: Prefix | None, mask: Mask | None, rope: Rope | None
+    ) -> tuple[Any, Any]:
+        """Tokens [B, T, D] after the block, and their own keys and values."""
         attention = layers.Attention(
             self.num_heads, self.num_heads, use_bias=True, dtype=self.dtype, name="attention"
         )
@@ -50,15 +58,18 @@ class Block(nn.Module):
 
 
 class TappedBlock(Block):
-    """A block that hands on, beside its tokens, the first P of those that block `tap` made.
+    """A block that also passes on the first P tokens that block `tap` made.
 
-    Its x is (tokens [B, T, D], tapped tokens [B, P, D], how many blocks came before). The tapped
-    ones are carried, not collected: a scan would collect the tokens of every layer.
+    Its x is (tokens [B, T, D], tapped tokens [B, P, D], number of blocks before this one). The
+    tapped tokens are carried, not collected: a scan would collect the tokens of every layer.
     """
 
     tap: int = 0
 
-    def __call__(self, x, prefix, mask, rope):
+    def __call__(
+        self, x: Any, prefix: Prefix | None, mask: Mask | None, rope: Rope | None
+    ) -> tuple[Any, Any]:
+        """The new x, and the tokens' keys and values."""
         tokens, tapped, count = x
         tokens, keys_values = super().__call__(tokens, prefix, mask, rope)
         count = count + 1
@@ -69,8 +80,13 @@ class TappedBlock(Block):
 class VisionTransformer(nn.Module):
     """Patch embedding, position table, blocks and final norm, each usable on its own.
 
-    `embed_patches=False` leaves the patch embedding out (the decoder's trunk has none). `tap`, from
-    1 to L, is the block whose tokens `run_tapped` gives.
+    Attributes:
+      config: the sizes.
+      dtype: of the computation.
+      scan: whether the blocks are scanned.
+      remat: one of `layers.REMAT_POLICIES`.
+      embed_patches: False leaves out the patch embedding (the decoder's trunk has none).
+      tap: the block, 1 to L, whose tokens `run_tapped` returns; 0: none.
     """
 
     config: ViTConfig
@@ -84,11 +100,7 @@ class VisionTransformer(nn.Module):
         c = self.config
         if self.embed_patches:
             self.patch_embed = layers.dense(c.width, ("pixels", "embed"), dtype=self.dtype)
-        self.position_table = self.param(
-            "position_table",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("positions", "embed")),
-            (c.table_side**2, c.width),
-        )
+        self.position_table = layers.table(self, "position_table", c.table_side**2, c.width)
         options = {"num_heads": c.num_heads, "mlp_dim": c.mlp_dim, "dtype": self.dtype}
         block = Block
         if self.tap:
@@ -96,42 +108,52 @@ class VisionTransformer(nn.Module):
         self.blocks = layers.Stack(block, options, c.depth, scan=self.scan, remat=self.remat)
         self.final_norm = layers.layer_norm()
 
-    def positions(self, height: int, width: int) -> jax.Array:
-        """The position table resized to a grid: float32 [height * width, D]."""
+    def positions(self, height: int, width: int) -> Float[Array, "{height*width} D"]:
+        """The position table resized to a grid of patches, float32."""
         return interpolation.resize_position_table(self.position_table, height, width)
 
-    def embed(self, images: jax.Array) -> jax.Array:
-        """Float images [B, H, W, 3] in [-1, 1] -> patch tokens with positions, [B, P, D]."""
+    def embed(self, images: Images) -> Patches:
+        """Patch tokens, with their positions, of images in [-1, 1]."""
         size = self.config.patch_size
         height, width = images.shape[1] // size, images.shape[2] // size
         tokens = self.patch_embed(patches.patchify(images, size).astype(self.dtype))
         return (tokens + self.positions(height, width)).astype(self.dtype)
 
-    def encode_patches(self, images: jax.Array):
-        """Images -> (float32 [B, P, D] before the final norm, keys and values of every layer)."""
+    def encode_patches(self, images: Images) -> tuple[Patches, LayerCache]:
+        """Patch features before the final norm, and keys and values of every layer."""
         return self.blocks(self.embed(images))
 
-    def run(self, tokens: jax.Array, *, prefix=None, mask=None) -> jax.Array:
-        """The blocks and the final norm over ready tokens: float32 [B, T, D]."""
+    def run(
+        self, tokens: Tokens, *, prefix: LayerCache | None = None, mask: Mask | None = None
+    ) -> Tokens:
+        """Embedded tokens after the blocks and the final norm, float32."""
         return self.run_tapped(tokens, 0, prefix=prefix, mask=mask)[0]
 
-    def run_tapped(self, tokens: jax.Array, length: int, *, prefix=None, mask=None):
-        """(`run`, the first `length` tokens after block `tap` [B, length, D], or None)."""
+    def run_tapped(
+        self,
+        tokens: Tokens,
+        length: int,
+        *,
+        prefix: LayerCache | None = None,
+        mask: Mask | None = None,
+    ) -> tuple[Tokens, Float[Array, "B {length} D"] | None]:
+        """What `run` returns, and the first `length` tokens after block `tap` (or None)."""
         x = (tokens, tokens[:, :length], jnp.int32(0)) if self.tap else tokens
         x, _ = self.blocks(x, prefix=prefix, mask=mask)
         tokens, tapped, _ = x if self.tap else (x, None, None)
         return self.final_norm(tokens), tapped
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Images [B, H, W, 3] in [-1, 1] -> patch features after the final norm, [B, P, D]."""
+    def __call__(self, images: Images) -> Patches:
+        """Patch features of images in [-1, 1], after the final norm; float32."""
         tokens, _ = self.encode_patches(images)
         return self.final_norm(tokens)
 
 
-def teacher_features(model: VisionTransformer, params: Any, images: jax.Array) -> jax.Array:
-    """Patch features after *two* applications of the final norm, as published: [B, P, D].
+def teacher_features(model: VisionTransformer, params: Any, images: Images) -> Patches:
+    """Patch features after two applications of the final norm, as published; float32.
 
     The alignment loss compares the first token with their mean over patches.
     """
     once = model.apply({"params": params}, images)
-    return model.apply({"params": params}, once, method=lambda m, x: m.final_norm(x))
+    twice = model.apply({"params": params}, once, method=lambda m, x: m.final_norm(x))
+    return cast(jax.Array, twice)

@@ -1,20 +1,28 @@
 """The DetailFlow tokenizer: an image as N codes ordered from global structure to fine detail.
 
-Shapes: B batch, P patches, N tokens, g group, c causal tokens, V codes, d code dimension, D width.
-Float images are [B, H, W, 3] in [-1, 1].
+Shapes: B batch, P patches, N tokens, n <= N tokens in use, V codes, d code dimension, D width.
+Sizes: g group, c causal tokens. Float images are [B, H, W, 3] in [-1, 1].
 """
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from detailflow_jax.models import layers
+from detailflow_jax.models.layers import LayerCache
 from detailflow_jax.models.siglip import VisionTransformer, ViTConfig
-from detailflow_jax.ops import correction, masks, patches, quantization, resolution
+from detailflow_jax.ops import Array, correction, masks, patches, quantization, resolution
+
+Images = Float[Array, "B H W 3"]
+Latents = Float[Array, "B n d"]
+Codes = Int[Array, "B n"]
+Count = Int[Array, ""] | Int[Array, " B"] | int
 
 PUBLISHED_ENCODER = ViTConfig(depth=12)
 PUBLISHED_DECODER = ViTConfig(width=768, depth=12, num_heads=12, mlp_dim=3072)
@@ -23,7 +31,7 @@ REPA_WIDTH = 2048  # hidden, of the projection of the decoder's tokens
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Everything that shapes the network. The defaults are the published 128-token tokenizer."""
+    """Sizes and options of the network. The defaults are the published 128-token tokenizer."""
 
     image_size: int = 256
     num_tokens: int = 128
@@ -36,7 +44,7 @@ class TokenizerConfig:
     decoder: ViTConfig = PUBLISHED_DECODER
     causal_encoder: bool = True  # False: every query sees every query (the paper's baseline)
     teacher_width: int = 0  # of the alignment teacher; 0: no projection for alignment
-    repa_layer: int = 0  # after so many decoder blocks its tokens are aligned too; 0: never
+    repa_layer: int = 0  # the decoder block whose tokens are aligned too, from 1; 0: none
     dtype: str = "float32"
     scan: bool = True
     remat: str = "none"
@@ -49,7 +57,9 @@ class TokenizerConfig:
                 "blocks, counted from 1 (0: none)"
             )
         if self.repa_layer and not self.teacher_width:
-            raise ValueError(f"repa_layer={self.repa_layer} needs teacher_width, the teacher's")
+            raise ValueError(
+                f"repa_layer={self.repa_layer} needs teacher_width, the width of the teacher"
+            )
 
     @property
     def causal(self) -> int:
@@ -69,17 +79,13 @@ class TokenizerConfig:
         )
 
 
-def _table(module: nn.Module, name: str, rows: int, width: int) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("positions", "embed"))
-    return module.param(name, init, (rows, width))
-
-
 class Encoder(nn.Module):
-    """Image patches and, looking at them, N learned queries.
+    """A stream of image patches, and N learned queries that look at it.
 
-    Patches see patches only, so their stream does not depend on the queries: it runs once, and its
-    keys and values serve both the clean and the self-correcting pass. This is the published mask
-    (patches -> patches; queries -> all patches and earlier queries) without its masked half.
+    Patches see patches only, so their stream does not depend on the queries. It runs once, and its
+    keys and values serve both the clean and the self-correcting pass. This equals the published
+    mask (patches see patches; queries see all patches and the earlier queries) without its masked
+    half.
     """
 
     config: TokenizerConfig
@@ -87,16 +93,18 @@ class Encoder(nn.Module):
     def setup(self):
         c = self.config
         self.trunk = VisionTransformer(c.encoder, jnp.dtype(c.dtype), c.scan, c.remat)
-        self.latent_tokens = _table(self, "latent_tokens", c.num_tokens, c.encoder.width)
-        self.refined_tokens = _table(self, "refined_tokens", c.num_tokens, c.encoder.width)
-        self.latent_positions = _table(self, "latent_positions", c.num_tokens, c.encoder.width)
+        self.latent_tokens = layers.table(self, "latent_tokens", c.num_tokens, c.encoder.width)
+        self.refined_tokens = layers.table(self, "refined_tokens", c.num_tokens, c.encoder.width)
+        self.latent_positions = layers.table(
+            self, "latent_positions", c.num_tokens, c.encoder.width
+        )
 
-    def encode_patches(self, images):
-        """The patch stream: (tokens before the final norm, keys and values per layer)."""
+    def encode_patches(self, images: Images) -> tuple[Float[Array, "B P D"], LayerCache]:
+        """The patch stream: tokens before the final norm, and keys and values of every layer."""
         return self.trunk.encode_patches(images)
 
-    def read(self, patch_kv, queries):
-        """Queries [B, n, D], n <= N, over the patch stream -> hidden states, normed at the end."""
+    def read(self, patch_kv: LayerCache, queries: Float[Array, "B n D"]) -> Float[Array, "B n D"]:
+        """The queries after reading the patch stream and the final norm, float32."""
         c, length = self.config, queries.shape[1]
         mask = None
         if c.causal_encoder:
@@ -106,106 +114,115 @@ class Encoder(nn.Module):
         queries = (queries + self.latent_positions[:length]).astype(c.dtype)
         return self.trunk.run(queries, prefix=patch_kv, mask=mask)
 
-    def first_queries(self, batch: int, length: int | None = None):
-        """The first n (default all) learned queries of the clean pass: [B, n, D]."""
+    def first_queries(self, batch: int, length: int | None = None) -> Float[Array, "{batch} n D"]:
+        """The first n learned queries of the clean pass (default all)."""
         queries = self.latent_tokens[:length]
         return jnp.broadcast_to(queries, (batch, *queries.shape))
 
 
 class Decoder(nn.Module):
-    """A grid of mask tokens and the first n projected codes, fully bidirectional, to pixels."""
+    """A bidirectional transformer from a grid of mask tokens and projected codes to pixels."""
 
     config: TokenizerConfig
 
     @nn.compact
-    def __call__(self, codes, height: int, width: int, num_tokens=None):
-        """Projected codes [B, N, D] -> float32 image of height x width patches.
+    def __call__(
+        self, codes: Float[Array, "B n D"], height: int, width: int, num_tokens: Count | None = None
+    ) -> tuple[Images, Float[Array, "B {height*width} D"] | None]:
+        """The image of height x width patches that projected codes stand for, float32.
 
-        `num_tokens` (int32 scalar or [B], data) hides the codes from n on; None shows all.
+        Args:
+          codes: projected codes.
+          height: of the image, in patches.
+          width: of the image, in patches.
+          num_tokens: hides the codes from this count on (data); None shows all.
 
         Returns:
-          the image, and the grid's tokens after block `repa_layer`, [B, P, D], or None.
+          The image, and the grid's tokens after block `repa_layer` (None if that is 0).
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         trunk = VisionTransformer(
             c.decoder, dtype, c.scan, c.remat, embed_patches=False, tap=c.repa_layer, name="trunk"
         )
-        mask_token = _table(self, "mask_token", 1, c.decoder.width)
-        latent_positions = _table(self, "latent_positions", c.num_tokens, c.decoder.width)
+        mask_token = layers.table(self, "mask_token", 1, c.decoder.width)
+        latent_positions = layers.table(self, "latent_positions", c.num_tokens, c.decoder.width)
         batch, length, _ = codes.shape
         grid = jnp.broadcast_to(
             mask_token + trunk.positions(height, width),
             (batch, height * width, c.decoder.width),
         )
-        tokens = jnp.concatenate([grid, codes + latent_positions[:length]], axis=1)
+        tokens = jnp.concatenate([grid, codes + latent_positions[:length]], axis=1)  # [B, P + n, D]
         mask = None
         if num_tokens is not None:
             shown = jnp.arange(length) < jnp.reshape(num_tokens, (-1, 1))
             mask = jnp.pad(shown, ((0, 0), (height * width, 0)), constant_values=True)
-            mask = mask[:, None, None, :]
+            mask = mask[:, None, None, :]  # [B or 1, 1, 1, P + n]
         hidden, tapped = trunk.run_tapped(tokens.astype(dtype), height * width, mask=mask)
         hidden = hidden[:, : height * width]
-        pixels = layers.dense(
+        to_pixels = layers.dense(
             c.decoder.patch_size**2 * 3, ("embed", "pixels"), dtype=dtype, name="to_pixels"
-        )(hidden.astype(dtype))
-        pixels = pixels.astype(jnp.float32)
+        )
+        pixels = to_pixels(hidden.astype(dtype)).astype(jnp.float32)  # [B, P, p * p * 3]
         return patches.unpatchify(pixels, c.decoder.patch_size, height, width), tapped
 
 
-def _unit_codebook(key, shape, dtype=jnp.float32):
-    """Uniform in +-1/V, then L2-normalised, as published."""
+def _unit_codebook(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
+    """Codes drawn uniformly from +-1/V, then L2-normalised, as published."""
     bound = 1.0 / shape[0]
     return quantization.normalize(jax.random.uniform(key, shape, dtype, -bound, bound))
 
 
-def _projection(axis: str, widths: tuple[int, ...], dtype) -> list[nn.Dense]:
-    """The dense layers of an MLP whose input bears the logical name `axis`."""
+def _projection(axis: str, widths: tuple[int, ...], dtype: typing.Any) -> list[nn.Dense]:
+    """The dense layers of an MLP; `axis` is the logical name of its input."""
     return [
         layers.dense(w, (axis, "mlp") if i == 0 else ("mlp", "embed"), dtype=dtype)
         for i, w in enumerate(widths)
     ]
 
 
-def _project(mlp: list[nn.Dense], x: jax.Array) -> jax.Array:
+def _project(mlp: Sequence[nn.Dense], x: Array) -> Array:
     for i, layer in enumerate(mlp):
         x = layer(nn.silu(x) if i else x)
     return x
 
 
 class Pair(typing.NamedTuple):
-    """What two encoder passes give; normalised latents [B, N, d], distances [B, N, V].
+    """What the clean and the self-correcting encoder pass give.
 
-    `shown` are the codes that the second pass saw (clean, then noisy inside the span). `triplet`,
-    int32 [B, N, 3], is what the generator learns from: clean codes; its input (clean, noisy,
-    corrected); its label (clean up to the end of the noise, then corrected).
+    Attributes:
+      z: normalised latents of the clean pass, float32 [B, n, d].
+      distances: of `z` to all codes, float32 [B, n, V].
+      corrected_z: normalised latents of the self-correcting pass, float32 [B, n, d].
+      corrected_distances: of `corrected_z` to all codes, float32 [B, n, V].
+      shown: entries of the codes that the second pass saw (noisy inside the span), [B, n, d].
+      triplet: int32 [B, n, 3], what the generator learns from: the clean codes; its input (clean,
+        then noisy, then corrected codes); its label (clean up to the end of the noise, then
+        corrected codes).
     """
 
-    z: jax.Array
-    distances: jax.Array
-    corrected_z: jax.Array
-    corrected_distances: jax.Array
-    shown: jax.Array
-    triplet: jax.Array
+    z: Array
+    distances: Array
+    corrected_z: Array
+    corrected_distances: Array
+    shown: Array
+    triplet: Array
 
 
 class Tokenizer(nn.Module):
-    """Encoder, quantizer and decoder; every method is a pure function of (params, inputs)."""
+    """Encoder, quantizer and decoder."""
 
     config: TokenizerConfig
 
     def setup(self):
         c = self.config
-        f32 = jnp.float32  # what meets the quantizer is never rounded
+        f32 = jnp.float32  # the quantizer's inputs and outputs are never rounded
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         self.quant_conv = layers.dense(c.codebook_dim, ("embed", "code"), dtype=f32)
         self.post_quant_conv = layers.dense(c.decoder.width, ("code", "embed"), dtype=f32)
         self.refine_conv = layers.dense(c.encoder.width, ("code", "embed"), dtype=f32)
-        self.codebook = self.param(
-            "codebook",
-            nn.with_logical_partitioning(_unit_codebook, ("vocab", "code")),
-            (c.codebook_size, c.codebook_dim),
-        )
+        shape = (c.codebook_size, c.codebook_dim)
+        self.codebook = layers.param(self, "codebook", _unit_codebook, ("vocab", "code"), shape)
         if c.teacher_width:
             widths = (1024, 1024, c.teacher_width)
             self.align_layers = _projection("code", widths, f32)
@@ -215,26 +232,26 @@ class Tokenizer(nn.Module):
 
     # ---- encoding -------------------------------------------------------------------------
 
-    def encode_patches(self, images):
-        """Images -> the patch stream's keys and values, shared by both encoder passes."""
+    def encode_patches(self, images: Images) -> LayerCache:
+        """The patch stream's keys and values, which both encoder passes read."""
         return self.encoder.encode_patches(images)[1]
 
-    def first_pass(self, patch_kv, num_tokens: int | None = None):
-        """Clean latents of the first n tokens (default all): normalised z, float32 [B, n, d]."""
+    def first_pass(self, patch_kv: LayerCache, num_tokens: int | None = None) -> Latents:
+        """Normalised latents of the first n tokens (default all), float32."""
         batch = jax.tree.leaves(patch_kv)[0].shape[-4]
         hidden = self.encoder.read(patch_kv, self.encoder.first_queries(batch, num_tokens))
         return quantization.normalize(self.quant_conv(hidden))
 
-    def second_pass(self, patch_kv, span: correction.Span, shown):
-        """Latents of the self-correcting pass, which is shown what has been sampled so far.
+    def second_pass(self, patch_kv: LayerCache, span: correction.Span, shown: Latents) -> Latents:
+        """Normalised latents of the self-correcting pass, which sees the codes sampled so far.
 
         Args:
           patch_kv: from `encode_patches`.
           span: the noise; codes before its end are shown.
-          shown: normalised codes [B, n, d], n <= N: clean before the span, noisy inside.
+          shown: normalised codes, clean before the span and noisy inside it.
 
         Returns:
-          normalised z, float32 [B, n, d]; only positions from span.stop on are meant to be used.
+          float32 latents; only the positions from `span.stop` on are meant to be used.
         """
         length = shown.shape[1]
         shown = self.refine_conv(jax.lax.stop_gradient(shown))
@@ -242,14 +259,13 @@ class Tokenizer(nn.Module):
         queries = jnp.where(later, self.encoder.refined_tokens[:length], shown)
         return quantization.normalize(self.quant_conv(self.encoder.read(patch_kv, queries)))
 
-    def encode_pair(self, images, span: correction.Span, choice) -> "Pair":
-        """Both passes over an image, clean and correcting for noise: self-correction training.
+    def encode_pair(self, images: Images, span: correction.Span, choice: Codes) -> Pair:
+        """Both passes over an image, clean and self-correcting, in n tokens.
 
         Args:
-          images: [B, H, W, 3] in [-1, 1].
+          images: in [-1, 1].
           span: where noise strikes.
-          choice: int32 [B, n], the perturbed token's rank among the nearest codes; used inside
-            the span only. The image is encoded in so many tokens, n <= N.
+          choice: rank of each perturbed token among the nearest codes; used inside the span only.
         """
         patch_kv = self.encode_patches(images)
         z = self.first_pass(patch_kv, choice.shape[1])
@@ -276,47 +292,50 @@ class Tokenizer(nn.Module):
             ),
         )
 
-    def encode(self, images, num_tokens: int | None = None):
-        """Images [B, H, W, 3] in [-1, 1] -> the first n codes (default all), int32 [B, n]."""
+    def encode(self, images: Images, num_tokens: int | None = None) -> Codes:
+        """The first n codes (default all) of images in [-1, 1], int32."""
         z = self.first_pass(self.encode_patches(images), num_tokens)
         return quantization.nearest_codes(self.distances(z))
 
     # ---- quantizing -----------------------------------------------------------------------
 
-    def distances(self, z):
-        """Squared distances of normalised z to every normalised code: float32 [B, N, V]."""
+    def distances(self, z: Float[Array, "*batch d"]) -> Float[Array, "*batch V"]:
+        """Squared distances of normalised latents to every normalised code, float32."""
         return quantization.code_distances(z, quantization.normalize(self.codebook))
 
-    def lookup(self, codes):
-        """Codes int32 [..., N] -> normalised entries, float32 [..., N, d]."""
+    def lookup(self, codes: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
+        """Normalised codebook entries of the codes, float32."""
         return quantization.normalize(jnp.take(self.codebook, codes, axis=0))
 
-    def align(self, first_code):
-        """The first quantised code [B, d] in the teacher's feature space: [B, teacher_width]."""
+    def align(self, first_code: Float[Array, "B d"]) -> Float[Array, "B teacher_width"]:
+        """The first quantised code in the teacher's feature space."""
         return _project(self.align_layers, first_code)
 
     # ---- decoding -------------------------------------------------------------------------
 
-    def decode(self, latents, size: int, num_tokens=None):
-        """Normalised codes [B, n, d] -> float32 images [B, size, size, 3], about [-1, 1].
+    def decode(
+        self, latents: Latents, size: int, num_tokens: Count | None = None
+    ) -> Float[Array, "B {size} {size} 3"]:
+        """Images of quantised, normalised codes; float32, about [-1, 1].
 
         Args:
-          latents: quantised, normalised codes; n <= N.
-          size: side in pixels, a multiple of the decoder's patch (static: one compile a size).
-          num_tokens: hide tokens from this count on (data), so that one program serves many counts.
+          latents: normalised codebook entries.
+          size: side in pixels, a multiple of the decoder's patch (static: one compile per size).
+          num_tokens: hides tokens from this count on (data, so that one program serves all counts).
+
+        Raises:
+          ValueError: if `size` is not a positive multiple of the patch.
         """
         return self._decode(latents, size, num_tokens)[0]
 
-    def decode_tapped(self, latents, size: int, num_tokens=None):
-        """`decode`, and the grid's tokens after block `repa_layer` in the teacher's space.
-
-        Returns:
-          images, and [B, P, teacher_width], one a patch.
-        """
+    def decode_tapped(
+        self, latents: Latents, size: int, num_tokens: Count | None = None
+    ) -> tuple[Images, Float[Array, "B P teacher_width"]]:
+        """The images, and the patches' tokens after block `repa_layer` in the teacher's space."""
         images, tapped = self._decode(latents, size, num_tokens)
         return images, _project(self.repa_layers, tapped)
 
-    def _decode(self, latents, size: int, num_tokens):
+    def _decode(self, latents: Array, size: int, num_tokens: Count | None):
         side, rest = divmod(size, self.config.decoder.patch_size)
         if rest or side < 1:
             raise ValueError(
@@ -325,12 +344,14 @@ class Tokenizer(nn.Module):
             )
         return self.decoder(self.post_quant_conv(latents), side, side, num_tokens)
 
-    def decode_codes(self, codes, size: int, num_tokens=None):
-        """Codes int32 [B, n] -> images; see `decode`."""
+    def decode_codes(
+        self, codes: Codes, size: int, num_tokens: Count | None = None
+    ) -> Float[Array, "B {size} {size} 3"]:
+        """Images of codes; see `decode`."""
         return self.decode(self.lookup(codes), size, num_tokens)
 
-    def __call__(self, images):
-        """Touches every parameter once; used to initialise."""
+    def __call__(self, images: Images):
+        """Uses every parameter once, to initialise them."""
         batch = images.shape[0]
         patch_kv = self.encode_patches(images)
         z = self.first_pass(patch_kv)

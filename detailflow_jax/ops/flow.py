@@ -20,7 +20,7 @@ from detailflow_jax.ops import Array
 Data = Float[Array, "*shape"]
 Times = Float[np.ndarray, " M"]
 
-Velocity = Callable[[Array, Array], Array]
+Velocity = Callable[..., Array]
 """(x, time as a float32 scalar) -> velocity, of the shape of x."""
 
 
@@ -153,5 +153,9 @@ def euler_maruyama_step(velocity: Velocity, x: Data, step: Step, noise: Data) ->
     return jnp.where(step.next_time > 0, noisy, moved)
 
 
-SOLVERS = {"euler": euler_step, "heun": heun_step, "euler_maruyama": euler_maruyama_step}
+SOLVERS: dict[str, Callable[..., Array]] = {
+    "euler": euler_step,
+    "heun": heun_step,
+    "euler_maruyama": euler_maruyama_step,
+}
 """(velocity, x, step, noise) -> x at the next time, by name."""
