@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from detailflow_jax.ops import Array, interpolation, rotary
 
 
-def check_scales(scales: Sequence[int]) -> None:
+def check_scales(scales: Sequence) -> None:
     """Raises ValueError unless the sides increase and start at 1 or more."""
     whole = all(isinstance(side, int | np.integer) and side >= 1 for side in scales)
     increasing = all(a < b for a, b in itertools.pairwise(scales))
