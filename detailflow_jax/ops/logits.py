@@ -6,7 +6,9 @@ Shapes: B samples, N tokens of the model, n tokens at hand, V codes.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32, Key, Shaped
+from jaxtyping import Float, Float32, Int32, Key, Shaped
+
+from detailflow_jax.ops import Array
 
 
 def guidance_scales(
