@@ -66,7 +66,7 @@ for count in resolutions.token_counts:
 # %%
 counts = resolutions.token_counts[:: max(1, len(resolutions.token_counts) // 5)]
 counts = sorted({*counts, tokenizer.config.num_tokens})
-rows = {f"{count}": pixels.to_uint8(tokenizer.decode(codes[:, :count])) for count in counts}
+rows = {f"{count}": df.to_uint8(tokenizer.decode(codes[:, :count])) for count in counts}
 rows["original"] = digits
 
 figure, axes = plt.subplots(len(rows), len(digits), figsize=(len(digits), len(rows)))

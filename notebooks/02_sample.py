@@ -25,7 +25,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import detailflow_jax as df
-from detailflow_jax.ops import images as pixels
 
 demo = os.environ.get("DEMO", "../runs/demo")
 demo_flowar = os.environ.get("DEMO_FLOWAR", "../runs/demo-flowar")
@@ -34,7 +33,7 @@ demo_flowar = os.environ.get("DEMO_FLOWAR", "../runs/demo-flowar")
 def show(images, title):
     """A row of images in [-1, 1]."""
     figure, axes = plt.subplots(1, len(images), figsize=(len(images), 1.4))
-    for axis, image in zip(axes, np.asarray(pixels.to_uint8(images)), strict=True):
+    for axis, image in zip(axes, np.asarray(df.to_uint8(images)), strict=True):
         axis.imshow(image)
         axis.set_axis_off()
     figure.suptitle(title)
