@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Key
+from jaxtyping import Float, Float32, Int, Key
 
 from detailflow_jax.models.flowar import FlowAR, FlowARConfig, extend_cache
-from detailflow_jax.ops import flow
+from detailflow_jax.ops import Array, flow
 from detailflow_jax.ops import logits as filters
 from detailflow_jax.ops import scales as grids
 
@@ -73,14 +73,14 @@ def flow_times(
 def guidance_factors(scale: float, num_scales: int) -> Float32[np.ndarray, " K"]:
     """Guidance at every scale, 1 + (s - 1) k / (K - 1)."""
     if num_scales == 1:
-        return np.float32([scale])
+        return np.array([scale], np.float32)
     return (1.0 + (scale - 1.0) * np.arange(num_scales) / (num_scales - 1)).astype(np.float32)
 
 
-def draw_noise(config: FlowARConfig, keys: Key[Array, " B"]) -> list[jax.Array]:
+def draw_noise(config: FlowARConfig, keys: Key[Array, " B"]) -> list[Array]:
     """Noise of every scale from one PRNG key per sample: K arrays float32 [B, i^2, C]."""
 
-    def one(scale: int, side: int) -> jax.Array:
+    def one(scale: int, side: int) -> Array:
         draw = lambda key: jax.random.normal(  # noqa: E731
             jax.random.fold_in(key, scale), (side * side, config.channels)
         )
@@ -96,25 +96,25 @@ class Sampling:
     model: FlowAR
     params: Any
     options: FlowSamplingOptions
-    keys: jax.Array
-    factors: jax.Array
+    keys: Array
+    factors: Array
 
     def apply(self, method: str, *args, **static):
         return self.model.apply({"params": self.params}, *args, method=method, **static)
 
-    def rows(self, labels: Int[Array | np.ndarray, " B"]) -> Int[Array | np.ndarray, " R"]:
+    def rows(self, labels: Int[Array, " B"]) -> Int[Array, " R"]:
         """Labels as the classes of all rows."""
         if not self.options.guided:
             return labels
         return filters.pair(labels, jnp.full_like(labels, self.model.config.num_classes))
 
-    def semantics(self, scale: int, classes: jax.Array, latent: jax.Array | None, cache: Any):
+    def semantics(self, scale: int, classes: Array, latent: Array | None, cache: Any):
         """Semantics [R, i^2, W] of one scale, and the cache with its keys and values.
 
         `latent` [B, i'^2, C] is that of the scale before, which both halves read.
         """
         c = self.model.config
-        if scale == 0:
+        if latent is None:
             nothing = jnp.zeros((len(classes), 0, c.channels))
             x, start = self.apply("embed", classes, nothing), 0
         else:
@@ -126,14 +126,14 @@ class Sampling:
         semantics, own = self.apply("run", x, classes, start=start, cache=cache)
         return semantics[:, -(c.scales[scale] ** 2) :], extend_cache(cache, own, c.scan)
 
-    def velocity(self, scale: int, semantics: jax.Array, guided: bool) -> flow.Velocity:
+    def velocity(self, scale: int, semantics: Array, guided: bool) -> flow.Velocity:
         """The velocity field [B, i^2, C] of one scale."""
 
-        def head(x: jax.Array, time: jax.Array, semantics: jax.Array) -> jax.Array:
+        def head(x: Array, time: Array, semantics: Array) -> Array:
             times = jnp.broadcast_to(time, (len(x),))
             return self.apply("velocity", x, times, semantics, scale=scale)
 
-        def both(x: jax.Array, time: jax.Array) -> jax.Array:
+        def both(x: Array, time: Array) -> Array:
             # Both rows of a sample share x: the null row never moves on its own.
             velocities = filters.unpair(head(filters.pair(x, x), time, semantics))
             return filters.guide(*velocities, self.factors[scale])
@@ -172,7 +172,7 @@ def _runs(options: FlowSamplingOptions, scale: int) -> Iterator[tuple[bool, int,
         yield value, steps[0], steps[-1] + 1
 
 
-def _step_noise(keys: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _step_noise(keys: Array, index: Array, shape: tuple[int, ...]) -> Array:
     draw = lambda key: jax.random.normal(jax.random.fold_in(key, index), shape)  # noqa: E731
     return jax.vmap(draw)(keys)
 
@@ -180,14 +180,14 @@ def _step_noise(keys: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> ja
 def sample_scales(
     model: FlowAR,
     params: Any,
-    labels: Int[Array | np.ndarray, " B"],
+    labels: Int[Array, " B"],
     keys: Key[Array, " B"],
-    factors: Float32[Array | np.ndarray, " K"],
-    noise: Sequence[Array | np.ndarray] | None = None,
+    factors: Float32[Array, " K"],
+    noise: Sequence[Array] | None = None,
     *,
     options: FlowSamplingOptions,
     kind: type[Sampling] = Sampling,
-) -> Iterator[tuple[jax.Array, jax.Array]]:
+) -> Iterator[tuple[Array, Array]]:
     """The body of `sample`: for each scale its semantics [R, i^2, W] and latent [B, i^2, C]."""
     c = model.config
     program = kind(model, params, options, keys, factors)
@@ -203,10 +203,10 @@ def sample_scales(
 def sample(
     model: FlowAR,
     params: Any,
-    labels: Int[Array | np.ndarray, " B"],
+    labels: Int[Array, " B"],
     keys: Key[Array, " B"],
-    factors: Float32[Array | np.ndarray, " K"],
-    noise: Sequence[Array | np.ndarray] | None = None,
+    factors: Float32[Array, " K"],
+    noise: Sequence[Array] | None = None,
     *,
     options: FlowSamplingOptions,
 ) -> Float32[Array, "B S S C"]:

@@ -16,13 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float32, Int, Int32, Key
+from jaxtyping import Float32, Int, Int32, Key
 
 from detailflow_jax.models.generator import Generator, empty_cache, extend_cache
+from detailflow_jax.ops import Array
 from detailflow_jax.ops import logits as filters
 
-Rule = Callable[[jax.Array], jax.Array]
+Rule = Callable[[Array], Array]
 """Logits float32 [..., V] -> logits; -inf excludes a code."""
 
 
@@ -46,18 +46,18 @@ class _Program:
     model: Generator
     params: Any
     options: SamplingOptions
-    keys: jax.Array
-    scales: jax.Array
+    keys: Array
+    scales: Array
     rules: Sequence[Rule]
 
     def apply(self, method: str, *args):
         return self.model.apply({"params": self.params}, *args, method=method)
 
-    def rows(self, x: jax.Array) -> jax.Array:
+    def rows(self, x: Array) -> Array:
         """Sample rows [B, ...] as network rows [R, ...]: both halves see the same codes."""
         return filters.pair(x, x) if self.options.guided else x
 
-    def choose(self, logits: jax.Array, start: jax.Array) -> jax.Array:
+    def choose(self, logits: Array, start: Array) -> Array:
         """Logits [R, m, V] of tokens start .. start + m - 1 -> codes int32 [B, m]."""
         if self.options.guided:
             scale = jax.lax.dynamic_slice_in_dim(self.scales, start, logits.shape[1])
@@ -67,7 +67,7 @@ class _Program:
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, start)
         return filters.sample_codes(keys, logits)
 
-    def advance(self, carry, start: jax.Array, x: jax.Array):
+    def advance(self, carry, start: Array, x: Array):
         """Runs embedded positions x [R, m, D] at `start`; returns codes and cache with theirs."""
         codes, cache = carry
         logits, new = self.apply("step", x, cache, start)
@@ -80,9 +80,9 @@ class _Program:
 def sample(
     model: Generator,
     params: Any,
-    labels: Int[Array | np.ndarray, " B"],
+    labels: Int[Array, " B"],
     keys: Key[Array, " B"],
-    scales: Float32[Array | np.ndarray, " N"],
+    scales: Float32[Array, " N"],
     rules: Sequence[Rule] = (),
     *,
     options: SamplingOptions,
@@ -137,6 +137,6 @@ def sample(
     return carry[0][:, :n]
 
 
-def sample_keys(seed: int, indices: Int[Array | np.ndarray, " B"]) -> Key[Array, " B"]:
+def sample_keys(seed: int, indices: Int[Array, " B"]) -> Key[Array, " B"]:
     """One PRNG key per sample, from the seed and the sample's own index."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)

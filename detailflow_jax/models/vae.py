@@ -78,7 +78,7 @@ class VAEConfig:
                     f"a level is {width} channels wide, not a multiple of norm_groups="
                     f"{self.norm_groups}; change channels, multipliers or norm_groups"
                 )
-        levels = {*self.encoder_attention, *self.decoder_attention}
+        levels = {*(self.encoder_attention or ()), *(self.decoder_attention or ())}
         if unknown := levels - set(range(len(self.multipliers))):
             raise ValueError(
                 f"attention at levels {sorted(unknown)}, but levels are 0..{self.stride_power}"
