@@ -14,8 +14,6 @@ from detailflow_jax.models import sampler
 from detailflow_jax.runtime.errors import UserError
 from scored_models import generator
 
-pytestmark = pytest.mark.usefixtures("hasty_compiler")
-
 LABELS = np.arange(7) % 3
 
 
