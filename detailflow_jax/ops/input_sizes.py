@@ -5,7 +5,6 @@ uses NumPy alone, since worker processes that read images need it.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,7 @@ class InputSizes:
         return max(fitting // self.multiple, 1) * self.multiple
 
 
-def input_sizes(data: Mapping[str, Any], batch_size: int, seed: int) -> InputSizes | None:
+def input_sizes(data: Any, batch_size: int, seed: int) -> InputSizes | None:
     """The sizes that `config.data` asks for; None if all batches have its `image_size`.
 
     Raises:
