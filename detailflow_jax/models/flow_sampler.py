@@ -96,8 +96,8 @@ class Sampling:
     model: FlowAR
     params: Any
     options: FlowSamplingOptions
-    keys: Array
-    factors: Array
+    keys: Any
+    factors: Any
 
     def apply(self, method: str, *args, **static):
         return self.model.apply({"params": self.params}, *args, method=method, **static)

@@ -63,7 +63,7 @@ def param(
     init: Callable,
     axes: tuple[str, ...],
     shape: tuple[int, ...],
-) -> jax.Array:
+) -> Array:
     """A parameter of the module that carries the logical names `axes`."""
     return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
 

@@ -47,7 +47,9 @@ def unpair(
 
 
 def guide(
-    conditional: Float[Array, "*shape"], null: Float[Array, "*shape"], scale: Array | float
+    conditional: Float[Array, "*shape"],
+    null: Float[Array, "*shape"],
+    scale: Array | np.floating | float,
 ) -> Float[Array, "*shape"]:
     """u + (c - u) * s of conditional c and null u; the scale is broadcast."""
     return null + (conditional - null) * scale
@@ -65,7 +67,9 @@ def top_k_filter(logits: Float[Array, "*B V"], k: int) -> Float[Array, "*B V"]:
     return jnp.where(chosen | (logits >= largest[..., -1:]), logits, -jnp.inf)
 
 
-def top_p_filter(logits: Float[Array, "*B V"], p: Array | float) -> Float[Array, "*B V"]:
+def top_p_filter(
+    logits: Float[Array, "*B V"], p: Array | np.floating | float
+) -> Float[Array, "*B V"]:
     """-inf outside the smallest set of most likely codes whose probability exceeds p.
 
     The code that crosses p is kept, so at least one always is.
