@@ -87,8 +87,8 @@ def cumulative_arms() -> tuple[Arm, ...]:
     tokenizer: dict[str, Any] = {
         "model.causal_encoder": False,
         "model.group_size": 1,
-        "loss.full_probability": 1.0,
-        "loss.correction": False,
+        "full_probability": 1.0,
+        "correction.enabled": False,
     }
     generator: dict[str, Any] = {"model.group_size": 1, "loss.correction": 0.0}
     arms = [Arm("baseline", "baseline", dict(tokenizer), dict(generator))]
@@ -101,9 +101,9 @@ def cumulative_arms() -> tuple[Arm, ...]:
     parallel = {"model.group_size": 4, "model.causal_num": 0}
     causal_first = {"model.causal_num": 4}
     add("causal_encoder", "causal encoder", {"model.causal_encoder": True}, {})
-    add("coarse_to_fine", "coarse-to-fine training", {"loss.full_probability": 0.8}, {})
+    add("coarse_to_fine", "coarse-to-fine training", {"full_probability": 0.8}, {})
     add("parallel", "parallel groups of 4", parallel, parallel)
-    add("correction", "self-correction", {"loss.correction": True}, {"loss.correction": 0.3})
+    add("correction", "self-correction", {"correction.enabled": True}, {"loss.correction": 0.3})
     add("causal_first_group", "first group causal", causal_first, causal_first)
     return tuple(arms)
 

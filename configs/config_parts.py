@@ -28,7 +28,7 @@ def imagenet(**crop: Any) -> dict[str, Any]:
 
 
 def lpips() -> dict[str, Any]:
-    """`perceptual`: LPIPS, frozen; None: where `python -m detailflow_jax.weights` says."""
+    """Fields of `losses.perceptual`; None: where `python -m detailflow_jax.weights` says."""
     return {
         "path": placeholder(str),  # a whole LPIPS, or VGG16 of torchvision
         "linear": placeholder(str),  # beside VGG16, LPIPS's weights over it

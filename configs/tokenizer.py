@@ -33,7 +33,8 @@ def get_config(arg: str = "digits") -> ConfigDict:
     )
     config = _digits(options) if variant == "digits" else _published(variant, options)
     if options.plain:
-        config.loss.update(align=0.0, perceptual=0.0, adversarial=0.0)
+        for name in ("align", "perceptual", "adversarial"):
+            config.losses[name].weight = 0.0
     if options.runlocal:
         _shrink(config)
     return config
@@ -67,8 +68,13 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "patch_size": 16,
         "table_side": 16,
     }
-    config.loss = _loss()
-    config.perceptual = lpips()
+    config.full_probability = 0.8  # share of batches that reconstruct from all tokens
+    config.correction = {  # the self-correcting second pass
+        "enabled": True,
+        "noise_per_sample": True,  # False: one noise position for the whole batch, as published
+        "noise_top": 50,  # a perturbed token becomes one of its nearest codes, this many
+    }
+    config.losses = _losses()
     config.discriminator = discriminator("dino")
     config.optim = adam(1e-4 * batch_size / 256, steps_per_epoch)
     # Its schedule begins with its first update; it has none of its own as published.
@@ -104,29 +110,26 @@ def _model(num_tokens: int) -> dict:
             "patch_size": 16,
             "table_side": 16,
         },
-        "causal_encoder": True,  # False: its queries see each other (needs loss.correction=False)
+        "causal_encoder": True,  # False: its queries see each other (without correction)
         "teacher_width": 1152,
-        "repa_layer": 0,  # for loss.repa, such as 1: after so many blocks of the decoder
+        "repa_layer": 0,  # for losses.repa: the decoder block whose tokens are aligned
         "dtype": "bfloat16",
         "scan": True,
         "remat": "none",
     }
 
 
-def _loss() -> dict:
+def _losses() -> dict:
+    """One section per term; a term of weight 0 needs no weights of other networks."""
     return {
-        "mse": 1.0,
-        "commitment": 0.25,
-        "entropy": 0.0,
-        "align": 1.0,
-        "repa": 0.0,  # of a decoder layer with the teacher; published switch 0.5, with repa_layer 1
-        "perceptual": 1.0,  # LPIPS over VGG16
-        "perceptual_ramp": 10_000,  # steps in which it grows from 0
-        "adversarial": 0.2,  # of the generator; 0: no discriminator
-        "full_probability": 0.8,  # share of batches that reconstruct from all tokens
-        "correction": True,  # the self-correcting second pass
-        "noise_per_sample": True,  # False: one noise position for the whole batch, as published
-        "noise_top": 50,  # a perturbed token becomes one of this many nearest codes
+        "mse": {"weight": 1.0},
+        "vq": {"weight": 1.0},  # codebook entries to latents
+        "commit": {"weight": 0.25},  # latents to codebook entries
+        "entropy": {"weight": 0.0},
+        "align": {"weight": 1.0},
+        "repa": {"weight": 0.0},  # of a decoder layer with the teacher; published switch 0.5
+        "perceptual": {"weight": 1.0, "ramp": 10_000, **lpips()},
+        "adversarial": {"weight": 0.2},  # of the generator; 0: no discriminator
     }
 
 
@@ -154,8 +157,10 @@ def _digits(options: ConfigDict) -> ConfigDict:
     for part in ("encoder", "decoder"):
         config.model[part].update(**size, patch_size=16, table_side=2)
     del config.teacher
-    config.loss.update(align=0.0, entropy=0.02, noise_top=8)
-    config.loss.update(perceptual=0.0, perceptual_ramp=100, adversarial=0.0)
+    config.correction.noise_top = 8
+    config.losses.align.weight = config.losses.adversarial.weight = 0.0
+    config.losses.entropy.weight = 0.02
+    config.losses.perceptual.update(weight=0.0, ramp=100)
     config.discriminator.update(kind="patchgan", start_step=300, consistency=0.0, augment=False)
     config.discriminator.patchgan.channels = 32
     config.optim.update(lr=1e-3, warmup_steps=100, final=0.05)
@@ -172,8 +177,9 @@ def _shrink(config: ConfigDict) -> None:
     config.total_steps = 20
     for part in (config.model.encoder, config.model.decoder):
         part.update(depth=2, width=96, num_heads=4, mlp_dim=192)
-    config.loss.update(perceptual=0.0, perceptual_ramp=10, adversarial=0.0)
-    config.perceptual.random = config.discriminator.random = True
+    config.losses.perceptual.update(weight=0.0, ramp=10, random=True)
+    config.losses.adversarial.weight = 0.0
+    config.discriminator.random = True
     config.discriminator.update(start_step=5)
     config.discriminator.dino.update(depth=2, width=96, num_heads=4, read_blocks=(0, 1))
     config.discriminator.patchgan.channels = 8

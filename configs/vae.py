@@ -30,7 +30,7 @@ def get_config(arg: str = "digits") -> ConfigDict:
     )
     config = _digits(options) if variant == "digits" else _kl16(options)
     if options.plain:
-        config.loss.update(perceptual=0.0, adversarial=0.0)
+        config.losses.perceptual.weight = config.losses.adversarial.weight = 0.0
     if options.runlocal:
         _shrink(config)
     return config
@@ -60,14 +60,12 @@ def _kl16(options: ConfigDict) -> ConfigDict:
         "model": placeholder(str),  # a whole autoencoder: a workdir or a published checkpoint
         "discriminator": placeholder(str),  # the trained part of one, of a published checkpoint
     }
-    config.loss = {
-        "mse": 1.0,
-        "kl": 1e-6,  # of sums over an image, as is the reconstruction
-        "perceptual": 1.0,  # LPIPS over VGG16
-        "perceptual_ramp": 0,  # steps in which it grows from 0
-        "adversarial": 0.5,  # times the adaptive weight; 0: no discriminator
+    config.losses = {
+        "mse": {"weight": 1.0},
+        "kl": {"weight": 1e-6},  # of sums over an image, as is the reconstruction
+        "perceptual": {"weight": 1.0, "ramp": 0, **lpips()},
+        "adversarial": {"weight": 0.5},  # times the adaptive weight; 0: no discriminator
     }
-    config.perceptual = lpips()
     config.discriminator = discriminator(
         "patchgan",
         start_step=50_000,
@@ -106,7 +104,8 @@ def _digits(options: ConfigDict) -> ConfigDict:
         dtype="float32",
     )
     # Strong enough for a smooth latent space: what a generator gets slightly wrong stays a digit.
-    config.loss.update(kl=5e-3, perceptual=0.0, adversarial=0.0)
+    config.losses.kl.weight = 5e-3
+    config.losses.perceptual.weight = config.losses.adversarial.weight = 0.0
     config.discriminator.update(start_step=200)
     config.discriminator.patchgan.update(channels=16, num_layers=2)
     config.optim.update(lr=2e-3, warmup_steps=50, final=0.05)
@@ -122,8 +121,9 @@ def _shrink(config: ConfigDict) -> None:
     config.batch_size = min(config.batch_size, 8)
     config.total_steps = 20
     config.model.update(channels=8, res_blocks=1, norm_groups=8)
-    config.loss.update(perceptual=0.0, adversarial=0.0)
-    config.perceptual.random = config.discriminator.random = True
+    config.losses.perceptual.update(weight=0.0, random=True)
+    config.losses.adversarial.weight = 0.0
+    config.discriminator.random = True
     config.discriminator.start_step = 5
     config.discriminator.patchgan.channels = 8
     config.optim.warmup_steps = 5

@@ -276,7 +276,7 @@ register(
         module=lambda config: LPIPS(),
         example=lambda config: (_image(SMALLEST), _image(SMALLEST)),
         layout=lpips.layout,
-        used_by="config.perceptual.path, config.perceptual.linear and --lpips",
+        used_by="config.losses.perceptual.path, config.losses.perceptual.linear and --lpips",
         files=("vgg16", "lpips"),
     )
 )

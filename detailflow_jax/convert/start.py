@@ -4,7 +4,7 @@
     config.init_from.encoder   SigLIP2 for the tokenizer's encoder: its first layers
     config.teacher.path        SigLIP2 for the frozen teacher of the alignment loss
     config.vae.path            the frozen autoencoder of FlowAR: a run or a published checkpoint
-    config.perceptual.path     LPIPS of the perceptual loss, and `linear` beside VGG16 alone
+    config.losses.perceptual.path   LPIPS of the perceptual loss, and `linear` beside VGG16 alone
     config.discriminator.path  the frozen DINO of the discriminator
     config.init_from.discriminator   the discriminator's trained part
 
@@ -33,7 +33,8 @@ from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.tables import tokenizer
 from detailflow_jax.ops import interpolation
 from detailflow_jax.runtime import weights
-from detailflow_jax.tasks import TrainState, adversarial
+from detailflow_jax.tasks import TrainState, make_task
+from detailflow_jax.tasks.losses import Frozen
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -63,90 +64,61 @@ def load_into(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
     if fresh and encoder:
         trunk = read_siglip(encoder, state.params["encoder"]["trunk"])
         state = _with_params(state, {"encoder": {"trunk": trunk}})
-    if "teacher" in state.frozen and config.teacher.get("path"):
-        teacher = state.frozen["teacher"]
-        teacher = _placed(teacher, read_siglip(config.teacher.path, teacher))
-        state = state.replace(frozen=state.frozen | {"teacher": teacher})
+    for frozen in make_task(config).frozen if state.frozen else ():
+        if not frozen.random:
+            old = state.frozen[frozen.name]
+            params = _placed(old, read_frozen(frozen, old))
+            state = state.replace(frozen=state.frozen | {frozen.name: params})
     if "vae" in state.frozen and config.vae.get("path"):
         vae = _placed(state.frozen["vae"], read_vae(config.vae, state.frozen["vae"]))
         state = state.replace(frozen=state.frozen | {"vae": vae})
-    if "lpips" in state.frozen and not config.perceptual.random:
-        params = _placed(state.frozen["lpips"], read_lpips(config.perceptual))
-        state = state.replace(frozen=state.frozen | {"lpips": params})
-    if "discriminator" in state.extra:
-        state = _with_discriminator(config, state, fresh=fresh)
+    trained = start.get("discriminator")
+    if fresh and trained and "discriminator" in state.extra:
+        state = _with_discriminator(trained, state)
     return state
 
 
-def read_lpips(fields: Any) -> dict[str, Any]:
-    """Parameters of LPIPS from the files that `config.perceptual` names, or the usual ones.
+def read_frozen(frozen: Frozen, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a frozen network of a loss term, from the files named or the usual ones.
 
     Raises:
       WeightsError: a file is not there; the text says where people get it.
-      CheckpointError: what is there is no LPIPS.
+      CheckpointError: it is not the network that the configuration describes.
     """
-    names = {"vgg16": "path", "lpips": "linear"}
-    if fields.path and not fields.linear:
-        del names["lpips"]  # a whole LPIPS
     files = [
-        weights.locate(
-            name,
-            path=fields[field],
-            field=f"config.perceptual.{field}",
-            without="config.loss.perceptual=0",
-        )
-        for name, field in names.items()
+        weights.locate(need.weights, path=path, field=need.field, without=need.without)
+        if need.automatic
+        else path
+        for need, path in frozen.files
     ]
-    read = published.read("lpips", *files)
+    if frozen.config is None:
+        read = published.read(frozen.network, *files, params=params)
+        _tell(read.notices)
+        return read.params
+    told = {name: getattr(frozen.config, name) for name in frozen.untold}
+    read = published.read(frozen.network, *files, overrides=told)
     _tell(read.notices)
-    return read.params
-
-
-def _with_discriminator(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
-    """The state with the frozen DINO, and where asked with a trained discriminator."""
-    d = config.discriminator
-    if d.kind == "dino" and not d.random:
-        params = _placed(state.frozen["dino"], read_dino(config))
-        state = state.replace(frozen=state.frozen | {"dino": params})
-    trained = (config.get("init_from") or {}).get("discriminator")
-    if not (fresh and trained):
-        return state
-    held = state.extra["discriminator"]
-    variables = {"params": held["params"], **held["state"]}
-    read = published.read("discriminator", trained, params=variables)
-    _tell(read.notices)
-    variables = read.params
-    held = held | {
-        "params": _placed(held["params"], variables.pop("params")),
-        "state": _placed(held["state"], variables),
-    }
-    return state.replace(extra=state.extra | {"discriminator": held})
-
-
-def read_dino(config: Any) -> dict[str, Any]:
-    """Parameters of the frozen DINO that `config.discriminator.path` names, or the usual one.
-
-    Raises:
-      WeightsError: it is not there; the text says where people get it.
-      CheckpointError: it is not the one that `config.discriminator.dino` describes.
-    """
-    file = weights.locate(
-        "dino",
-        path=config.discriminator.path,
-        field="config.discriminator.path",
-        without="config.loss.adversarial=0, or config.discriminator.kind=patchgan",
-    )
-    want = adversarial.network_config(config, config.model)
-    free = ("num_heads", "read_blocks", "kernel_size", "dtype", "scan", "remat")
-    read = published.read("dino", file, overrides={name: getattr(want, name) for name in free})
-    _tell(read.notices)
-    for name, value in dataclasses.asdict(want).items():
+    for name, value in dataclasses.asdict(frozen.config).items():
         if (found := getattr(read.config, name)) != value:
             raise CheckpointError(
-                f"{file}: {name} is {found}, config.discriminator.dino.{name} is {value}",
-                expected="a DINO as config.discriminator.dino describes it",
+                f"{read.source}: {name} is {found}, {frozen.described}.{name} is {value}",
+                expected=f"a network as {frozen.described} describes it",
             )
     return read.params
+
+
+def _with_discriminator(path: str, state: TrainState) -> TrainState:
+    """The state with the trained part of a published discriminator."""
+    disc_state = state.extra["discriminator"]
+    variables = {"params": disc_state["params"], **disc_state["state"]}
+    read = published.read("discriminator", path, params=variables)
+    _tell(read.notices)
+    variables = dict(read.params)
+    disc_state = disc_state | {
+        "params": _placed(disc_state["params"], variables.pop("params")),
+        "state": _placed(disc_state["state"], variables),
+    }
+    return state.replace(extra=state.extra | {"discriminator": disc_state})
 
 
 def read_vae(fields: Any, params: Mapping[str, Any]) -> dict[str, Any]:

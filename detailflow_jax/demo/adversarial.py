@@ -24,8 +24,8 @@ from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.train import train
 
-_PATCHGAN = ("--config.loss.adversarial=0.1", "--config.discriminator.start_step=224")
-_LPIPS = ("--config.loss.perceptual=0.5", "--config.perceptual.random=True")
+_PATCHGAN = ("--config.losses.adversarial.weight=0.1", "--config.discriminator.start_step=224")
+_LPIPS = ("--config.losses.perceptual.weight=0.5", "--config.losses.perceptual.random=True")
 ARMS = {"off": (), "patchgan": _PATCHGAN, "patchgan_lpips": (*_PATCHGAN, *_LPIPS)}
 COMMON = ["loss/mse", "loss/perceptual", "gradient_norm", "codebook_usage"]
 JUDGING = ("patchgan", "patchgan_lpips")

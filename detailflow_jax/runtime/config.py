@@ -24,6 +24,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from detailflow_jax.runtime import upgrade
 from detailflow_jax.runtime.errors import ConfigError, near_names
 from detailflow_jax.runtime.files import write_atomically
 
@@ -67,6 +68,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
             is not of the field's type.
     """
     config = _run_config_file(spec)
+    upgrade.check_names(config)
     config.lock()
     for override in overrides:
         _apply_override(config, override)
@@ -168,6 +170,8 @@ def _apply_override(config: ConfigDict, override: str, shown_as: str = "config."
         raise ConfigError(f"cannot read {override!r}: write an override as --config.NAME=VALUE")
     fields = flatten(config)
     if name not in fields:
+        if new := upgrade.new_name(config, name):
+            raise ConfigError(f"config.{name} is now --config.{new}")
         if any(field.startswith(f"{name}.") for field in fields):
             raise ConfigError(f"config.{name} is a group of fields: override one field of it")
         raise ConfigError(_unknown(f"config field {name!r}", near_names(name, fields), fields))
@@ -309,7 +313,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds {type(fields).__name__}, not a configuration")
-    return ConfigDict(_with_tuples(fields)).lock()
+    return ConfigDict(_with_tuples(upgrade.upgraded(fields))).lock()
 
 
 def check_same(

@@ -102,7 +102,22 @@ WEIGHTS = {
     ),
 }
 
-_VGG_OFF = "config.loss.perceptual=0"
+TEACHER = Need(
+    "siglip2",
+    "alignment teacher",
+    "config.teacher.path",
+    "config.losses.align.weight=0",
+    automatic=False,
+)
+_VGG_OFF = "config.losses.perceptual.weight=0"
+VGG16 = Need("vgg16", "perceptual loss", "config.losses.perceptual.path", _VGG_OFF)
+LPIPS = Need("lpips", "perceptual loss", "config.losses.perceptual.linear", _VGG_OFF)
+DINO = Need(
+    "dino",
+    "discriminator",
+    "config.discriminator.path",
+    "config.losses.adversarial.weight=0, or config.discriminator.kind=patchgan",
+)
 RECIPES = {
     "tokenizer": (
         Need(
@@ -112,27 +127,13 @@ RECIPES = {
             "leave config.init_from.encoder unset: the encoder starts from scratch",
             automatic=False,
         ),
-        Need(
-            "siglip2",
-            "alignment teacher",
-            "config.teacher.path",
-            "config.loss.align=0",
-            automatic=False,
-        ),
-        Need("vgg16", "perceptual loss", "config.perceptual.path", _VGG_OFF),
-        Need("lpips", "perceptual loss", "config.perceptual.linear", _VGG_OFF),
-        Need(
-            "dino",
-            "discriminator",
-            "config.discriminator.path",
-            "config.loss.adversarial=0, or config.discriminator.kind=patchgan",
-        ),
+        TEACHER,
+        VGG16,
+        LPIPS,
+        DINO,
     ),
     "generator": (),
-    "vae": (
-        Need("vgg16", "perceptual loss", "config.perceptual.path", _VGG_OFF),
-        Need("lpips", "perceptual loss", "config.perceptual.linear", _VGG_OFF),
-    ),
+    "vae": (VGG16, LPIPS),
     "flowar": (
         Need(
             "kl16",

@@ -9,6 +9,9 @@ import flax
 import jax
 import numpy as np
 
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.upgrade import check_names
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -43,7 +46,8 @@ class Task:
       train_step: (state, batch, plan arrays, *, variant) -> (state, {name: scalar}).
       figures: (state, batch) -> {name: uint8 [H, W, 3]}, pictures to look at; on the devices, as
         the processes of a run draw them together.
-      check: raises ValueError where a batch is not of the shapes that the task was made for.
+      check: raises ConfigError if a batch is not of the shapes that the task was made for.
+      frozen: `losses.Frozen` of each network whose weights are read when a run starts.
     """
 
     init: Callable[[jax.Array], TrainState]
@@ -51,6 +55,7 @@ class Task:
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     figures: Callable[[TrainState, Any], dict[str, jax.Array]]
     check: Callable[[Any], None] = lambda batch: None
+    frozen: tuple[Any, ...] = ()
 
 
 TASKS = ("tokenizer", "generator", "vae", "flowar")
@@ -60,8 +65,9 @@ def make_task(config) -> Task:
     """The task that `config.task` names.
 
     Raises:
-      ValueError: there is no such task.
+      ConfigError: there is no such task, or a field has its old name.
     """
+    check_names(config)
     if config.task not in TASKS:
-        raise ValueError(f"config.task={config.task!r} is not one of {', '.join(TASKS)}")
+        raise ConfigError(f"config.task={config.task!r} is not one of {', '.join(TASKS)}")
     return importlib.import_module(f"detailflow_jax.tasks.{config.task}").make(config)

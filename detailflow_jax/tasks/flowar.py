@@ -24,6 +24,7 @@ from detailflow_jax.models.vae import VAE, Posterior, VAEConfig
 from detailflow_jax.ops import flow
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import scales as grids
+from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.tasks import Task, TrainState, optim
 
 
@@ -34,13 +35,13 @@ def model_config(model) -> FlowARConfig:
     With a size, `head_depth` may still be given (the paper's H has 18 blocks).
 
     Raises:
-      ValueError: an unknown size, or a scale schedule that is none.
+      ConfigError: an unknown size, or a scale schedule that is none.
     """
     fields = model.to_dict()
     size = fields.pop("size", None)
     if size is not None:
         if size not in SIZES:
-            raise ValueError(f"config.model.size={size!r} is not one of {', '.join(SIZES)}")
+            raise ConfigError(f"config.model.size={size!r} is not one of {', '.join(SIZES)}")
         fields |= {name: x for name, x in SIZES[size].items() if fields.get(name) is None}
     return FlowARConfig(**fields)
 
@@ -49,12 +50,12 @@ def scale_weights(config: FlowARConfig, weights=None) -> np.ndarray:
     """Weight of every scale's mean squared error, float32 [K]: as given, or i^2 / S^2.
 
     Raises:
-      ValueError: not one a scale.
+      ConfigError: not one a scale.
     """
     if weights is None:
         return np.square(np.float32(config.scales) / config.latent_side)
     if len(weights) != len(config.scales):
-        raise ValueError(
+        raise ConfigError(
             f"config.loss.scale_weights has {len(weights)} values, expected one for each of the "
             f"{len(config.scales)} scales {config.scales}"
         )
@@ -100,13 +101,13 @@ def _vae(config, c: FlowARConfig) -> VAE | None:
     """The frozen autoencoder: encodes images, and decodes the samples that are drawn as figures.
 
     Raises:
-      ValueError: images to train on but no autoencoder, or one of other channels.
+      ConfigError: images to train on but no autoencoder, or one of other channels.
     """
     fields = config.vae.to_dict()
     path, random = fields.pop("path", None), fields.pop("random", False)
     if not (path or random):
         if not config.data.source.startswith("latents:"):
-            raise ValueError(
+            raise ConfigError(
                 "config.vae.path is not set: training on images needs an autoencoder. Name a run "
                 "of the vae task or a published checkpoint (kl16.ckpt), or train on cached moments "
                 "with config.data.source=latents:DIR (python -m detailflow_jax.extract_latents); "
@@ -129,7 +130,7 @@ def _latents(vae: VAE | None, frozen: Any, batch, key: jax.Array) -> jax.Array:
 
 
 def _check_batch(c: FlowARConfig, vae: VAE | None, batch) -> None:
-    """Raises ValueError where a batch's latents are not those of the scale schedule."""
+    """Raises ConfigError if a batch's latents are not those of the scale schedule."""
     if "moments" in batch:
         height, width, channels = batch["moments"].shape[1:]
         channels //= 2
@@ -137,7 +138,7 @@ def _check_batch(c: FlowARConfig, vae: VAE | None, batch) -> None:
         height, width = (side // vae.config.stride for side in batch["image"].shape[1:3])
         channels = vae.config.latent_channels
     if (height, width, channels) != (c.latent_side, c.latent_side, c.channels):
-        raise ValueError(
+        raise ConfigError(
             f"the data's latents are {height} x {width} x {channels}; config.model.scales="
             f"{c.scales} and config.model.channels={c.channels} expect "
             f"{c.latent_side} x {c.latent_side} x {c.channels}"

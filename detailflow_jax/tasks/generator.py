@@ -12,6 +12,7 @@ import optax
 
 from detailflow_jax.models.generator import SIZES, Generator, GeneratorConfig
 from detailflow_jax.models.layers import drop_labels
+from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.tasks import Task, TrainState, optim
 
 
@@ -21,13 +22,13 @@ def model_config(model) -> GeneratorConfig:
     `size` names a published size (GPT-B ... GPT-7B); None takes width, depth and heads as given.
 
     Raises:
-      ValueError: an unknown size.
+      ConfigError: an unknown size.
     """
     fields = model.to_dict()
     size = fields.pop("size", None)
     if size is not None:
         if size not in SIZES:
-            raise ValueError(f"config.model.size={size!r} is not one of {', '.join(SIZES)}")
+            raise ConfigError(f"config.model.size={size!r} is not one of {', '.join(SIZES)}")
         fields |= SIZES[size]
     return GeneratorConfig(**fields)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.tasks import TrainState
 
 
@@ -67,14 +68,14 @@ def gradients(loss: Loss, params: Any, rows: Any, key: jax.Array, parts: int = 1
       ((loss, auxiliary values), gradients), the auxiliary values per row put together again.
 
     Raises:
-      ValueError: rows that the parts do not divide.
+      ConfigError: the parts do not divide the rows.
     """
     with_grad = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
         return with_grad(params, rows, key)
     batch = len(jax.tree.leaves(rows)[0])
     if batch % parts:
-        raise ValueError(f"a batch of {batch} is no multiple of config.accumulate={parts}")
+        raise ConfigError(f"a batch of {batch} is no multiple of config.accumulate={parts}")
 
     # Part i takes every parts-th row: a device's rows, which follow each other, stay with it.
     split = jax.tree.map(
@@ -99,9 +100,13 @@ def _together(batch: int, x: jax.Array) -> jax.Array:
 
 
 def updated(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, ema):
-    """The state after one update of all its parameters: step, params, opt_state and average."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    """The state after one update: step, params, opt_state and average.
+
+    `grads` has the parts of the network that are trained; the others stay as they are.
+    """
+    trained = {name: state.params[name] for name in grads}
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = state.params | optax.apply_updates(trained, updates)
     return state.replace(
         step=state.step + 1,
         params=params,

@@ -1,30 +1,31 @@
 """Training of the tokenizer: coarse-to-fine reconstruction, self-correction, alignment.
 
-What is drawn for a step is in `tasks/tokenizer_plan.py`, the losses in `tasks/tokenizer_losses.py`,
-perceptual and adversarial terms in `tasks/adversarial.py`.
+What is drawn for a step is in `tasks/tokenizer_plan.py`, the loss terms in `tasks/losses/`, the
+step itself in `tasks/trainer.py`.
 
-Shapes: B batch, N tokens (fewer where the input is smaller), R image side, S decoded side.
+Shapes: B batch, N tokens (fewer where the input is smaller), R image side, S decoded side, d code
+dimension.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from detailflow_jax.models import lpips, siglip
+from detailflow_jax.models import siglip
 from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from detailflow_jax.ops import correction, interpolation, quantization
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.ops import interpolation, quantization
 from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
-from detailflow_jax.tasks import Task, TrainState, adversarial, optim, tokenizer_figures
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.tasks import Task, TrainState, optim, tokenizer_figures
+from detailflow_jax.tasks.losses import Pass, Setting, Step, make_losses
 from detailflow_jax.tasks.tokenizer_figures import group_counts
-from detailflow_jax.tasks.tokenizer_losses import all_losses
 from detailflow_jax.tasks.tokenizer_plan import draw_noise, tokens_by_size
+from detailflow_jax.tasks.trainer import Trainer
 
 USAGE_WINDOW = 65_536
 
@@ -40,121 +41,134 @@ def model_config(model) -> TokenizerConfig:
     return TokenizerConfig(**fields)
 
 
-def _teacher(config, c: TokenizerConfig) -> siglip.VisionTransformer | None:
-    """The frozen network that codes or decoder tokens are aligned with, if any are to be."""
-    names = [name for name in ("align", "repa") if config.loss.get(name)]
-    if not names:
-        return None
-    if not c.teacher_width or "teacher" not in config:
-        raise ValueError(
-            f"config.loss.{names[0]} > 0 needs config.teacher and config.model.teacher_width"
-        )
-    if "repa" in names and not c.repa_layer:
-        raise ValueError(
-            "config.loss.repa > 0 needs config.model.repa_layer, the block of the decoder whose "
-            f"tokens are aligned, 1 to {c.decoder.depth}"
-        )
-    fields = config.teacher.to_dict()
-    path, random = fields.pop("path", None), fields.pop("random", False)
-    if not (path or random):
-        raise ValueError(
-            "config.teacher.path is not set: the alignment loss needs the weights of its teacher. "
-            "Name those of google/siglip2-so400m-patch16-naflex (a folder or model.safetensors, or "
-            "hf:google/siglip2-so400m-patch16-naflex to download them), or switch alignment off "
-            f"with config.loss.{names[0]}=0; config.teacher.random=True takes a random teacher, to "
-            "try the code only; `python -m detailflow_jax.weights tokenizer` lists what a run needs"
-        )
-    teacher = siglip.ViTConfig(**fields)
-    if teacher.width != c.teacher_width:
-        raise ValueError(
-            f"config.model.teacher_width={c.teacher_width} is not the teacher's {teacher.width}"
-        )
-    return siglip.VisionTransformer(teacher, jnp.dtype(c.dtype), c.scan, c.remat)
-
-
-def _trained_parts(config, params: Any) -> Any:
-    """The part of the parameters that is trained.
+def make(config) -> Task:
+    """The tokenizer task of a config (see `configs/tokenizer.py` for its fields).
 
     Raises:
-      ValueError: `config.train_only` names none.
+      ConfigError: fields contradict each other; the text names them.
     """
-    if config.train_only not in TRAIN_ONLY:
-        raise ValueError(
-            f"config.train_only={config.train_only!r} is not one of {', '.join(TRAIN_ONLY)}"
-        )
-    return {name: params[name] for name in TRAIN_ONLY[config.train_only] or params}
-
-
-def make(config) -> Task:
-    """The tokenizer task of a config (see `configs/tokenizer.py` for its fields)."""
     c = model_config(config.model)
-    if config.loss.correction and not c.causal_encoder:
-        raise ValueError(
+    if config.correction.enabled and not c.causal_encoder:
+        raise ConfigError(
             "config.model.causal_encoder=False: the second pass of self-correction shows codes to "
             "queries that come later, and here every query sees all; set "
-            "config.loss.correction=False or config.model.causal_encoder=True"
+            "config.correction.enabled=False or config.model.causal_encoder=True"
         )
-    _trained_parts(config, dict.fromkeys(TRAIN_ONLY["decoder"]))
+    if config.train_only not in TRAIN_ONLY:
+        raise ConfigError(
+            f"config.train_only={config.train_only!r} is not one of {', '.join(TRAIN_ONLY)}"
+        )
     smallest = c.resolutions.decoded_size(c.resolutions.token_counts[0])
     sizes = input_sizes(config.data, config.batch_size, config.seed)
-    trainer = Trainer(
+    trainer = TokenizerTrainer(
         config=config,
         model=Tokenizer(c),
-        teacher=_teacher(config, c),
-        vgg=adversarial.perceptual_network(config, smallest, jnp.dtype(c.dtype)),
-        adversary=adversarial.make(config, c, smallest),
+        losses=make_losses(Setting(config, c, smallest)),
         optimizer=optim.optimizer(config.optim, config.total_steps),
+        last_kernel=("decoder", "to_pixels", "kernel"),
+        keys=("teacher", "lpips", "adversarial"),
+        parts=TRAIN_ONLY[config.train_only],
         sizes=sizes,
         tokens=tokens_by_size(config, c, sizes),
     )
-    return Task(trainer.init, trainer.plan, trainer.train_step, trainer.figures)
+    return Task(
+        trainer.init,
+        trainer.plan,
+        trainer.train_step,
+        trainer.figures,
+        frozen=tuple(trainer.frozen.values()),
+    )
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Trainer:
+def forward(model: Tokenizer, rows, key, *, size: int, token_count: jax.Array) -> Step:
+    """What a step makes of a batch, inside of `Tokenizer.apply`.
+
+    Args:
+      model: the bound network.
+      rows: images float32 [B, R, R, 3]; target float32 [B, S, S, 3], the image as `token_count`
+        tokens should give it; the span where noise strikes, or None for one pass without
+        self-correction; choice int32 [B, N], ranks of the noise among the nearest codes.
+      key: unused, nothing else is random.
+      size, token_count: S, static; how many tokens are decoded (data).
+    """
+    del key
+    images, target, span, choice = rows
+    if span is None:
+        codes, latents, passes = one_pass(model, images, choice.shape[1])
+    else:
+        codes, latents, passes = two_passes(model, images, span, choice)
+    c, tapped = model.config, None
+    if c.repa_layer:
+        reconstruction, tapped = model.decode_tapped(latents, size, token_count)
+    else:
+        reconstruction = model.decode(latents, size, token_count)
+    return Step(
+        images=images,
+        target=target,
+        reconstruction=reconstruction,
+        latents=latents,
+        codes=codes,
+        passes=passes,
+        span=span,
+        aligned=model.align(latents[: len(images), 0]) if c.teacher_width else None,
+        tapped=tapped,
+    )
+
+
+def one_pass(model: Tokenizer, images: jax.Array, num_tokens: int):
+    """Encoding without self-correction.
+
+    Returns:
+      codes int32 [B, N]; what is decoded, straight-through, float32 [B, N, d]; the pass.
+    """
+    z = model.first_pass(model.encode_patches(images), num_tokens)
+    distances = model.distances(z)
+    codes = quantization.nearest_codes(distances)
+    entries = model.lookup(codes)
+    return codes, quantization.straight_through(entries, z), (Pass(z, entries, distances),)
+
+
+def two_passes(model: Tokenizer, images: jax.Array, span: correction.Span, choice: jax.Array):
+    """Encoding with the paper's self-correction training.
+
+    In the corrected half only the tokens after the noise pass a gradient to the encoder: what was
+    shown to it is taken as given (published behaviour).
+
+    Returns:
+      clean codes int32 [B, N]; clean and corrected sequences along the batch, straight-through,
+      float32 [2B, N, d]; both passes.
+    """
+    pair = model.encode_pair(images, span, choice)
+    clean = Pass(pair.z, model.lookup(pair.triplet[..., 0]), pair.distances)
+    corrected = Pass(pair.corrected_z, model.lookup(pair.triplet[..., 2]), pair.corrected_distances)
+    shown = jax.lax.stop_gradient(pair.shown)
+    later = quantization.straight_through(corrected.entries, corrected.z)
+    latents = jnp.concatenate(
+        [
+            quantization.straight_through(clean.entries, clean.z),
+            correction.splice(span, shown, shown, later),
+        ]
+    )
+    return pair.triplet[..., 0], latents, (clean, corrected)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class TokenizerTrainer(Trainer):
     """The functions of a `Task` over what a config makes of the tokenizer.
 
     Attributes:
-      config: of the task.
-      model: the network.
-      teacher: frozen, of alignment, or None.
-      vgg: frozen, of the perceptual term, or None.
-      adversary: None where there is no adversarial term.
-      optimizer: of the trained parts of the network.
       sizes: dynamic input resolution, or None.
       tokens: input side -> how many tokens encode it.
     """
 
-    config: Any
-    model: Tokenizer
-    teacher: siglip.VisionTransformer | None
-    vgg: lpips.LPIPS | None
-    adversary: adversarial.Adversary | None
-    optimizer: optax.GradientTransformation
     sizes: InputSizes | None
     tokens: dict[int, int]
 
     def init(self, key: jax.Array) -> TrainState:
         """See `Task`."""
-        c, config = self.model.config, self.config
-        example = jnp.zeros((1, c.image_size, c.image_size, 3))
-        params = self.model.init(key, example)["params"]
-        extra, frozen = {"window": jnp.full((USAGE_WINDOW,), -1, jnp.int32)}, {}
-        if self.teacher is not None:
-            frozen["teacher"] = self.teacher.init(jax.random.fold_in(key, 1), example)["params"]
-        if self.vgg is not None:
-            frozen["lpips"] = adversarial.perceptual_init(self.vgg, jax.random.fold_in(key, 2))
-        if self.adversary is not None:
-            held = self.adversary.init(jax.random.fold_in(key, 3))
-            extra["discriminator"], frozen["dino"] = held
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=self.optimizer.init(_trained_parts(config, params)),
-            ema=optim.start_average(params, config.ema),
-            extra=extra,
-            frozen=frozen,
-        )
+        side = self.model.config.image_size
+        window = jnp.full((USAGE_WINDOW,), -1, jnp.int32)
+        return self.start(key, jnp.zeros((1, side, side, 3)), window=window)
 
     def plan(self, step: int) -> tuple[Hashable, dict[str, np.ndarray]]:
         """See `Task`. The variant is the decoded side; (input side, decoded side) if both vary."""
@@ -162,7 +176,7 @@ class Trainer:
         side = self.sizes.size(step) if self.sizes else resolutions.image_size
         rng = np.random.default_rng((self.config.seed, step))
         most = self.tokens[side]
-        count = resolutions.draw_count(rng, self.config.loss.full_probability, most)
+        count = resolutions.draw_count(rng, self.config.full_probability, most)
         size = resolutions.decoded_size(count)
         low = side if count == most else resolutions.resolution(count)
         matrix = interpolation.degradation_matrix(side, low, size)
@@ -173,96 +187,25 @@ class Trainer:
         """See `Task`.
 
         Raises:
-          ValueError: images of another size than the variant's.
+          ConfigError: images of another size than the variant's.
         """
         config, c = self.config, self.model.config
         side, size = variant if self.sizes else (c.image_size, variant)
         images = pixels.to_float(batch["image"])
         if images.shape[1:3] != (side, side):
-            raise ValueError(
+            raise ConfigError(
                 f"the step expects images of {side} x {side} px, the batch has "
                 f"{images.shape[1]} x {images.shape[2]}; see config.data.image_size"
             )
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         count = plan["token_count"]
-        span, choice = draw_noise(key, c, config.loss, len(images), count, self.tokens[side])
+        noise = draw_noise(key, c, config.correction, len(images), count, self.tokens[side])
         target = interpolation.apply_matrices(images, plan["degrade"], plan["degrade"])
-        rows = images, target, span, choice
-        forward = functools.partial(self._forward, state, size, count)
-        trained = _trained_parts(config, state.params)
-        if self.adversary is not None:
-            loss = functools.partial(forward, rows=rows)
-            return self._adversarial_step(state, trained, loss, target, key)
-
-        def total(params, rows, key):
-            del key  # nothing else is random
-            terms, (codes, _) = forward(params, rows)
-            return sum(terms.values()), terms | {"codes": codes}
-
-        (_, terms), grads = optim.gradients(total, trained, rows, key, config.accumulate)
-        codes = terms.pop("codes")
-        return self._update(state, trained, grads, terms, codes)
-
-    def _forward(self, state: TrainState, size: int, token_count: jax.Array, params: Any, rows):
-        """`all_losses` of some rows with other values for the trained parameters."""
-        loss = self.config.loss
-        images, target, span, choice = rows
-        features = teacher_mean = None
-        if self.teacher is not None:
-            features = siglip.teacher_features(self.teacher, state.frozen["teacher"], images)
-            teacher_mean = jnp.mean(features, axis=1) if loss.align else None
-        losses = functools.partial(
-            all_losses,
-            images=images,
-            target=target,
-            span=span,
-            choice=choice,
-            loss=loss,
-            size=size,
-            token_count=token_count,
-            teacher_mean=teacher_mean,
-            patch_features=features if loss.get("repa") else None,
-            perceptual=adversarial.perceptual_term(loss, self.vgg, state),
-        )
-        # What is not trained is taken as it is: no gradient is computed for it.
-        return self.model.apply({"params": state.params | params}, method=losses)
-
-    def _adversarial_step(self, state: TrainState, trained: Any, forward: Callable, target, key):
-        def loss(params):
-            terms, (codes, reconstruction) = forward(params)
-            return (sum(terms.values()), reconstruction), (terms, codes)
-
-        grads, (terms, codes), term, held, metrics = self.adversary.gradients(
-            loss,
-            trained,
-            held=state.extra["discriminator"],
-            frozen=state.frozen["dino"],
-            target=target,
-            step=state.step,
-            key=jax.random.fold_in(key, 1),
-            last_kernel=lambda grads: grads["decoder"]["to_pixels"]["kernel"],
-        )
-        new, common = self._update(state, trained, grads, terms | term, codes)
-        return new.replace(extra=new.extra | {"discriminator": held}), common | metrics
-
-    def _update(self, state: TrainState, trained: Any, grads: Any, terms: dict, codes: jax.Array):
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
-        params = state.params | optax.apply_updates(trained, updates)
+        made = functools.partial(forward, size=size, token_count=count)
+        new, metrics, codes = self.step(state, (images, target, *noise), key, made)
         window = quantization.remember_codes(state.extra["window"], codes)
-        metrics = {f"loss/{name}": value for name, value in terms.items()}
-        metrics["loss"] = sum(terms.values())
-        metrics["gradient_norm"] = optax.global_norm(grads)
-        metrics["codebook_usage"] = quantization.codebook_usage(
-            window, self.model.config.codebook_size
-        )
-        new = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema=optim.average(state.ema, params, state.step, self.config.ema),
-            extra=state.extra | {"window": window},
-        )
-        return new, metrics
+        metrics["codebook_usage"] = quantization.codebook_usage(window, c.codebook_size)
+        return new.replace(extra=new.extra | {"window": window}), metrics
 
     def figures(self, state: TrainState, batch) -> dict[str, jax.Array]:
         """Pictures of the first 8 images of a batch; see `tokenizer_figures.draw`."""

@@ -8,6 +8,7 @@ import jax
 from detailflow_jax.models.tokenizer import TokenizerConfig
 from detailflow_jax.ops import correction
 from detailflow_jax.ops.input_sizes import InputSizes
+from detailflow_jax.runtime.errors import ConfigError
 
 
 def tokens_by_size(config, c: TokenizerConfig, sizes: InputSizes | None) -> dict[int, int]:
@@ -19,8 +20,8 @@ def tokens_by_size(config, c: TokenizerConfig, sizes: InputSizes | None) -> dict
       sizes: dynamic input resolution; None: all inputs have the network's `image_size`.
 
     Raises:
-      ValueError: a size without a token count, off the encoder's patches or above the network's, or
-        a batch that `config.accumulate` does not divide; the text names the field.
+      ConfigError: a size has no token count, is off the encoder's patches or above the network's,
+        or `config.accumulate` does not divide its batches; the text names the field.
     """
     if sizes is None:
         return {c.image_size: c.num_tokens}
@@ -29,43 +30,43 @@ def tokens_by_size(config, c: TokenizerConfig, sizes: InputSizes | None) -> dict
         field = "image_size" if size == sizes.usual else "dynamic.sizes"
         where = f"config.data.{field}: {size} px"
         if size > c.image_size:
-            raise ValueError(
+            raise ConfigError(
                 f"{where} is above config.model.image_size={c.image_size}, the largest size there "
                 "is; make that larger, or leave this size out"
             )
         if size % c.encoder.patch_size:
-            raise ValueError(
+            raise ConfigError(
                 f"{where} is not a multiple of the encoder's patch, {c.encoder.patch_size} px"
             )
         images = sizes.images(size)
         if images % config.accumulate:
-            raise ValueError(
+            raise ConfigError(
                 f"{where} comes in batches of {images}, not a multiple of config.accumulate="
                 f"{config.accumulate}; let it divide config.data.dynamic.multiple"
             )
         try:
             found[size] = c.resolutions.best_count(size)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ConfigError(f"{where}: {error}") from error
     return found
 
 
 def draw_noise(
     key: jax.Array,
     c: TokenizerConfig,
-    loss,
+    options,
     batch: int,
     token_count: jax.Array,
     num_tokens: int | None = None,
 ):
     """Noise spans [B], None without self-correction, and ranks [B, n] among the nearest codes.
 
-    `num_tokens` is n, by default all N.
+    `options` is `config.correction`; `num_tokens` is n, by default all N.
     """
     num_tokens = num_tokens or c.num_tokens
     position_key, choice_key = jax.random.split(key)
     span = None
-    if loss.correction:
+    if options.enabled:
         span = correction.draw_span(
             position_key,
             batch,
@@ -73,7 +74,7 @@ def draw_noise(
             num_tokens=num_tokens,
             group_size=c.group_size,
             causal_num=c.causal,
-            per_sample=loss.noise_per_sample,
+            per_sample=options.noise_per_sample,
         )
-    top = min(loss.noise_top, c.codebook_size)
+    top = min(options.noise_top, c.codebook_size)
     return span, jax.random.randint(choice_key, (batch, num_tokens), 0, top)

@@ -1,23 +1,23 @@
 """Training of the KL autoencoder: reconstruction from a sample of the posterior, and its KL.
 
-Perceptual and adversarial terms are in `tasks/adversarial.py`.
+The loss terms are in `tasks/losses/`, the step itself in `tasks/trainer.py`.
 
 Shapes: B batch, R image side, C latent channels, h = w = R / stride.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from detailflow_jax.models import lpips
 from detailflow_jax.models.vae import VAE, VAEConfig
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.tasks import Task, TrainState, adversarial, optim
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.tasks import Task, TrainState, optim
+from detailflow_jax.tasks.losses import Setting, Step, make_losses
+from detailflow_jax.tasks.trainer import Trainer
 
 
 def model_config(model) -> VAEConfig:
@@ -25,102 +25,63 @@ def model_config(model) -> VAEConfig:
     return VAEConfig(**model.to_dict())
 
 
-def all_losses(model: VAE, images: jax.Array, key: jax.Array, *, loss, perceptual=None):
-    """Every loss term of one batch but the adversarial one, inside `VAE.apply`.
-
-    Reconstruction and KL are both sums over an image, divided by its number of values: so
-    `loss.kl` weighs them as the LDM family does, and does not depend on the image's size.
-
-    Args:
-      model: the bound VAE.
-      images: float32 [B, R, R, 3] in [-1, 1].
-      key: of the posterior's sample.
-      loss: the `loss` part of the config.
-      perceptual: (reconstruction, images) -> scalar, weight included, or None.
-
-    Returns:
-      {name: scalar}, weights included; what to watch, {name: scalar}; the reconstruction,
-      float32 [B, R, R, 3].
-    """
+def forward(model: VAE, images: jax.Array, key: jax.Array) -> Step:
+    """What a step makes of images [B, R, R, 3] in [-1, 1], inside of `VAE.apply`."""
     posterior = model.encode(images)
     latents = model.scale(posterior.sample(key))
     reconstruction = model.decode(latents)
-    kl = jnp.mean(posterior.kl())
-    terms = {
-        "mse": loss.mse * jnp.mean(jnp.square(reconstruction - images)),
-        "kl": loss.kl * kl / images[0].size,
-    }
-    if perceptual is not None:
-        terms["perceptual"] = perceptual(reconstruction, images)
-    watched = {
-        "kl": kl,  # nats an image
-        "psnr": jnp.mean(pixels.psnr(reconstruction, images)),
-        "latent_std": jnp.std(latents),  # about 1 where `scale_factor` is right
-    }
-    return terms, watched, reconstruction
+    return Step(
+        images=images,
+        target=images,
+        reconstruction=reconstruction,
+        latents=latents,
+        posterior=posterior,
+        watched={
+            "kl": jnp.mean(posterior.kl()),  # nats per image
+            "psnr": jnp.mean(pixels.psnr(reconstruction, images)),
+            "latent_std": jnp.std(latents),  # about 1 where `scale_factor` is right
+        },
+    )
 
 
 def make(config) -> Task:
     """The autoencoder task of a config (see `configs/vae.py` for its fields).
 
     Raises:
-      ValueError: images that the stride does not divide, or terms that cannot be.
+      ConfigError: the stride does not divide the images, or terms contradict each other.
     """
     c = model_config(config.model)
     side = config.data.image_size
     if side % c.stride:
-        raise ValueError(
+        raise ConfigError(
             f"config.data.image_size={side} is no multiple of the autoencoder's stride "
             f"{c.stride}, given by the {len(c.multipliers)} levels of config.model.multipliers"
         )
-    trainer = Trainer(
+    trainer = VAETrainer(
         config=config,
         model=VAE(c),
-        vgg=adversarial.perceptual_network(config, side, jnp.dtype(c.dtype)),
-        adversary=adversarial.make(config, c, side),
+        losses=make_losses(Setting(config, c, side)),
         optimizer=optim.optimizer(config.optim, config.total_steps),
+        last_kernel=("decoder", "conv_out", "kernel"),
+        keys=("lpips", "adversarial"),
     )
-    return Task(trainer.init, trainer.plan, trainer.train_step, trainer.figures)
+    return Task(
+        trainer.init,
+        trainer.plan,
+        trainer.train_step,
+        functools.partial(figures, trainer.model),
+        frozen=tuple(trainer.frozen.values()),
+    )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Trainer:
-    """The functions of a `Task` over what a config makes of the autoencoder.
-
-    Attributes:
-      config: of the task.
-      model: the network.
-      vgg: frozen, of the perceptual term, or None.
-      adversary: None where there is no adversarial term.
-      optimizer: of the network.
-    """
-
-    config: Any
-    model: VAE
-    vgg: lpips.LPIPS | None
-    adversary: adversarial.Adversary | None
-    optimizer: optax.GradientTransformation
+class VAETrainer(Trainer):
+    """The functions of a `Task` over what a config makes of the autoencoder."""
 
     def init(self, key: jax.Array) -> TrainState:
         """See `Task`."""
         c = self.model.config
         # The parameters' shapes do not depend on the images' size.
-        example = jnp.zeros((1, c.stride, c.stride, c.image_channels))
-        params = self.model.init(key, example)["params"]
-        extra, frozen = {}, {}
-        if self.vgg is not None:
-            frozen["lpips"] = adversarial.perceptual_init(self.vgg, jax.random.fold_in(key, 1))
-        if self.adversary is not None:
-            held = self.adversary.init(jax.random.fold_in(key, 2))
-            extra["discriminator"], frozen["dino"] = held
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=self.optimizer.init(params),
-            ema=optim.start_average(params, self.config.ema),
-            extra=extra,
-            frozen=frozen,
-        )
+        return self.start(key, jnp.zeros((1, c.stride, c.stride, c.image_channels)))
 
     def plan(self, step: int) -> tuple[None, dict[str, np.ndarray]]:
         """See `Task`. Nothing is decided on the host: one program for every step."""
@@ -132,67 +93,14 @@ class Trainer:
         del plan, variant
         images = pixels.to_float(batch["image"])
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
-        if self.adversary is not None:
-            return self._adversarial_step(state, images, key)
-
-        def total(params, images, key):
-            terms, watched, _ = self._forward(state, params, images, key)
-            return sum(terms.values()), _by_name(terms) | watched
-
-        (_, found), grads = optim.gradients(
-            total, state.params, images, key, self.config.accumulate
-        )
-        return self._update(state, grads, found)
-
-    def _forward(self, state: TrainState, params: Any, images: jax.Array, key: jax.Array):
-        """`all_losses` with other parameters."""
-        loss = self.config.loss
-        losses = functools.partial(
-            all_losses,
-            images=images,
-            key=key,
-            loss=loss,
-            perceptual=adversarial.perceptual_term(loss, self.vgg, state),
-        )
-        return self.model.apply({"params": params}, method=losses)
-
-    def _adversarial_step(self, state: TrainState, images: jax.Array, key: jax.Array):
-        def loss(params):
-            terms, watched, reconstruction = self._forward(state, params, images, key)
-            return (sum(terms.values()), reconstruction), (terms, watched)
-
-        grads, (terms, watched), term, held, metrics = self.adversary.gradients(
-            loss,
-            state.params,
-            held=state.extra["discriminator"],
-            frozen=state.frozen["dino"],
-            target=images,
-            step=state.step,
-            key=jax.random.fold_in(key, 1),
-            last_kernel=lambda grads: grads["decoder"]["conv_out"]["kernel"],
-        )
-        new, found = self._update(state, grads, _by_name(terms | term) | watched)
-        return new.replace(extra=state.extra | {"discriminator": held}), found | metrics
-
-    def _update(self, state: TrainState, grads: Any, found: dict[str, jax.Array]):
-        new = optim.updated(state, self.optimizer, grads, self.config.ema)
-        loss = sum(value for name, value in found.items() if name.startswith("loss/"))
-        return new, found | {"loss": loss, "gradient_norm": optax.global_norm(grads)}
-
-    def figures(self, state: TrainState, batch) -> dict[str, np.ndarray]:
-        """Pictures of the first 8 images of a batch; see `figures`."""
-        return figures(self.model, state, batch)
-
-
-def _by_name(terms: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {f"loss/{name}": value for name, value in terms.items()}
+        return self.step(state, images, key, forward)[:2]
 
 
 def figures(model: VAE, state: TrainState, batch, draws: int = 4) -> dict[str, np.ndarray]:
     """Pictures of the first 8 images of a batch, uint8 [H, W, 3].
 
     `reconstructions`: originals above reconstructions from the posterior's mean.
-    `posterior_samples`: a row an image, decoded from several draws of its posterior, and the
+    `posterior_samples`: one row per image, decoded from several draws of its posterior, and the
     original.
     """
     images = pixels.to_float(jnp.asarray(batch["image"][:8]))

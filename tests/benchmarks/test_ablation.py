@@ -31,7 +31,7 @@ def test_arms_make_tasks_that_belong_together(arm):
         assert (config.seed, config.total_steps, config.optim.warmup_steps) == (3, 40, 4)
     for field in ("group_size", "causal_num", "num_tokens", "codebook_size"):
         assert tokenizer.model[field] == generator.model[field]
-    assert bool(generator.loss.correction) == tokenizer.loss.correction
+    assert bool(generator.loss.correction) == tokenizer.correction.enabled
 
 
 def test_each_arm_changes_what_its_row_says():
@@ -42,9 +42,9 @@ def test_each_arm_changes_what_its_row_says():
     ]
     assert changed == [
         {"model.causal_encoder"},
-        {"loss.full_probability"},
+        {"full_probability"},
         {"model.group_size", "model.causal_num"},
-        {"loss.correction"},
+        {"correction.enabled"},
         {"model.causal_num"},
     ]
     generators = [arm.config("generator", 0, 40).model for arm in ablation.ARMS]

@@ -218,7 +218,9 @@ def test_what_cannot_start(tmp_path, capsys):
     assert train.main([*arguments, "configs/tokenizer.py:detailflow_16"]) == train.UNUSABLE
     error = capsys.readouterr().err
     assert "config.teacher.path is not set" in error
-    assert "google/siglip2-so400m-patch16-naflex" in error and "config.loss.align=0" in error
+    assert (
+        "google/siglip2-so400m-patch16-naflex" in error and "config.losses.align.weight=0" in error
+    )
     assert "Traceback" not in error
 
     arguments = ["--workdir", str(tmp_path / "digits"), "--config.tensorboard=False", "--config"]

@@ -234,7 +234,7 @@ def test_trains_and_extracts(data_dir, tmp_path):
         "--config=configs/tokenizer.py:digits:runlocal",
         "--config.tensorboard=False",
         "--config.total_steps=4",
-        "--config.loss.full_probability=1.0",  # One decoded size: one program to compile.
+        "--config.full_probability=1.0",  # One decoded size: one program to compile.
         "--config.model.encoder.depth=1",
         "--config.model.decoder.depth=1",
         "--config.model.scan=False",

@@ -74,7 +74,7 @@ def test_a_run_scores_its_tokenizer(tmp_path):
     overrides = {
         "total_steps": 6, "log_every": 4, "figures_every": 0, "tensorboard": False,
         "score.every": 3, "score.reference": "digits:test", "score.num_samples": 20,
-        "score.features": False, "loss.full_probability": 1.0, "loss.correction": False,
+        "score.features": False, "full_probability": 1.0, "correction.enabled": False,
     }  # fmt: skip
     config = load_config(
         "configs/tokenizer.py:digits:runlocal", [f"--config.{k}={v}" for k, v in overrides.items()]

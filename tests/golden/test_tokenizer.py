@@ -1,7 +1,7 @@
 """The tokenizer against recorded numbers: encoding, decoding, training losses and gradients."""
 
+import dataclasses
 import functools
-import types
 
 import flax.linen as nn
 import jax
@@ -15,12 +15,19 @@ from detailflow_jax.convert.tables import tokenizer as names
 from detailflow_jax.models import siglip
 from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from detailflow_jax.ops import correction, quantization
-from detailflow_jax.tasks import tokenizer_losses
+from detailflow_jax.tasks import tokenizer as tokenizer_task
+from detailflow_jax.tasks.losses import align, compute, mse, quantizer
 
 NOISE = (0, 2, 8, 24)
 DECODED = ((32, 64), (16, 48), (4, 24), (1, 8))  # tokens, pixels
 TOLERANCE = golden_files.TOKENIZER
-LOSS = types.SimpleNamespace(mse=1.0, commitment=0.25, entropy=0.1, align=1.0)
+LOSSES = {
+    "vq": quantizer.VQ(1.0),
+    "commit": quantizer.Commitment(0.25),
+    "entropy": quantizer.Entropy(0.1),
+    "mse": mse.MSE(1.0),
+    "align": align.Align(1.0),
+}
 
 
 def trunk(width, depth, heads, mlp):
@@ -145,18 +152,11 @@ def teacher_mean(golden):
 
 
 def losses(model, images, teacher_mean, span, choice):
-    """The real training forward, at full resolution from all tokens."""
-    return tokenizer_losses.all_losses(
-        model,
-        images,
-        images,
-        span,
-        choice,
-        loss=LOSS,
-        size=64,
-        token_count=jnp.int32(32),
-        teacher_mean=teacher_mean,
-    )
+    """The real training forward, at full resolution from all tokens: terms and the record."""
+    rows = images, images, span, choice
+    step = tokenizer_task.forward(model, rows, None, size=64, token_count=jnp.int32(32))
+    step = dataclasses.replace(step, features={"teacher": teacher_mean[:, None]})
+    return compute(LOSSES, step), step
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +164,9 @@ def forward(golden, teacher_mean):
     """(span, choice) -> the loss terms and what they were made of, in one program."""
 
     def everything(model, images, teacher_mean, span, choice):
-        terms, (_, reconstruction) = losses(model, images, teacher_mean, span, choice)
-        pair = model.encode_pair(images, span, choice)
-        latents = tokenizer_losses.latents_to_decode(model, pair, span)
-        return terms, {"index": pair.triplet, "recon": reconstruction, "quant": latents}
+        terms, step = losses(model, images, teacher_mean, span, choice)
+        index = model.encode_pair(images, span, choice).triplet
+        return terms, {"index": index, "recon": step.reconstruction, "quant": step.latents}
 
     compiled = jax.jit(functools.partial(golden.model.apply, method=everything))
     return functools.partial(compiled, {"params": golden.params}, golden.images, teacher_mean)
@@ -206,7 +205,11 @@ def test_training_forward_without_noise(golden, forward):
 def test_training_forward_without_correction(golden, teacher_mean):
     """One pass gives what two give where no noise is."""
     choice = jnp.zeros((2, 32), jnp.int32)
-    run = lambda model, images, mean: losses(model, images, mean, None, choice)  # noqa: E731
+
+    def run(model, images, mean):
+        terms, step = losses(model, images, mean, None, choice)
+        return terms, (step.codes, step.reconstruction)
+
     terms, (codes, reconstruction) = golden.run(run, golden.images, teacher_mean)
     assert terms.keys() == {"vq", "commit", "entropy", "align", "mse"}
     for name in ("vq", "commit", "entropy", "align"):

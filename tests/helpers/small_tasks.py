@@ -10,7 +10,7 @@ from detailflow_jax.runtime.config import load_config
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
-def tokenizer_config(**loss):
+def tokenizer_config(**correction):
     """Sixteen pixels, eight tokens, two layers in all; every loss term is on."""
     config = load_config(f"{CONFIGS / 'tokenizer.py'}:digits")
     trunk = {"width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32, "patch_size": 8}
@@ -20,7 +20,9 @@ def tokenizer_config(**loss):
             part.update(**trunk, table_side=2)
         config.model.teacher_width = 16
         config.teacher = {**trunk, "table_side": 2, "random": True}
-    config.loss.update(align=1.0, entropy=0.01, **loss)
+    config.losses.align.weight = 1.0
+    config.losses.entropy.weight = 0.01
+    config.correction.update(**correction)
     config.optim.update(lr=3e-3, warmup_steps=2)
     return config
 

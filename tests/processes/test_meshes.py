@@ -25,7 +25,7 @@ CONFIGS = {
     "flowar": "configs/flowar.py:flowar_l",
 }
 WITHOUT_WEIGHTS = [
-    "--config.teacher.random=True", "--config.perceptual.random=True",
+    "--config.teacher.random=True", "--config.losses.perceptual.random=True",
     "--config.discriminator.random=True",
 ]  # fmt: skip
 SMALL = {
@@ -34,10 +34,10 @@ SMALL = {
         "--config.model.encoder.num_heads=4", "--config.model.encoder.mlp_dim=64",
         "--config.model.decoder.width=32", "--config.model.decoder.depth=1",
         "--config.model.decoder.num_heads=4", "--config.model.decoder.mlp_dim=64",
-        "--config.loss.full_probability=1.0",
+        "--config.full_probability=1.0",
     ],
     "adversarial": [
-        "--config.loss.adversarial=0.2", "--config.discriminator.start_step=0",
+        "--config.losses.adversarial.weight=0.2", "--config.discriminator.start_step=0",
         "--config.discriminator.kind=dino", "--config.discriminator.random=True",
         "--config.discriminator.augment=True",
         "--config.discriminator.dino.width=16", "--config.discriminator.dino.depth=1",

@@ -31,7 +31,7 @@ from detailflow_jax.tasks import TrainState, make_task
 
 ROOT = pathlib.Path(__file__).parents[2]
 CODES = ["--config.model.num_tokens=8", "--config.model.group_size=8"]
-TOKENIZER = [*CODES, "--config.model.scan=False", "--config.loss.align=0.0"]
+TOKENIZER = [*CODES, "--config.model.scan=False", "--config.losses.align.weight=0.0"]
 TOKENIZER += [
     f"--config.model.{part}.{size}"
     for part in ("encoder", "decoder")

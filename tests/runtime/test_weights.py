@@ -30,7 +30,11 @@ def test_everything_missing(folder, capsys):
     for name, one in WEIGHTS.items():
         assert f"MISSING    {folder / one.file}" in out and one.source in out, name
     assert "no weights needed: generator" in out
-    for field in ("config.teacher.path", "config.loss.perceptual=0", "config.loss.adversarial=0"):
+    for field in (
+        "config.teacher.path",
+        "config.losses.perceptual.weight=0",
+        "config.losses.adversarial.weight=0",
+    ):
         assert field in out
     assert f"missing or damaged: {', '.join(weights.wanted_by(list(weights.RECIPES)))}" in out
 

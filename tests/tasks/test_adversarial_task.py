@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
@@ -20,8 +21,9 @@ from detailflow_jax.models.lpips import LPIPS
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.weights import WEIGHTS, WeightsError
-from detailflow_jax.tasks import adversarial
 from detailflow_jax.tasks import tokenizer as tokenizer_task
+from detailflow_jax.tasks.losses import Setting, Step, adversarial, make_losses, perceptual
+from detailflow_jax.tasks.trainer import Trainer
 
 START = 3
 DINO = {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 16}
@@ -38,7 +40,8 @@ def tiny(**fields):
     config.discriminator.patchgan.update(channels=4, num_layers=1)
     config.discriminator.update(start_step=START, consistency=4.0, augment=True)
     config.discriminator.optim.lr = 1e-2
-    config.loss.update(align=0.0, adversarial=0.2)
+    config.losses.align.weight = 0.0
+    config.losses.adversarial.weight = 0.2
     config.update_from_flattened_dict(fields)
     return config
 
@@ -81,7 +84,7 @@ def trained(images):
 
 @pytest.fixture(scope="module")
 def without(images):
-    return run(tiny(**{"loss.adversarial": 0.0}), images, START + 1)
+    return run(tiny(**{"losses.adversarial.weight": 0.0}), images, START + 1)
 
 
 # --------------------------------------------------------------------------------- adversarial
@@ -112,77 +115,93 @@ def test_before_the_start_training_is_that_without(trained, without):
     assert abs(a["gradient_norm"] - b["gradient_norm"]) > 1e-3 * b["gradient_norm"]
 
 
-@pytest.fixture(scope="module")
-def toy():
-    """(adversary -> gradients of a linear generator against it), and what it starts from."""
-    rng = np.random.default_rng(0)
-    noise, target = (rng.uniform(-1, 1, (n, 8, 8, 3)).astype(np.float32) for n in (4, 2))
-    params = {"decoder": {"to_pixels": {"kernel": np.eye(3, dtype=np.float32) / 2}}}
-
-    def loss(params):
-        fakes = noise @ params["decoder"]["to_pixels"]["kernel"]
-        return (jnp.mean(jnp.square(fakes - np.concatenate([target] * 2))), fakes), None
-
-    def gradients(adversary, params, held, frozen, step):
-        return adversary.gradients(
-            loss,
-            params,
-            held=held,
-            frozen=frozen,
-            target=target,
-            step=step,
-            key=jax.random.key(step),
-            last_kernel=lambda grads: grads["decoder"]["to_pixels"]["kernel"],
-        )
-
-    compiled = jax.jit(gradients, static_argnums=(0, 4), compiler_options=FAST_TO_COMPILE)
-    return compiled, params, loss
+NOISE, TARGET = (
+    np.random.default_rng(n).uniform(-1, 1, (n, 8, 8, 3)).astype(np.float32) for n in (4, 2)
+)
+KERNEL = ("decoder", "to_pixels", "kernel")
 
 
-def adversary_of(config):
+class Linear(nn.Module):
+    """A generator that mixes the colours of noise."""
+
+    @nn.compact
+    def __call__(self, noise):
+        decoder = self.param("decoder", lambda key: {"to_pixels": {"kernel": START_KERNEL}})
+        return noise @ decoder["to_pixels"]["kernel"]
+
+
+START_KERNEL = np.eye(3, dtype=np.float32) / 2
+
+
+def trainer_of(config):
+    """A linear generator against the discriminator of a config, and the state it starts from."""
     config.model.image_size = 8
-    made = adversarial.make(config, tokenizer_task.model_config(config.model), 8)
-    init = jax.jit(made.init, compiler_options=FAST_TO_COMPILE)
-    return made, *nn.unbox(init(jax.random.key(0)))
+    made = make_losses(Setting(config, tokenizer_task.model_config(config.model), 8))
+    trainer = Trainer(
+        config=config,
+        model=Linear(),
+        losses={name: made[name] for name in ("mse", "adversarial")},
+        optimizer=optax.sgd(0.0),
+        last_kernel=KERNEL,
+        keys=("teacher", "lpips", "adversarial"),
+    )
+    init = jax.jit(lambda key: trainer.start(key, NOISE), compiler_options=FAST_TO_COMPILE)
+    return trainer, nn.unbox(init(jax.random.key(0)))
+
+
+def forward(model, rows, key):
+    del key
+    return Step(images=TARGET, target=TARGET, reconstruction=model(rows), latents=rows)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_gradient_of_the_generator(toy, adaptive):
+def test_gradient_of_the_generator(adaptive):
     """Both gradients by themselves, and VQGAN's equation for the weight between them."""
-    compiled, params, loss = toy
     plain = {"discriminator.augment": False, "discriminator.consistency": 0.0}
-    made, held, frozen = adversary_of(tiny(**plain, **{"discriminator.adaptive": adaptive}))
-    grads, _, term, _, metrics = compiled(made, params, held, frozen, START)
+    trainer, state = trainer_of(tiny(**plain, **{"discriminator.adaptive": adaptive}))
+    # Of plain descent with rate 1 the update is the gradient.
+    trainer = dataclasses.replace(trainer, optimizer=optax.sgd(1.0))
+    state = state.replace(step=jnp.int32(START), opt_state=optax.sgd(1.0).init(state.params))
+    step = jax.jit(functools.partial(trainer.step, forward=forward))
+    new, metrics, _ = step(state, NOISE, jax.random.key(START))
+    kernel = lambda params: np.asarray(params["decoder"]["to_pixels"]["kernel"])  # noqa: E731
+    disc_state, network = state.extra["discriminator"], trainer.losses["adversarial"].network
+
+    def error(params):
+        return jnp.mean(jnp.square(NOISE @ kernel_of(params) - np.concatenate([TARGET] * 2)))
+
+    def kernel_of(params):
+        return params["decoder"]["to_pixels"]["kernel"]
 
     def judged(params):
-        fakes = loss(params)[0][1]
-        logits, _ = made.network.logits(held["params"], held["state"], {}, fakes, train=True)
-        return -jnp.mean(logits)
+        fakes = NOISE @ kernel_of(params)
+        held = disc_state["params"], disc_state["state"]
+        return -jnp.mean(network.logits(*held, {}, fakes, train=True)[0])
 
-    kernel = lambda grads: np.asarray(grads["decoder"]["to_pixels"]["kernel"])  # noqa: E731
-    others = kernel(jax.grad(lambda params: loss(params)[0][0])(params))
-    ours = kernel(jax.grad(judged)(params))
+    others, ours = (kernel(jax.grad(f)(state.params)) for f in (error, judged))
     factor = np.linalg.norm(others) / (np.linalg.norm(ours) + 1e-4) if adaptive else 1.0
-    np.testing.assert_allclose(kernel(grads), others + 0.2 * factor * ours, rtol=0, atol=1e-5)
-    assert float(term["adversarial"]) == pytest.approx(
-        0.2 * factor * float(judged(params)), rel=1e-4
-    )
+    grads = kernel(state.params) - kernel(new.params)
+    np.testing.assert_allclose(grads, others + 0.2 * factor * ours, rtol=0, atol=1e-5)
+    want = 0.2 * factor * float(judged(state.params))
+    assert float(metrics["loss/adversarial"]) == pytest.approx(want, rel=1e-4)
     assert ("adversarial_weight" in metrics) == adaptive
     if adaptive:
         assert float(metrics["adversarial_weight"]) == pytest.approx(0.2 * factor, rel=1e-4)
 
 
-def test_dino_discriminator_learns_over_frozen_features(toy):
-    compiled, params, _ = toy
+def test_dino_discriminator_learns_over_frozen_features():
     plain = {"discriminator.augment": False, "discriminator.consistency": 0.0}
-    config = tiny(**dino_fields(**plain, **{"discriminator.start_step": 0}))
-    made, held, frozen = adversary_of(config)
-    first, gap = held, []
+    trainer, state = trainer_of(tiny(**dino_fields(**plain, **{"discriminator.start_step": 0})))
+    step = jax.jit(
+        functools.partial(trainer.step, forward=forward), compiler_options=FAST_TO_COMPILE
+    )
+    first, gap = state, []
     for _ in range(40):
-        _, _, _, held, found = compiled(made, params, held, frozen, 0)
+        new, found, _ = step(state, NOISE, jax.random.key(0))
+        state = state.replace(extra=new.extra)
         gap.append(float(found["discriminator/real"] - found["discriminator/fake"]))
-    assert set(held["state"]) == {"batch_stats", "spectral"}
-    assert differing(first["state"], held["state"])
+    before, after = (x.extra["discriminator"]["state"] for x in (first, state))
+    assert set(after) == {"batch_stats", "spectral"} and differing(before, after)
     assert np.mean(gap[-3:]) > np.mean(gap[:3]) + 0.1 and np.isfinite(gap).all()
 
 
@@ -192,9 +211,7 @@ def test_dino_discriminator_learns_over_frozen_features(toy):
 def test_perceptual_loss_is_lpips():
     network, rng = LPIPS(), np.random.default_rng(0)
     x, y = (rng.uniform(-1, 1, (n, 16, 16, 3)).astype(np.float32) for n in (4, 2))
-    shapes = jax.eval_shape(
-        lambda key: adversarial.perceptual_init(network, key), jax.random.key(0)
-    )
+    shapes = jax.eval_shape(lambda key: perceptual.init(network, key), jax.random.key(0))
     params = jax.tree.map(
         lambda x: rng.standard_normal(x.shape).astype(np.float32) / np.prod(x.shape[:-1]) ** 0.5,
         sharding._unboxed(shapes),
@@ -204,7 +221,7 @@ def test_perceptual_loss_is_lpips():
     @functools.partial(jax.jit, compiler_options=FAST_TO_COMPILE)
     def both(params):
         whole = network.apply({"params": params}, x, np.concatenate([y, y])).mean()
-        return adversarial.perceptual_loss(network, params, x, y), whole
+        return perceptual.distance(network, params, x, y), whole
 
     got, want = both(params)
     assert float(got) == pytest.approx(float(want), rel=1e-5) and got > 0
@@ -215,10 +232,10 @@ def test_decoder_only_with_a_ramped_perceptual_term(images, monkeypatch):
         assert reconstruction.shape == (8, 16, 16, 3) and target.shape == (4, 16, 16, 3)
         return 1.0 + 0 * jnp.mean(reconstruction)
 
-    monkeypatch.setattr(adversarial, "perceptual_loss", distance)
-    monkeypatch.setattr(adversarial, "perceptual_init", lambda network, key: {})
-    config = tiny(**{"loss.adversarial": 0.0, "train_only": "decoder"})
-    config.loss.update(perceptual=2.0, perceptual_ramp=4)
+    monkeypatch.setattr(perceptual, "distance", distance)
+    monkeypatch.setattr(perceptual, "init", lambda network, key: {})
+    config = tiny(**{"losses.adversarial.weight": 0.0, "train_only": "decoder"})
+    config.losses.perceptual.update(weight=2.0, ramp=4)
     config.model.decoder.update(patch_size=16, table_side=1)
     config.optim.weight_decay = 0.1  # must not reach what is not trained
     states, metrics, step = run(config, images, 6)
@@ -233,12 +250,15 @@ def test_decoder_only_with_a_ramped_perceptual_term(images, monkeypatch):
 # --------------------------------------------------------------------------------------- refusals
 
 REFUSED = {
-    "accumulate": ({"accumulate": 2}, r"config\.accumulate=2.*config\.loss\.adversarial=0"),
+    "accumulate": (
+        {"accumulate": 2},
+        r"accumulate=2.*losses\.adversarial\.weight=0",
+    ),
     "kind": ({"discriminator.kind": "stylegan"}, "kind='stylegan'.*dino, patchgan"),
     "loss": ({"discriminator.loss": "wgan"}, "loss='wgan'.*hinge, vanilla, non_saturating"),
     "consistency": ({"discriminator.augment": False}, "consistency=4.0.*augment=True"),
     "patchgan": ({"discriminator.patchgan.num_layers": 2}, "are of 8 px.*12 at least"),
-    "perceptual": ({"loss.perceptual": 1.0}, "are of 8 px, LPIPS needs 16"),
+    "perceptual": ({"losses.perceptual.weight": 1.0}, "are of 8 px, LPIPS needs 16"),
     "part": ({"train_only": "encoder"}, "train_only='encoder'.*all, decoder"),
 }
 
@@ -274,11 +294,15 @@ def folder(tmp_path, monkeypatch):
 def test_missing_weights_stop_a_run(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sharding, "create_sharded", filled)
     argv = ["--config", "configs/tokenizer.py:digits:runlocal", "--workdir", str(tmp_path / "run")]
-    argv += ["--config.loss.adversarial=0.2", "--config.discriminator.random=False"]
+    argv += ["--config.losses.adversarial.weight=0.2", "--config.discriminator.random=False"]
     argv += ["--config.discriminator.kind=dino", "--config.tensorboard=False"]
     assert train.main(argv) == train.UNUSABLE
     error = capsys.readouterr().err
-    for part in ("config.loss.adversarial=0", "kind=patchgan", "dino_deitsmall16_pretrain.pth"):
+    for part in (
+        "config.losses.adversarial.weight=0",
+        "kind=patchgan",
+        "dino_deitsmall16_pretrain.pth",
+    ):
         assert part in error
     assert "python -m detailflow_jax.weights" in error and "Traceback" not in error
 
@@ -291,19 +315,21 @@ def save(path, tensors):
 
 
 def test_frozen_networks_come_from_their_files(folder, tmp_path):
-    config = tiny(**dino_fields(**{"loss.perceptual": 1.0, "perceptual.random": False}))
+    config = tiny(
+        **dino_fields(**{"losses.perceptual.weight": 1.0, "losses.perceptual.random": False})
+    )
     config.model.decoder.update(patch_size=16, table_side=1)
     rng = np.random.default_rng(0)
     before = state_of(config)
     draw = lambda x: rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
     dino, lpips = (jax.tree.map(draw, before.frozen[name]) for name in ("dino", "lpips"))
-    with pytest.raises(WeightsError, match=r"VGG16.*config\.loss\.perceptual=0"):
+    with pytest.raises(WeightsError, match=r"VGG16.*config\.losses\.perceptual\.weight=0"):
         start.load_into(config, before, fresh=True)
     tensors = mapping.to_published(lpips_names.table("torchvision"), lpips)
     linear = {name: x for name, x in tensors.items() if name.startswith("lin")}
     save(folder / WEIGHTS["lpips"].file, linear)
     save(folder / WEIGHTS["vgg16"].file, {k: x for k, x in tensors.items() if k not in linear})
-    with pytest.raises(WeightsError, match=r"DINO.*config\.loss\.adversarial=0"):
+    with pytest.raises(WeightsError, match=r"DINO.*config\.losses\.adversarial\.weight=0"):
         start.load_into(config, before, fresh=True)
     save(folder / WEIGHTS["dino"].file, mapping.to_published(disc_names.DINO, dino))
     network = adversarial.network_config(config, config.model)
@@ -323,7 +349,7 @@ def test_frozen_networks_come_from_their_files(folder, tmp_path):
     assert not differing(resumed.extra, before.extra)
     config.discriminator.dino.update(depth=1, read_blocks=(0,))
     with pytest.raises(CheckpointError, match=r"depth is 2, config\.discriminator\.dino\.depth is"):
-        start.read_dino(config)
+        start.load_into(config, before, fresh=False)
 
 
 def test_a_checkpoint_holds_the_discriminator(trained, images, tmp_path):

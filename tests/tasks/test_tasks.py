@@ -112,11 +112,11 @@ def test_plan_is_a_function_of_the_step():
     assert set(counts) == {1, 2, 4, 6, 8}
 
 
-def draw_noise(count=8, batch=300, **loss):
-    config = tokenizer_config(**loss)
+def draw_noise(count=8, batch=300, **correction):
+    config = tokenizer_config(**correction)
     c = tokenizer_task.model_config(config.model)
     key = jax.random.key(0)
-    return tokenizer_task.draw_noise(key, c, config.loss, batch, jnp.int32(count))
+    return tokenizer_task.draw_noise(key, c, config.correction, batch, jnp.int32(count))
 
 
 def test_noise_per_sample_and_per_batch():
@@ -129,7 +129,7 @@ def test_noise_per_sample_and_per_batch():
 
 
 def test_no_noise_without_correction():
-    span, choice = draw_noise(correction=False)
+    span, choice = draw_noise(enabled=False)
     assert span is None and choice.shape == (300, 8)
 
 

@@ -1,6 +1,8 @@
 """What the published tokenizer can do and leaves off: REPA, dynamic input sizes, no causality."""
 
 import contextlib
+import dataclasses
+import functools
 import json
 import types
 
@@ -22,7 +24,7 @@ from detailflow_jax.pod import programs
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.feed import DataError, Feed
 from detailflow_jax.tasks import tokenizer as tokenizer_task
-from detailflow_jax.tasks import tokenizer_losses
+from detailflow_jax.tasks.losses import compute
 
 DYNAMIC = {"probability": 0.6, "sizes": (16, 32), "multiple": 2}
 TOKENS = {16: 6, 24: 10, 32: 16}  # by the inverse map
@@ -32,7 +34,6 @@ IMAGES = {16: 8, 24: 8, 32: 4}  # 8 * (24 / 32)^2 = 4.5, down to a multiple of 2
 def tiny(**fields):
     """At most 32 pixels, 16 tokens in groups of two; the input usually has 24 pixels."""
     config = small_tasks.tokenizer_config()
-    config.loss.update(perceptual=0.0, adversarial=0.0)
     config.model.update(image_size=32, num_tokens=16)
     config.data.update(image_size=24)
     config.batch_size = 8
@@ -101,8 +102,8 @@ def latents(model, images, num_tokens=None):
 
 
 def test_correction_needs_causality():
-    tasks.make_task(tiny(**{"model.causal_encoder": False, "loss.correction": False}))
-    with pytest.raises(ValueError, match=r"causal_encoder=False.*config\.loss\.correction=False"):
+    tasks.make_task(tiny(**{"model.causal_encoder": False, "correction.enabled": False}))
+    with pytest.raises(ValueError, match=r"causal_encoder=False.*correction\.enabled=False"):
         tasks.make_task(tiny(**{"model.causal_encoder": False}))
 
 
@@ -113,7 +114,12 @@ def test_no_causal_tokens():
 
 # -------------------------------------------------------------------------------------------- REPA
 
-REPA = {"loss.repa": 0.5, "model.repa_layer": 2, "model.decoder.depth": 3, "model.scan": False}
+REPA = {
+    "losses.repa.weight": 0.5,
+    "model.repa_layer": 2,
+    "model.decoder.depth": 3,
+    "model.scan": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +140,10 @@ def repa(narrow):
     images = pictures(4, 32)
     floats = jnp.float32(images) / 127.5 - 1
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    span, choice = tokenizer_task.draw_noise(key, model.config, config.loss, 4, jnp.int32(10))
+    span, choice = tokenizer_task.draw_noise(key, model.config, config.correction, 4, jnp.int32(10))
 
     def run(model, images):
-        latents = tokenizer_losses.latents_to_decode(
-            model, model.encode_pair(images, span, choice), span
-        )
+        _, latents, _ = tokenizer_task.two_passes(model, images, span, choice)
         return model.decode(latents, 24, jnp.int32(10))
 
     @jit
@@ -148,8 +152,7 @@ def repa(narrow):
         _, found = model.apply(
             {"params": state.params}, floats, method=run, capture_intermediates=is_block
         )
-        teacher = tokenizer_task._teacher(config, model.config)
-        features = siglip.teacher_features(teacher, state.frozen["teacher"], floats)
+        features = task.frozen[0].features(state.frozen["teacher"], floats)
         # To the 3 x 3 patches of 24 px by another implementation.
         grid = jax.image.resize(features.reshape(4, 4, 4, -1), (4, 3, 3, 16), "linear")
         blocks = found["intermediates"]["decoder"]["trunk"]["blocks"]
@@ -172,10 +175,21 @@ def terms_of(config, state, images, target, count):
     """Parameters -> the loss terms of the first step, from `count` tokens."""
     trainer = tokenizer_task.make(config).train_step.__self__
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    draws = trainer.model.config, config.loss, len(images), jnp.int32(count)
+    draws = trainer.model.config, config.correction, len(images), jnp.int32(count)
     rows = jnp.float32(images) / 127.5 - 1, target, *tokenizer_task.draw_noise(key, *draws)
-    size = target.shape[1]
-    return lambda params: trainer._forward(state, size, jnp.int32(count), params, rows)[0]
+    made = functools.partial(
+        tokenizer_task.forward, size=target.shape[1], token_count=jnp.int32(count)
+    )
+
+    def terms(params):
+        step = trainer.model.apply({"params": params}, rows, key, method=made)
+        features = {
+            name: x.features(state.frozen[name], rows[0]) for name, x in trainer.frozen.items()
+        }
+        step = dataclasses.replace(step, state=state, key=key, features=features)
+        return compute(trainer.losses, step)
+
+    return terms
 
 
 def stacked(state):
@@ -235,13 +249,17 @@ def test_repa_has_parameters_only_where_asked(narrow):
     assert len(added) == 6
 
 
+REPA_ALONE = {"losses.repa.weight": 0.5, "losses.align.weight": 0.0}
 REPA_REFUSED = {
-    "no layer": ({"loss.repa": 0.5}, r"loss\.repa > 0 needs config\.model\.repa_layer.*1 to 1"),
+    "no layer": (
+        {"losses.repa.weight": 0.5},
+        "repa.weight > 0 needs .*repa_layer.*1 to 1",
+    ),
     "too deep": ({"model.repa_layer": 2}, "repa_layer=2 is not one of the 1 decoder blocks"),
     "no width": ({"model.repa_layer": 1, "model.teacher_width": 0}, "repa_layer=1 needs teacher_w"),
     "no teacher's weights": (
-        {"model.repa_layer": 1, "loss.repa": 0.5, "loss.align": 0.0, "teacher.random": False},
-        r"teacher\.path is not set.*config\.loss\.repa=0",
+        {"model.repa_layer": 1, **REPA_ALONE, "teacher.random": False},
+        r"teacher\.path is not set.*config\.losses\.repa\.weight=0",
     ),
 }
 
@@ -340,7 +358,7 @@ def test_plans_of_a_size():
         else:
             low = np.linalg.matrix_rank(plan["degrade"].astype(np.float64), tol=1e-4)
             assert low <= resolutions.resolution(count) < side
-    assert np.mean(full) == pytest.approx(config.loss.full_probability, abs=0.07)
+    assert np.mean(full) == pytest.approx(config.full_probability, abs=0.07)
     again = tasks.make_task(dynamic())
     assert [task.plan(step)[0] for step in range(9)] == [again.plan(step)[0] for step in range(9)]
     fixed = tasks.make_task(tiny())

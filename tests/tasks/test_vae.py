@@ -16,8 +16,8 @@ from detailflow_jax.models.vae import VAEConfig
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.config import load_config, write_config
-from detailflow_jax.tasks import adversarial
 from detailflow_jax.tasks import vae as vae_task
+from detailflow_jax.tasks.losses import perceptual
 
 
 def tiny(**fields):
@@ -148,10 +148,11 @@ def test_perceptual_and_adversarial_terms(images, monkeypatch):
         assert reconstruction.shape == target.shape == (4, 16, 16, 3)
         return jnp.mean(jnp.abs(reconstruction - target))
 
-    monkeypatch.setattr(adversarial, "perceptual_loss", distance)
-    monkeypatch.setattr(adversarial, "perceptual_init", lambda network, key: {})
+    monkeypatch.setattr(perceptual, "distance", distance)
+    monkeypatch.setattr(perceptual, "init", lambda network, key: {})
     config = tiny()
-    config.loss.update(perceptual=2.0, perceptual_ramp=2, adversarial=0.5)
+    config.losses.perceptual.update(weight=2.0, ramp=2)
+    config.losses.adversarial.weight = 0.5
     config.discriminator.start_step = 3
     config.discriminator.patchgan.update(channels=4, num_layers=1)
     config.discriminator.optim.lr = 1e-3
@@ -190,12 +191,15 @@ def test_runlocal(variant):
     assert sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(state.params))) < 1e6
 
 
+JUDGED = {"losses.adversarial.weight": 0.5}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data.image_size": 8, "loss.perceptual": 1.0}, "are of 8 px, LPIPS needs 16"),
-        ({"discriminator.patchgan.num_layers": 3, "loss.adversarial": 0.5}, "16 px.*24 at least"),
-        ({"loss.adversarial": 0.5, "accumulate": 2}, r"accumulate=2.*config\.loss\.adversarial=0"),
+        ({"data.image_size": 8, "losses.perceptual.weight": 1.0}, "are of 8 px, LPIPS needs 16"),
+        ({"discriminator.patchgan.num_layers": 3, **JUDGED}, "16 px.*24 at least"),
+        ({**JUDGED, "accumulate": 2}, r"accumulate=2.*config\.losses\.adversarial\.weight=0"),
         ({"data.image_size": 15}, r"image_size=15 is no multiple of the autoencoder's stride 2"),
         ({"model.scale_factor": 0.0}, r"scale_factor=0\.0; expected more than 0"),
         ({"model.norm_groups": 3}, "4 channels wide, not a multiple of norm_groups=3"),

@@ -1,0 +1,241 @@
+"""Loss terms: one file each, and the record of a step that they are computed from.
+
+A term is an object made from its section of the configuration, `config.losses.NAME`. A term of
+weight 0 is not made: it computes nothing and needs no weights. A term of your own is a subclass of
+`Loss` in a module of yours, named as `config.losses.NAME.module = "my_module:MyLoss"`.
+
+Shapes: B batch, N tokens (fewer where the input is smaller), R image side, S decoded side, V codes,
+d code dimension, D width of the teacher. n is B, or 2B with self-correction: what is decoded from
+clean codes, then from corrected ones.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from detailflow_jax.runtime.errors import ConfigError, near_names
+from detailflow_jax.runtime.weights import Need
+from detailflow_jax.tasks import TrainState
+
+HERE = "detailflow_jax.tasks.losses"
+TERMS = {  # in the order in which they are added up
+    "vq": f"{HERE}.quantizer:VQ",
+    "commit": f"{HERE}.quantizer:Commitment",
+    "entropy": f"{HERE}.quantizer:Entropy",
+    "repa": f"{HERE}.repa:Repa",
+    "perceptual": f"{HERE}.perceptual:Perceptual",
+    "mse": f"{HERE}.mse:MSE",
+    "align": f"{HERE}.align:Align",
+    "kl": f"{HERE}.kl:KL",
+    "adversarial": f"{HERE}.adversarial:Adversarial",
+}
+"""Name of a section -> "module:class" of the terms of this package."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One pass of the tokenizer's encoder through the quantizer.
+
+    Attributes:
+      z: normalised latents, float32 [B, N, d].
+      entries: the normalised codebook entries chosen, float32 [B, N, d].
+      distances: squared, to every code, float32 [B, N, V].
+    """
+
+    z: jax.Array
+    entries: jax.Array
+    distances: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step made, inside of the function that is differentiated.
+
+    Attributes:
+      images: float32 [B, R, R, 3] in [-1, 1].
+      target: float32 [B, S, S, 3], what the reconstruction should be.
+      reconstruction: float32 [n, S, S, 3].
+      latents: what was decoded, float32 [n, N, d]; of the autoencoder [B, h, w, C], scaled.
+      codes: clean codes, int32 [B, N], or None.
+      passes: of the tokenizer: the clean pass and, with self-correction, the corrected one.
+      span: where noise struck, or None without self-correction.
+      aligned: projection of the first code, [B, D], or None.
+      tapped: projected tokens of a decoder block, [n, P, D], or None.
+      posterior: of the autoencoder, or None.
+      watched: scalars to log beside the losses.
+      state: the training state at the start of the step; `state.step` is its number,
+        `state.frozen` has the parameters of frozen networks.
+      key: PRNG key of the step.
+      features: name of a frozen network -> its features of `images`.
+      kept: what a term hands to its own `update`; the one thing here that a term writes to.
+    """
+
+    images: jax.Array
+    target: jax.Array
+    reconstruction: jax.Array
+    latents: jax.Array
+    codes: jax.Array | None = None
+    passes: tuple[Pass, ...] = ()
+    span: Any = None
+    aligned: jax.Array | None = None
+    tapped: jax.Array | None = None
+    posterior: Any = None
+    watched: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    state: TrainState | None = None
+    key: jax.Array | None = None
+    features: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def repeated_target(self) -> jax.Array:
+        """The target of every reconstruction: float32 [n, S, S, 3]."""
+        return jnp.concatenate([self.target] * (len(self.reconstruction) // len(self.target)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Frozen:
+    """A network that a term uses and nobody trains, and where its weights come from.
+
+    Attributes:
+      name: key of its parameters in `TrainState.frozen`.
+      network: key in the registry of networks, which reads its files.
+      init: PRNG key -> random parameters.
+      files: (description of the weights, path that the configuration names or None) for each file.
+      random: keep the random parameters, to try the code.
+      features: (parameters, images [B, R, R, 3]) -> features, computed once per step; or None.
+      config: what the files have to be of; None: told by the shapes of the parameters.
+      untold: fields of `config` that the files do not tell.
+      described: the section that `config` was made from, for messages.
+    """
+
+    name: str
+    network: str
+    init: Callable[[jax.Array], Any]
+    files: tuple[tuple[Need, str | None], ...] = ()
+    random: bool = False
+    features: Callable[[Any, jax.Array], jax.Array] | None = None
+    config: Any = None
+    untold: tuple[str, ...] = ()
+    described: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a term is made for.
+
+    Attributes:
+      config: the whole configuration.
+      network: configuration of the network in training.
+      smallest: the smallest side of a reconstruction, in pixels.
+    """
+
+    config: Any
+    network: Any
+    smallest: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loss:
+    """A loss term. Its fields are those of its section of the configuration.
+
+    Attributes:
+      weight: factor of the term.
+    """
+
+    weight: float
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Fields of `Step` that not every task makes."""
+    frozen: ClassVar[Frozen | None] = None
+    """The frozen network that the term needs."""
+    balanced: ClassVar[bool] = False
+    """Whether the term is weighed against the gradients of the others."""
+
+    @classmethod
+    def make(cls, name: str, section: Mapping[str, Any], setting: Setting) -> "Loss":
+        """The term of `config.losses.NAME`; raises ConfigError if it cannot be."""
+        del setting
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
+        for field in section:
+            if field not in known:
+                raise ConfigError(
+                    f"config.losses.{name}.{field} is no field of {cls.__name__}; expected "
+                    f"{', '.join(near_names(field, known) or known)}"
+                )
+        return cls(**section)
+
+    def __call__(self, step: Step) -> jax.Array:
+        """The term without its weight, a scalar."""
+        raise NotImplementedError
+
+    def factor(self, step: Step) -> float | jax.Array:
+        """The weight at this step."""
+        del step
+        return self.weight
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """What the term trains itself, by its name in `TrainState.extra`."""
+        del key
+        return {}
+
+    def update(self, state: TrainState, kept: dict[str, Any], key: jax.Array):
+        """After the gradient: (new values of what `init` gave, {metric: scalar})."""
+        del state, kept, key
+        return {}, {}
+
+
+def make_losses(setting: Setting) -> dict[str, Loss]:
+    """The terms of `config.losses` whose weight is not 0, in a fixed order.
+
+    Raises:
+      ConfigError: there is no such term, or fields contradict each other.
+    """
+    sections = setting.config.losses.to_dict()
+    ordered = [name for name in TERMS if name in sections] + sorted(sections.keys() - TERMS.keys())
+    losses = {}
+    for name in ordered:
+        section = dict(sections[name])
+        path = section.pop("module", None) or TERMS.get(name)
+        if "weight" not in section:
+            raise ConfigError(f"config.losses.{name} has no field `weight`")
+        if section["weight"]:
+            losses[name] = _class_of(name, path).make(name, section, setting)
+    return losses
+
+
+def _class_of(name: str, path: str | None) -> type[Loss]:
+    if path is None:
+        near = ", ".join(near_names(name, TERMS) or TERMS)
+        raise ConfigError(
+            f"config.losses.{name}: there is no such term; closest names: {near}. A term of your "
+            f'own names its class: config.losses.{name}.module = "my_module:MyLoss"'
+        )
+    module, _, attribute = path.partition(":")
+    where = f"config.losses.{name}.module={path!r}"
+    try:
+        found = getattr(importlib.import_module(module), attribute or "Loss", None)
+    except ModuleNotFoundError as error:
+        if error.name and not f"{module}.".startswith(f"{error.name}."):
+            raise  # of what the module imports
+        raise ConfigError(
+            f"{where}: there is no module {error.name}; add its folder to PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Loss)):
+        raise ConfigError(f'{where}: expected "module:class", the class a subclass of {HERE}.Loss')
+    return found
+
+
+def compute(losses: Mapping[str, Loss], step: Step) -> dict[str, jax.Array]:
+    """{name: scalar} of every term, weights included."""
+    for name, loss in losses.items():
+        for field in loss.reads:
+            value = getattr(step, field)
+            if value is None or (isinstance(value, tuple) and not value):
+                raise ConfigError(
+                    f"config.losses.{name} needs {field!r}, which this task does not make; set "
+                    f"config.losses.{name}.weight=0"
+                )
+    return {name: loss.factor(step) * loss(step) for name, loss in losses.items()}

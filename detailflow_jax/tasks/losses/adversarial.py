@@ -1,0 +1,281 @@
+"""The adversarial term, and the training of its discriminator.
+
+The generator's and the discriminator's update are one program. Before the discriminator's start
+both are skipped, on the step as data: nothing is compiled anew when they begin.
+
+Shapes: B batch, n rows of reconstructions, a multiple of B; S decoded side. Images are float32
+[-1, 1].
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from detailflow_jax.models import discriminator
+from detailflow_jax.ops import adversarial, augment
+from detailflow_jax.runtime import weights
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.tasks import TrainState, optim
+from detailflow_jax.tasks.losses import Frozen, Loss, Setting, Step
+from detailflow_jax.tasks.losses.placement import by_batch, gathered, named
+
+KINDS = ("dino", "patchgan")
+
+
+def _either(started: jax.Array, active: Callable[[], Any], idle: Callable[[], Any]) -> Any:
+    """`active()` once `started`, before that `idle()`; the same arrays from both.
+
+    XLA runs a convolution inside of a conditional some ten times slower on a CPU. So there both
+    are computed, from the first step on, and one is taken.
+    """
+
+    def both():
+        return jax.tree.map(functools.partial(jnp.where, started), active(), idle())
+
+    def one():
+        return jax.lax.cond(started, active, idle)
+
+    return jax.lax.platform_dependent(cpu=both, default=one)
+
+
+@jax.custom_vjp
+def with_gradient(value: jax.Array, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """`value`, whose gradient with respect to `x` is taken to be `gradient`."""
+    del x, gradient
+    return value
+
+
+def _with_gradient_backward(gradient, cotangent):
+    return jnp.zeros_like(cotangent), cotangent * gradient, jnp.zeros_like(gradient)
+
+
+with_gradient.defvjp(lambda value, x, gradient: (value, gradient), _with_gradient_backward)
+
+
+def network_config(config, c: Any) -> discriminator.DinoConfig | discriminator.PatchGANConfig:
+    """The network of `config.discriminator`.
+
+    `c` has the dtype of the task's own network, and its scan and remat if it has them.
+
+    Raises:
+      ConfigError: there is no such kind.
+    """
+    d = config.discriminator
+    if d.kind == "patchgan":
+        return discriminator.PatchGANConfig(**d.patchgan.to_dict(), dtype=c.dtype)
+    if d.kind == "dino":
+        stack = {name: getattr(c, name) for name in ("scan", "remat") if hasattr(c, name)}
+        return discriminator.DinoConfig(**d.dino.to_dict(), dtype=c.dtype, **stack)
+    raise ConfigError(f"config.discriminator.kind={d.kind!r} is not one of {', '.join(KINDS)}")
+
+
+def check(name: str, setting: Setting, network: Any) -> None:
+    """Raises ConfigError if fields contradict each other; the text names them."""
+    config, d = setting.config, setting.config.discriminator
+    if d.loss not in adversarial.GENERATOR_LOSSES:
+        raise ConfigError(
+            f"config.discriminator.loss={d.loss!r} is not one of "
+            f"{', '.join(adversarial.GENERATOR_LOSSES)}"
+        )
+    if config.accumulate > 1:
+        raise ConfigError(
+            f"config.accumulate={config.accumulate}: the discriminator normalises over the whole "
+            "batch, which comes in parts here; set config.accumulate=1 or "
+            f"config.losses.{name}.weight=0"
+        )
+    if d.consistency and not d.augment:
+        raise ConfigError(
+            f"config.discriminator.consistency={d.consistency} compares weak and strong "
+            "augmentation: set config.discriminator.augment=True or consistency=0"
+        )
+    if d.kind == "patchgan" and setting.smallest < 3 * 2**network.num_layers:
+        raise ConfigError(
+            f"the smallest images are of {setting.smallest} px: PatchGAN with "
+            f"config.discriminator.patchgan.num_layers={network.num_layers} needs "
+            f"{3 * 2**network.num_layers} at least; take fewer layers"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adversarial(Loss):
+    """How real a discriminator finds the reconstructions.
+
+    Its state is a plain pytree, `disc_state`, in `TrainState.extra["discriminator"]`:
+
+        params, opt_state, state (batch statistics and singular vectors), lecam
+
+    Attributes:
+      config: `config.discriminator`.
+      network: the discriminator's pure functions.
+      optimizer: of the discriminator; its schedule begins when the discriminator does.
+      smallest: the smallest side of an image that it is given.
+      frozen: DINO, or None for PatchGAN.
+    """
+
+    config: Any
+    network: discriminator.Discriminator
+    optimizer: optax.GradientTransformation
+    smallest: int
+    frozen: Frozen | None = None
+
+    @classmethod
+    def make(cls, name, section, setting):
+        """See `Loss`."""
+        d = setting.config.discriminator
+        config = network_config(setting.config, setting.network)
+        check(name, setting, config)
+        network = discriminator.make(config)
+        frozen = None
+        if d.kind == "dino":
+            frozen = Frozen(
+                name="dino",
+                network="dino",
+                init=lambda key: named(network.init(key, setting.smallest)[2]),
+                files=((weights.DINO, d.path),),
+                random=d.random,
+                config=config,
+                untold=("num_heads", "read_blocks", "kernel_size", "dtype", "scan", "remat"),
+                described="config.discriminator.dino",
+            )
+        steps = max(setting.config.total_steps - d.start_step, 1)
+        return cls(
+            weight=section["weight"],
+            config=d,
+            network=network,
+            optimizer=optim.optimizer(d.optim, steps),
+            smallest=setting.smallest,
+            frozen=frozen,
+        )
+
+    @property
+    def balanced(self) -> bool:
+        """See `Loss`."""
+        return self.config.adaptive
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """See `Loss`; random, in boxes that name axes."""
+        params, state, _ = self.network.init(key, self.smallest)
+        params = named(params)
+        disc_state = {
+            "params": params,
+            "opt_state": self.optimizer.init(params),
+            "state": state,
+            "lecam": adversarial.LeCAM.start(),
+        }
+        return {"discriminator": disc_state}
+
+    def __call__(self, step: Step) -> jax.Array:
+        """See `Loss`; 0 before the discriminator's start."""
+        fakes, state = by_batch(step.reconstruction), step.state
+        key, _ = jax.random.split(jax.random.fold_in(step.key, 1))
+        disc_state, frozen = state.extra["discriminator"], state.frozen.get("dino", {})
+        value, fake_grad, new = self._judge(
+            disc_state, frozen, jax.lax.stop_gradient(fakes), state.step, key
+        )
+        step.kept["discriminator"] = {"fakes": fakes, "target": step.target, "state": new}
+        return with_gradient(value, fakes, fake_grad)
+
+    def balance(self, others: jax.Array, ours: jax.Array, number: jax.Array) -> jax.Array:
+        """The factor that makes the term's gradient as large as that of the others; 1 before.
+
+        Args:
+          others: gradient of the other terms by the generator's last kernel.
+          ours: gradient of this one, weight included.
+          number: of the step.
+        """
+        factor = adversarial.adaptive_weight(others, ours / self.weight)
+        return jnp.where(number >= self.config.start_step, factor, 1.0)
+
+    def update(self, state: TrainState, kept: dict[str, Any], key: jax.Array):
+        """See `Loss`: a step of the discriminator."""
+        kept = kept["discriminator"]
+        fakes, target = kept["fakes"], kept["target"]
+        _, key = jax.random.split(jax.random.fold_in(key, 1))
+        reals = by_batch(jnp.concatenate([target] * (len(fakes) // len(target))))
+        disc_state = state.extra["discriminator"] | {"state": kept["state"]}
+        frozen = state.frozen.get("dino", {})
+        new, metrics = self._update(disc_state, frozen, (reals, fakes), state.step, key)
+        return {"discriminator": new}, metrics
+
+    def _view(self, images, key, policy=augment.WEAK):
+        augment_key, view_key = jax.random.split(key)
+        if self.config.augment:
+            images = augment.diff_augment(augment_key, images, policy)
+        return self.network.view(view_key, images)
+
+    def _read(self, frozen, views):
+        if "patch_embed" in frozen:
+            frozen = frozen | {"patch_embed": gathered(frozen["patch_embed"])}
+        return self.network.read(frozen, views)
+
+    def _judge(self, disc_state, frozen, fakes, step, key):
+        """(generator's loss, its gradient with respect to `fakes`, state after the forward)."""
+
+        def loss(fakes):
+            features = self._read(frozen, self._view(fakes, key))
+            params = gathered(disc_state["params"])
+            logits, state = self.network.judge(params, disc_state["state"], features, train=True)
+            return adversarial.generator_loss(self.config.loss, logits), state
+
+        def active():
+            (value, state), gradient = jax.value_and_grad(loss, has_aux=True)(fakes)
+            return value, gradient, state
+
+        def idle():
+            return jnp.zeros(()), jnp.zeros_like(fakes), disc_state["state"]
+
+        return _either(step >= self.config.start_step, active, idle)
+
+    def _losses(self, params, disc_state, frozen, pair, key):
+        """(sum, (metrics, state, LeCAM averages)) for a pair of real and fake images."""
+        c, state, logits = self.config, disc_state["state"], []
+        policies = [augment.WEAK] * 2 + [augment.STRONG] * 2 * bool(c.consistency)
+        keys = jax.random.split(key, len(policies))
+        views = [self._view(pair[i % 2], keys[i], policy) for i, policy in enumerate(policies)]
+        # One pass of the frozen part for all. An image's views lie side by side, so that no row
+        # moves to another device; batch statistics are of one set of views at a time.
+        together = by_batch(jnp.stack(views, axis=1).reshape(-1, *views[0].shape[1:]))
+        features = jax.tree.map(
+            lambda x: x.reshape(len(views[0]), len(views), *x.shape[1:]),
+            self._read(frozen, together),
+        )
+        for i in range(len(views)):
+            one = jax.tree.map(lambda x, i=i: x[:, i], features)
+            out, state = self.network.judge(gathered(params), state, one, train=True)
+            logits.append(out)
+        weak, strong = logits[:2], logits[2:]
+        terms = {"loss": c.weight * adversarial.discriminator_loss(c.loss, *weak)}
+        averages = disc_state["lecam"].update(*weak, c.lecam_decay)
+        if c.lecam:
+            terms["lecam"] = c.weight * c.lecam * averages.penalty(*weak)
+        if c.consistency:
+            terms["consistency"] = c.consistency * adversarial.consistency_loss(weak, strong)
+        watched = {"real": jnp.mean(weak[0]), "fake": jnp.mean(weak[1])}
+        return sum(terms.values()), (terms | watched, state, averages)
+
+    def _update(self, disc_state, frozen, pair, step, key):
+        """What the discriminator holds after its update, and metrics; idle before the start."""
+
+        def active():
+            grads, (metrics, state, averages) = jax.grad(self._losses, has_aux=True)(
+                disc_state["params"], disc_state, frozen, pair, key
+            )
+            updates, opt_state = self.optimizer.update(
+                grads, disc_state["opt_state"], disc_state["params"]
+            )
+            params = optax.apply_updates(disc_state["params"], updates)
+            metrics["gradient_norm"] = optax.global_norm(grads)
+            new = {"params": params, "opt_state": opt_state, "state": state, "lecam": averages}
+            return new, metrics
+
+        def idle():
+            shapes = jax.eval_shape(active)[1]
+            return disc_state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        disc_state, metrics = _either(step >= self.config.start_step, active, idle)
+        return disc_state, {f"discriminator/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,34 @@
+"""Alignment of the first code with the image, as a frozen teacher sees it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from detailflow_jax.ops import quantization
+from detailflow_jax.tasks.losses import Frozen, Loss, Step, teacher
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Align(Loss):
+    """-cos(projection of the first code, mean teacher feature): the paper's alignment loss."""
+
+    frozen: Frozen | None = None
+
+    reads = ("aligned",)
+
+    @classmethod
+    def make(cls, name, section, setting):
+        """See `Loss`."""
+        return cls(**section, frozen=teacher.make(name, setting))
+
+    def __call__(self, step: Step) -> jax.Array:
+        """See `Loss`."""
+        mean = jnp.mean(step.features["teacher"], axis=1)
+        return alignment(step.aligned, mean)
+
+
+def alignment(predicted: jax.Array, target: jax.Array) -> jax.Array:
+    """-cos(predicted [B, D], target [B, D]), batch mean."""
+    predicted = quantization.normalize(predicted, 1e-8)
+    return -jnp.mean(jnp.sum(predicted * quantization.normalize(target, 1e-8), axis=-1))

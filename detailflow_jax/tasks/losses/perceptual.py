@@ -1,0 +1,81 @@
+"""Perceptual distance of the reconstruction: LPIPS over a frozen VGG16."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from detailflow_jax.models import lpips
+from detailflow_jax.ops.adversarial import ramp
+from detailflow_jax.runtime import weights
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.tasks.losses import Frozen, Loss, Step
+from detailflow_jax.tasks.losses.placement import by_batch, gathered, named
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Perceptual(Loss):
+    """Mean LPIPS of reconstructions and targets.
+
+    Attributes:
+      ramp: steps in which the weight grows from 0.
+      path: a whole LPIPS, or VGG16 of torchvision.
+      linear: beside VGG16, LPIPS's weights over it.
+      random: random weights, to try the code.
+      network: LPIPS.
+    """
+
+    ramp: int = 0
+    path: str | None = None
+    linear: str | None = None
+    random: bool = False
+    network: lpips.LPIPS = dataclasses.field(default_factory=lpips.LPIPS)
+
+    @classmethod
+    def make(cls, name, section, setting):
+        """See `Loss`."""
+        if setting.smallest < lpips.SMALLEST:
+            raise ConfigError(
+                f"config.losses.{name}.weight={section['weight']}: the smallest images are of "
+                f"{setting.smallest} px, LPIPS needs {lpips.SMALLEST} at least; set "
+                f"config.losses.{name}.weight=0"
+            )
+        network = lpips.LPIPS(jnp.dtype(setting.network.dtype))
+        return super().make(name, section | {"network": network}, setting)
+
+    @property
+    def frozen(self) -> Frozen:
+        """See `Loss`."""
+        files = ((weights.VGG16, self.path), (weights.LPIPS, self.linear))
+        if self.path and not self.linear:
+            files = files[:1]  # a whole LPIPS
+        return Frozen("lpips", "lpips", lambda key: init(self.network, key), files, self.random)
+
+    def factor(self, step: Step) -> jax.Array:
+        """See `Loss`."""
+        return self.weight * ramp(step.state.step, 0, self.ramp)
+
+    def __call__(self, step: Step) -> jax.Array:
+        """See `Loss`."""
+        params = step.state.frozen["lpips"]
+        return distance(self.network, params, step.reconstruction, step.target)
+
+
+def init(network: lpips.LPIPS, key: jax.Array) -> Any:
+    """Random parameters of LPIPS."""
+    example = jnp.zeros((1, lpips.SMALLEST, lpips.SMALLEST, 3))
+    return named(network.init(key, example, example)["params"])
+
+
+def distance(
+    network: lpips.LPIPS, params: Any, reconstruction: jax.Array, target: jax.Array
+) -> jax.Array:
+    """Mean LPIPS of reconstructions [n, S, S, 3] and their targets [B, S, S, 3], repeated."""
+    variables = {"params": gathered(params)}
+    features = network.apply(variables, by_batch(reconstruction), method="features")
+    # A target stands for several reconstructions: its features are computed once.
+    wanted = network.apply(variables, target, method="features")
+    times = len(reconstruction) // len(target)
+    wanted = tuple(jnp.concatenate([x] * times) for x in wanted)
+    return jnp.mean(network.apply(variables, features, wanted, method="compare"))

@@ -1,0 +1,52 @@
+"""Alignment of a decoder block's tokens with the teacher's patch features (REPA)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from detailflow_jax.ops import interpolation, quantization
+from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.tasks.losses import Frozen, Loss, Step, teacher
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Repa(Loss):
+    """-mean cosine over the patches of the reconstruction."""
+
+    frozen: Frozen | None = None
+
+    reads = ("tapped",)
+
+    @classmethod
+    def make(cls, name, section, setting):
+        """See `Loss`."""
+        frozen = teacher.make(name, setting)
+        if not setting.network.repa_layer:
+            raise ConfigError(
+                f"config.losses.{name}.weight > 0 needs config.model.repa_layer, the block of the "
+                f"decoder whose tokens are aligned, 1 to {setting.network.decoder.depth}"
+            )
+        return cls(**section, frozen=frozen)
+
+    def __call__(self, step: Step) -> jax.Array:
+        """See `Loss`."""
+        return patch_alignment(step.tapped, step.features["teacher"])
+
+
+def patch_alignment(predicted: jax.Array, patches: jax.Array) -> jax.Array:
+    """-mean cosine of projected decoder tokens and the teacher's patch features, over patches.
+
+    Args:
+      predicted: [nB, p * p, D] of B images, n times.
+      patches: [B, P * P, D]; brought to the p x p grid by antialiased bilinear interpolation.
+    """
+    batch, length, width = patches.shape
+    have, want = (round(n**0.5) for n in (length, predicted.shape[1]))
+    if have != want:
+        matrix = interpolation.antialiased_bilinear_matrix(have, want)
+        grid = patches.reshape(batch, have, have, width)
+        patches = interpolation.apply_matrices(grid, matrix, matrix).reshape(batch, -1, width)
+    predicted = predicted.reshape(-1, *patches.shape)  # so that the features need no copies
+    cosine = quantization.normalize(predicted, 1e-8) * quantization.normalize(patches, 1e-8)
+    return -jnp.mean(jnp.sum(cosine, axis=-1))
