@@ -101,7 +101,7 @@ def check(name: str, setting: Setting, network: Any) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Adversarial(Loss):
     """How real a discriminator finds the reconstructions.
 
@@ -143,14 +143,14 @@ class Adversarial(Loss):
                 described="config.discriminator.dino",
             )
         steps = max(setting.config.total_steps - d.start_step, 1)
-        return cls(
-            weight=section["weight"],
-            config=d,
-            network=network,
-            optimizer=optim.optimizer(d.optim, steps),
-            smallest=setting.smallest,
-            frozen=frozen,
-        )
+        made = {
+            "config": d,
+            "network": network,
+            "optimizer": optim.optimizer(d.optim, steps),
+            "smallest": setting.smallest,
+            "frozen": frozen,
+        }
+        return super().make(name, section | made, setting)
 
     @property
     def balanced(self) -> bool:

@@ -20,7 +20,8 @@ class Align(Loss):
     @classmethod
     def make(cls, name, section, setting):
         """See `Loss`."""
-        return cls(**section, frozen=teacher.make(name, setting))
+        section = section | {"frozen": teacher.make(name, setting)}
+        return super().make(name, section, setting)
 
     def __call__(self, step: Step) -> jax.Array:
         """See `Loss`."""

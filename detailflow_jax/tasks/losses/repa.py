@@ -27,7 +27,7 @@ class Repa(Loss):
                 f"config.losses.{name}.weight > 0 needs config.model.repa_layer, the block of the "
                 f"decoder whose tokens are aligned, 1 to {setting.network.decoder.depth}"
             )
-        return cls(**section, frozen=frozen)
+        return super().make(name, section | {"frozen": frozen}, setting)
 
     def __call__(self, step: Step) -> jax.Array:
         """See `Loss`."""
