@@ -12,8 +12,6 @@ from detailflow_jax.runtime import upgrade
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("hasty_compiler")
-
 MY_LOSSES = """
 import dataclasses
 import jax.numpy as jnp
