@@ -158,7 +158,7 @@ def train(
         if step >= config.total_steps:
             logging.info("this run is finished: nothing is left to do in %s", workdir)
             return state
-        state = load_into(config, state, fresh=restored is None)
+        state = load_into(config, state, task.frozen, fresh=restored is None)
         scorer = make_scorer(config, mesh, workdir)
         with _as_config_error() if own else contextlib.nullcontext():
             task.check(feed.peek())  # Data of other shapes than the network's.

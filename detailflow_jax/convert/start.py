@@ -16,7 +16,7 @@ network resizes them (antialiased bilinear); layers beyond the depth wanted are 
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -33,18 +33,21 @@ from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.tables import tokenizer
 from detailflow_jax.ops import interpolation
 from detailflow_jax.runtime import weights
-from detailflow_jax.tasks import TrainState, make_task
+from detailflow_jax.tasks import TrainState
 from detailflow_jax.tasks.losses import Frozen
 
 Tensors = Mapping[str, np.ndarray]
 
 
-def load_into(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
+def load_into(
+    config: Any, state: TrainState, frozen: Iterable[Frozen], *, fresh: bool
+) -> TrainState:
     """The state with the weights that the configuration names in their places.
 
     Args:
       config: of the run; `init_from` and `teacher` may be absent.
       state: as created or restored, placed on its mesh; every array keeps its placement.
+      frozen: the task's, networks of its loss terms.
       fresh: whether no checkpoint was restored; else `init_from` has had its effect long ago,
         and only what is no part of a checkpoint, the frozen networks, is read.
 
@@ -64,11 +67,11 @@ def load_into(config: Any, state: TrainState, *, fresh: bool) -> TrainState:
     if fresh and encoder:
         trunk = read_siglip(encoder, state.params["encoder"]["trunk"])
         state = _with_params(state, {"encoder": {"trunk": trunk}})
-    for frozen in make_task(config).frozen if state.frozen else ():
-        if not frozen.random:
-            old = state.frozen[frozen.name]
-            params = _placed(old, read_frozen(frozen, old))
-            state = state.replace(frozen=state.frozen | {frozen.name: params})
+    for network in frozen:
+        if not network.random:
+            old = state.frozen[network.name]
+            params = _placed(old, read_frozen(network, old))
+            state = state.replace(frozen=state.frozen | {network.name: params})
     if "vae" in state.frozen and config.vae.get("path"):
         vae = _placed(state.frozen["vae"], read_vae(config.vae, state.frozen["vae"]))
         state = state.replace(frozen=state.frozen | {"vae": vae})

@@ -50,7 +50,7 @@ def scale_weights(config: FlowARConfig, weights=None) -> np.ndarray:
     """Weight of every scale's mean squared error, float32 [K]: as given, or i^2 / S^2.
 
     Raises:
-      ConfigError: not one a scale.
+      ConfigError: not one per scale.
     """
     if weights is None:
         return np.square(np.float32(config.scales) / config.latent_side)

@@ -97,7 +97,7 @@ def test_whole_tokenizer(tmp_path, scan):
     path, params = exported(tmp_path, digits())
     config = digits(**{"init_from.model": path, "model.scan": scan, "ema.decay": 0.5})
     before = new_state(config)
-    after = start.load_into(config, before, fresh=True)
+    after = start.load_into(config, before, make_task(config).frozen, fresh=True)
     want = params if scan else layers.unstack_layers(params)
     assert_equal(after.params, want)
     assert_equal(after.ema, want)
@@ -114,7 +114,10 @@ def test_whole_tokenizer(tmp_path, scan):
 def test_whole_generator(tmp_path):
     path, params = exported(tmp_path, generator())
     config = generator(**{"init_from.model": path})
-    assert_equal(start.load_into(config, new_state(config), fresh=True).params, params)
+    assert_equal(
+        start.load_into(config, new_state(config), make_task(config).frozen, fresh=True).params,
+        params,
+    )
 
 
 def test_tables_of_another_grid_are_resized(tmp_path):
@@ -123,7 +126,7 @@ def test_tables_of_another_grid_are_resized(tmp_path):
     fields = {"model.image_size": 48, "init_from.model": path}
     fields |= {f"model.{part}.table_side": 6 for part in ("encoder", "decoder")}
     config = digits(**fields)
-    state = start.load_into(config, new_state(config), fresh=True)
+    state = start.load_into(config, new_state(config), make_task(config).frozen, fresh=True)
     for part in ("encoder", "decoder"):
         old = params[part]["trunk"]["position_table"].reshape(4, 4, -1)
         want = torch.nn.functional.interpolate(
@@ -139,7 +142,7 @@ def test_alignment_projection_starts_anew_where_the_file_has_none(tmp_path, thei
     path, params = exported(tmp_path, aligned(**{"teacher.random": True}))  # leaves it out
     config = aligned(**{"init_from.model": path, "teacher.path": str(files["vision"])})
     before = new_state(config)
-    after = start.load_into(config, before, fresh=True)
+    after = start.load_into(config, before, make_task(config).frozen, fresh=True)
     for name, x in after.params.items():
         fresh = name.startswith("align_layers")
         assert_equal({name: x}, {name: (before.params if fresh else params)[name]})
@@ -150,7 +153,7 @@ def test_encoder_and_teacher_from_siglip(theirs):
     names = {"init_from.encoder": str(files["both"]), "teacher.path": str(files["vision"])}
     config = aligned(**names)
     before = new_state(config)
-    after = start.load_into(config, before, fresh=True)
+    after = start.load_into(config, before, make_task(config).frozen, fresh=True)
     state = {k: x.numpy() for k, x in model.state_dict().items()}
     teacher, encoder = after.frozen["teacher"], after.params["encoder"]["trunk"]
     for got, depth in ((teacher, 3), (encoder, 2)):
@@ -170,7 +173,7 @@ def test_restored_state_gets_its_teacher_alone(theirs):
     names = {"init_from.encoder": "not/there", "teacher.path": str(files["training.pt"])}
     config = aligned(**names)
     before = new_state(config)
-    after = start.load_into(config, before, fresh=False)
+    after = start.load_into(config, before, make_task(config).frozen, fresh=False)
     assert_equal(after.params, before.params)
     old, new = (s.frozen["teacher"]["final_norm"]["bias"] for s in (before, after))
     assert not np.array_equal(old, new)
@@ -179,8 +182,10 @@ def test_restored_state_gets_its_teacher_alone(theirs):
 def test_nothing_named_nothing_read():
     config = digits()
     state = new_state(config)
-    assert start.load_into(config, state, fresh=True) is state
-    assert start.load_into(ml_collections.ConfigDict({"task": "toy"}), state, fresh=True) is state
+    assert start.load_into(config, state, make_task(config).frozen, fresh=True) is state
+    assert (
+        start.load_into(ml_collections.ConfigDict({"task": "toy"}), state, (), fresh=True) is state
+    )
 
 
 # ------------------------------------------------------------------------------------ in the loop
@@ -209,7 +214,7 @@ def test_run_starts_from_weights_once(tmp_path, monkeypatch):
     assert_equal(seen[1], jax.tree.map(lambda x: x + 1, params))
     # And a run can itself be started from.
     other = digits(**{"init_from.model": str(tmp_path / "run")})
-    got = start.load_into(other, new_state(other), fresh=True).params
+    got = start.load_into(other, new_state(other), make_task(other).frozen, fresh=True).params
     assert_equal(got, restore_params(tmp_path / "run"))
 
 
@@ -232,11 +237,11 @@ def test_what_cannot_start(tmp_path, capsys):
 def test_contradictions(tmp_path, theirs):
     both = {"init_from.model": "a.pt", "init_from.encoder": "b.pt"}
     with pytest.raises(CheckpointError, match=r"both model=a\.pt and encoder=b\.pt"):
-        start.load_into(digits(**both), None, fresh=True)
+        start.load_into(digits(**both), None, (), fresh=True)
     path = str(published(tmp_path / "gen", "generator_a"))
     config = digits(**{"init_from.model": path})
     with pytest.raises(CheckpointError, match=r"looks like a DetailFlow generator"):
-        start.load_into(config, new_state(config), fresh=True)
+        start.load_into(config, new_state(config), make_task(config).frozen, fresh=True)
     vision = str(theirs[1]["vision"])
     for field, message in (
         ("model", "looks like a SigLIP2 vision model"),
@@ -244,13 +249,13 @@ def test_contradictions(tmp_path, theirs):
     ):
         config = digits(**{f"init_from.{field}": vision})
         with pytest.raises(CheckpointError, match=message):
-            start.load_into(config, new_state(config), fresh=True)
+            start.load_into(config, new_state(config), make_task(config).frozen, fresh=True)
     path, _ = exported(tmp_path, digits())
     config = digits(**{"init_from.encoder": path})
     with pytest.raises(CheckpointError, match=r"looks like a DetailFlow tokenizer.*a SigLIP2 vis"):
-        start.load_into(config, new_state(config), fresh=True)
+        start.load_into(config, new_state(config), make_task(config).frozen, fresh=True)
     config = digits(**{"init_from.model": path, "model.num_tokens": 32})
     with pytest.raises(CheckpointError, match=r"latent_pos_embed' has shape \(1, 16, 96\); exp"):
-        start.load_into(config, new_state(config), fresh=True)
+        start.load_into(config, new_state(config), make_task(config).frozen, fresh=True)
     with pytest.raises(ValueError, match=r"config\.teacher\.path is not set"):
         make_task(aligned())

@@ -88,7 +88,7 @@ def test_generate_makes_pictures_of_the_doors_numbers(runs, flowar, tmp_path):
     ("change", "text"),
     [
         ({"cfg_scale": 0.5}, "cfg_scale=0.5, expected >= 1"),
-        ({"num_steps": [4, 4]}, "2 counts, expected 4, one a scale"),
+        ({"num_steps": [4, 4]}, "2 counts, expected 4, one per scale"),
         ({"solver": "rk4"}, "solver='rk4' is not one of"),
         ({"guidance_high": 2.0}, "0 <= low <= high <= 1"),
         ({"grid": "cosine"}, "grid='cosine' is not one of"),

@@ -324,13 +324,13 @@ def test_frozen_networks_come_from_their_files(folder, tmp_path):
     draw = lambda x: rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
     dino, lpips = (jax.tree.map(draw, before.frozen[name]) for name in ("dino", "lpips"))
     with pytest.raises(WeightsError, match=r"VGG16.*config\.losses\.perceptual\.weight=0"):
-        start.load_into(config, before, fresh=True)
+        start.load_into(config, before, tasks.make_task(config).frozen, fresh=True)
     tensors = mapping.to_published(lpips_names.table("torchvision"), lpips)
     linear = {name: x for name, x in tensors.items() if name.startswith("lin")}
     save(folder / WEIGHTS["lpips"].file, linear)
     save(folder / WEIGHTS["vgg16"].file, {k: x for k, x in tensors.items() if k not in linear})
     with pytest.raises(WeightsError, match=r"DINO.*config\.losses\.adversarial\.weight=0"):
-        start.load_into(config, before, fresh=True)
+        start.load_into(config, before, tasks.make_task(config).frozen, fresh=True)
     save(folder / WEIGHTS["dino"].file, mapping.to_published(disc_names.DINO, dino))
     network = adversarial.network_config(config, config.model)
     held = before.extra["discriminator"]
@@ -339,17 +339,17 @@ def test_frozen_networks_come_from_their_files(folder, tmp_path):
     counters = {name: np.zeros(()) for name in disc_names.counters(table)}
     save(tmp_path / "heads.pt", mapping.to_published(table, new) | counters)
     config.init_from.discriminator = str(tmp_path / "heads.pt")
-    after = start.load_into(config, before, fresh=True)
+    after = start.load_into(config, before, tasks.make_task(config).frozen, fresh=True)
     assert not differing(after.frozen["lpips"], lpips)
     want = mapping.to_published(disc_names.DINO, dino)
     assert not differing(mapping.to_published(disc_names.DINO, after.frozen["dino"]), want)
     held = after.extra["discriminator"]
     assert not differing({"params": held["params"], **held["state"]}, new)
-    resumed = start.load_into(config, before, fresh=False)
+    resumed = start.load_into(config, before, tasks.make_task(config).frozen, fresh=False)
     assert not differing(resumed.extra, before.extra)
     config.discriminator.dino.update(depth=1, read_blocks=(0,))
     with pytest.raises(CheckpointError, match=r"depth is 2, config\.discriminator\.dino\.depth is"):
-        start.load_into(config, before, fresh=False)
+        start.load_into(config, before, tasks.make_task(config).frozen, fresh=False)
 
 
 def test_a_checkpoint_holds_the_discriminator(trained, images, tmp_path):
