@@ -14,6 +14,7 @@ import torch
 import detailflow_jax as df
 import golden_files
 from convert_models import TOKENIZER_HEADS, published, recorded
+from damage import corrupt
 from detailflow_jax.convert import CheckpointError, registry
 from detailflow_jax.convert import published as published_lib
 
@@ -323,8 +324,6 @@ def test_pair_that_does_not_belong_together(tmp_path, tokenizer_folder, generato
 
 def test_random_corruptions_of_a_whole_checkpoint(tmp_path, monkeypatch):
     """1,000 damaged copies through the door end in a network or in one clear error."""
-    from test_hostile import corrupt
-
     state, settings = recorded("generator_a")
     rng, numpy_rng = random.Random(0), np.random.default_rng(0)
     rows = {"tok_embeddings.weight": 8, "output.weight": 8}
@@ -367,8 +366,6 @@ def test_random_corruptions_of_a_whole_checkpoint(tmp_path, monkeypatch):
 
 
 def test_corrupted_configuration(tmp_path, generator_folder):
-    from test_hostile import corrupt
-
     folder = tmp_path / "gen"
     shutil.copytree(generator_folder, folder)
     (folder / "config.yaml").unlink()

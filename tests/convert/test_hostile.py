@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from damage import corrupt
 from detailflow_jax.convert import CheckpointError, read_checkpoint
 
 
@@ -305,24 +306,6 @@ def test_broken_configuration(tmp_path):
         with pytest.raises(CheckpointError, match=f"{name}: .*holds a list"):
             read_checkpoint(tmp_path)
         (tmp_path / name).unlink()
-
-
-def corrupt(data, rng):
-    """One of the ways in which copies and disks damage a file."""
-    data, at, length = bytearray(data), rng.randrange(len(data)), rng.randrange(1, 64)
-    match rng.randrange(6):
-        case 0 | 1:
-            for _ in range(rng.randrange(1, 6)):
-                data[rng.randrange(len(data))] = rng.randrange(256)
-        case 2:
-            del data[at:]
-        case 3:
-            del data[at : at + length]
-        case 4:
-            data[at:at] = rng.randbytes(length)
-        case 5:
-            data[at : at + length] = bytes(length)
-    return bytes(data)
 
 
 @pytest.mark.parametrize("name", ["zip.pt", "old.pt", "x.safetensors"])

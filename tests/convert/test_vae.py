@@ -130,7 +130,7 @@ def test_a_run_starts_from_it(kl16, vae):
     params = jax.tree.map(np.zeros_like, vae.params)
     placed = jax.device_put(params)
     state = TrainState(np.int32(0), placed, {}, ema=jax.device_put(params))
-    state = start.load_into(config, state, fresh=True)
+    state = start.load_into(config, state, (), fresh=True)
     for got in (state.params, state.ema):
         got, want = mapping.flatten(got), mapping.flatten(vae.params)
         assert got.keys() == want.keys()
