@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
 
 from detailflow_jax.ops import Array
@@ -17,7 +18,7 @@ Logits = Float[Array, "..."]
 Scalar = Float[Array, ""]
 
 
-def ramp(step: Int[Array, ""] | int, start: int = 0, length: int = 0) -> Scalar:
+def ramp(step: Int[Array, ""] | np.integer | int, start: int = 0, length: int = 0) -> Scalar:
     """The share of its weight that a term has at a step: 0 before `start`, 1 from `start + length`.
 
     It grows linearly in between; `length` 0 switches the term on at once. The perceptual loss is

@@ -11,6 +11,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped
 
 from detailflow_jax.ops import Array
@@ -40,7 +41,7 @@ def no_span(batch: int, num_tokens: int) -> Span:
 def draw_span(
     key: PRNGKeyArray,
     batch: int,
-    token_count: Int[Array, ""] | int,
+    token_count: Int[Array, ""] | np.integer | int,
     *,
     num_tokens: int,
     group_size: int,
