@@ -38,10 +38,10 @@ demo: $(VENV)/.ready ## train, sample and report on handwritten digits: runs/dem
 demo-flowar: $(VENV)/.ready ## the same with FlowAR: runs/demo-flowar/report.html
 	$(PY) -m detailflow_jax.demo.flowar --out runs/demo-flowar
 
-check: lint ## lint, types and unit tests: under two minutes
+check: lint ## lint, types and unit tests
 	$(PYTEST) -m "not full" $(UNIT)
 
-test: lint ## everything but what test-full runs: under ten minutes on two cores
+test: lint ## everything but what test-full runs
 	$(PYTEST) -m "not full"
 
 test-full: $(VENV)/.ready-test ## only the full-size networks and the long series of kills

@@ -191,7 +191,7 @@ def tf_data(args: argparse.Namespace, paths: list[str]) -> Iterator[int]:
 
 
 def read(stream: Iterator[int], images: int) -> tuple[float, float]:
-    """(wall-clock, processor) milliseconds an image, over at least so many images."""
+    """(wall-clock, processor) milliseconds per image, over at least this many images."""
     done, wall, cpu = 0, time.perf_counter(), time.process_time()
     while done < images:
         done += next(stream)

@@ -92,28 +92,28 @@ def draw(
     some_codes = tokenizer.encode(some)
 
     def strip(codes: np.ndarray) -> np.ndarray:
-        """Rows of ever more tokens, uint8 [counts * B, R, R, 3]."""
+        """Rows of more and more tokens, uint8 [counts * B, R, R, 3]."""
         rows = [decode_enlarged(tokenizer, codes, n) for n in counts]
         return np.asarray(pixels.to_uint8(np.concatenate(rows)))
 
     captions = [f"{n} tokens" for n in counts]
-    # The first sample of each class, then the second, ...: a column a class.
+    # The first sample of each class, then the second, ...: one column per class.
     by_class = images.reshape(10, SAMPLES_A_CLASS, *images.shape[1:])[:, :8].swapaxes(0, 1)
     first = codes.reshape(10, SAMPLES_A_CLASS, -1)[:, 0]
     return {
-        "Held-out digits (last row) from ever more tokens": pictures.grid(
+        "Held-out digits (last row) from more and more tokens": pictures.grid(
             np.concatenate([strip(some_codes), some]),
             columns=len(some),
             scale=2,
             row_captions=[*captions, "original"],
         ),
-        "Generated digits, a column a class": pictures.grid(
+        "Generated digits, one column per class": pictures.grid(
             by_class.reshape(-1, *images.shape[1:]),
             columns=10,
             scale=2,
             column_captions=[str(i) for i in range(10)],
         ),
-        "Generated digits from ever more tokens": pictures.grid(
+        "Generated digits from more and more tokens": pictures.grid(
             strip(first), columns=10, scale=2, row_captions=captions
         ),
     }

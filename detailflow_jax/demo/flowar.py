@@ -87,7 +87,7 @@ def draw(vae, flowar, held_out, restored, images, latents) -> dict[str, np.ndarr
         "Held-out digits and their reconstructions": pictures.grid(
             some, columns=12, scale=2, row_captions=["original", "reconstructed"]
         ),
-        "Generated digits, a column a class": pictures.grid(
+        "Generated digits, one column per class": pictures.grid(
             by_class.reshape(-1, *images.shape[1:]),
             columns=10,
             scale=2,

@@ -44,7 +44,7 @@ CHIPS = {
     "v5p": Chip(int(95.73 * GIB), 459e12, 2765e9, 100e9, 4, "v5"),
 }
 
-# Chips of a slice -> its shape. The names of v5p count cores, two a chip.
+# Chips of a slice -> its shape. The names of v5p count cores, two per chip.
 _FLAT = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 _CUBES = {
     8: (2, 2, 1),

@@ -2,7 +2,7 @@
 
 Each instruction outside of fusions reads its operands and writes its result; what lies in on-chip
 memory is free. A fusion that reads a slice of an array, or updates one in place, moves that slice
-only, so the stacked parameters of scanned layers count once a pass and not once a layer.
+only, so the stacked parameters of scanned layers count once per pass and not once per layer.
 """
 
 from collections.abc import Iterable

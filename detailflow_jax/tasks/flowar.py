@@ -70,7 +70,7 @@ def flow_losses(model: FlowAR, params: Any, latents, labels, times, noise, dropo
       params: its parameters.
       latents: float32 [B, S, S, C].
       labels: int32 [B], dropped already.
-      times: float32 [B, K], one an image and scale.
+      times: float32 [B, K], one per image and scale.
       noise: float32 [B, T, C].
       dropout_key: PRNG key, or None for no dropout.
 
@@ -203,7 +203,7 @@ def make(config) -> Task:
 def figures(
     model: FlowAR, vae: VAE | None, state: TrainState, batch, num_steps: int = 25
 ) -> dict[str, np.ndarray]:
-    """`samples`: four of each of up to eight classes, uint8 [H, W, 3]; a column a class.
+    """`samples`: four of each of up to eight classes, uint8 [H, W, 3]; one column per class.
 
     Nothing where there is no autoencoder to decode them with (`config.vae.path`).
     """
