@@ -1,12 +1,13 @@
 """Converts checkpoints between the published PyTorch layout and this project's.
 
-    python -m detailflow_jax.convert --to jax --src hf:ByteFlow-AI/DetailFlow-16 --dst models/tok16
-    python -m detailflow_jax.convert --to pytorch --src runs/gen --dst exported/gen
+    detailflow convert --to jax --src hf:ByteFlow-AI/DetailFlow-16 --dst models/tok16
+    detailflow convert --to pytorch --src runs/gen --dst exported/gen
 
-Exit codes: 0 done, 2 it could not be done (one line says why); nothing partial is left.
+Exit codes: 0 done; 2 it could not be done: one line says why, and nothing partial is left.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import json
@@ -25,33 +26,25 @@ from detailflow_jax.convert import export
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.load import load
 from detailflow_jax.convert.published import Loaded
-from detailflow_jax.convert.writers import appearing, check_replaceable, is_free
+from detailflow_jax.convert.registry import NETWORKS
+from detailflow_jax.convert.writers import folder_for, is_free, local_path
 from detailflow_jax.runtime import checkpoint
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 
-# What the folder holds that `write_jax` makes, and nothing of a run.
+# What `write_jax` makes, and nothing of a run.
 _FOLDER = {pathlib.Path("config.json"), pathlib.Path("checkpoints/0"), pathlib.Path("checkpoints")}
 
 
-def _sides(text: str) -> tuple[int, ...]:
-    """ "1,4,16" -> (1, 4, 16)."""
-    return tuple(int(part) for part in text.split(","))
-
-
-OVERRIDES = {
-    "encoder_num_heads": (int, "attention heads of a tokenizer's encoder"),
-    "decoder_num_heads": (int, "attention heads of a tokenizer's decoder"),
-    "num_heads": (int, "attention heads of a generator or FlowAR"),
-    "num_tokens": (int, "N of a generator"),
-    "group_size": (int, "g, tokens of a group"),
-    "causal_num": (int, "c, tokens generated one by one"),
-    "image_size": (int, "side in pixels of a tokenizer's full resolution"),
-    "scale_factor": (float, "of an autoencoder's latents, 1 / their standard deviation"),
-    "shift_factor": (float, "of an autoencoder's latents, subtracted before they are scaled"),
-    "scales": (_sides, "sides of FlowAR's scales, as 1,4,16"),
-    "buffer_size": (int, "class tokens in front of FlowAR's sequence"),
-}
+def overrides() -> dict[str, tuple[Any, str]]:
+    """Name of an override -> (text -> value, help), of every network in the registry."""
+    kinds: dict[str, Any] = {}
+    texts: dict[str, list[str]] = {}
+    for network in NETWORKS.values():
+        for name, (kind, text) in network.options.items():
+            kinds.setdefault(name, kind)
+            texts.setdefault(name, [text]).append(network.name)
+    return {n: (kinds[n], f"{t[0]} ({', '.join(t[1:])})") for n, t in texts.items()}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -100,7 +93,7 @@ exit codes: 0 done; 2 not done, the last line says why and nothing partial is le
     group = parser.add_argument_group(
         "overrides", "what shapes cannot tell; default: the configuration beside the weights"
     )
-    for name, (kind, text) in OVERRIDES.items():
+    for name, (kind, text) in overrides().items():
         group.add_argument(
             f"--{name}", type=kind, metavar={int: "N", float: "X"}.get(kind, "N,N"), help=text
         )
@@ -114,8 +107,12 @@ def convert(args: argparse.Namespace) -> list[str]:
       UserError: see `load`, `export` and `write_jax`; nothing partial is left.
     """
     started = time.perf_counter()
-    _check_target(args)
-    overrides = {n: getattr(args, n) for n in OVERRIDES if getattr(args, n) is not None}
+    # What would only fail after minutes of reading fails now.
+    if not is_free(local_path(args.dst)) and not args.overwrite:
+        raise CheckpointError(
+            f"{args.dst}: exists already", remedy="Choose another path, or pass --overwrite."
+        )
+    told = {name: getattr(args, name) for name in overrides()}
     found = load(
         None,
         args.src,
@@ -123,7 +120,7 @@ def convert(args: argparse.Namespace) -> list[str]:
         allow_missing=args.allow_missing,
         allow_unused=args.allow_unused,
         progress=functools.partial(tqdm, desc="read", unit="tensor"),
-        overrides=overrides,
+        overrides={name: value for name, value in told.items() if value is not None},
     )
     _tell(found.notices)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(found.params))
@@ -153,41 +150,24 @@ def write_jax(found: Loaded, dst: str, *, overwrite: bool = False) -> None:
     Raises:
       CheckpointError: something is at `dst` that may not be replaced.
     """
-    target = pathlib.Path(dst).expanduser()
-    check_replaceable(target, _FOLDER, overwrite)
     written = {"task": found.kind, "source": found.source}
     written["model"] = dataclasses.asdict(found.config)
-    with appearing(target) as folder:
-        folder.mkdir()
+    with folder_for(local_path(dst), _FOLDER, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
         checkpoint.save_params(folder, found.params)
-
-
-def _check_target(args: argparse.Namespace) -> None:
-    """What would only fail after minutes of reading fails now."""
-    if "://" in args.dst:
-        raise CheckpointError(f"{args.dst}: not a local path", remedy="Write here, then copy it.")
-    if not args.overwrite and not is_free(pathlib.Path(args.dst).expanduser()):
-        raise CheckpointError(
-            f"{args.dst}: exists already", remedy="Choose another path, or pass --overwrite."
-        )
 
 
 def _read_lines(found: Loaded, size: int) -> list[str]:
     report = found.report
     count = len(report.loaded) or len(jax.tree.leaves(found.params))
-    lines = [
+    return [
         _line("read", found.source),
         _line("network", f"{found.kind}, {size / 4e6:.1f}M parameters"),
         _line("loaded", f"{count} tensors, {' and '.join(found.dtypes)} -> float32"),
+        _line("skipped (design)", _summary(report.skipped)),
+        _line("missing (new)", _summary(report.missing)),
+        _line("unused", _summary(report.unused)),
     ]
-    for title, names in (
-        ("skipped (design)", report.skipped),
-        ("missing (new)", report.missing),
-        ("unused", report.unused),
-    ):
-        lines.append(_line(title, _summary(names)))
-    return lines
 
 
 def _written_lines(done: export.Exported) -> list[str]:
@@ -212,10 +192,7 @@ def _summary(names: Sequence[str]) -> str:
     """Names with their numbers, grouped by what comes before the first dot."""
     if len(names) <= 3:
         return ", ".join(names) or "none"
-    groups: dict[str, int] = {}
-    for name in names:
-        head = name.partition(".")[0]
-        groups[head] = groups.get(head, 0) + 1
+    groups = collections.Counter(name.partition(".")[0] for name in names)
     return ", ".join(f"{head}.* ({count})" for head, count in groups.items())
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from detailflow_jax.convert import mapping
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.registry import NETWORKS
-from detailflow_jax.convert.writers import write_pytorch
+from detailflow_jax.convert.writers import SAFETENSORS, write_pytorch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +70,12 @@ def export(
     buffers = network.buffers(config)
     both, extra, notices = network.describe(config)
     state = weights | buffers
-    single = str(path).endswith(".safetensors")
+    average = network.weights == "ema" and not str(path).endswith(SAFETENSORS)
     path = write_pytorch(
         state,
         path,
         both,
-        ema=state if network.weights == "ema" and not single else None,
-        ema_key=network.ema_key,
+        more={network.ema_key: state} if average else {},
         extra_yaml=extra,
         name=network.file_name(config),
         overwrite=overwrite,

@@ -8,9 +8,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from etils import epath
 
@@ -22,20 +22,20 @@ _HUB = re.compile(
 )
 
 
-class Folder(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Folder:
     """A folder of files that can be brought to this machine.
 
     Attributes:
         where: what messages call the folder.
+        names: of the files in the folder and in `checkpoints/` under it, sorted.
+        fetch: name -> path of the file on this machine; raises `CheckpointError` if it cannot be
+            had.
     """
 
     where: str
-
-    def names(self) -> list[str]:
-        """Names of the files in the folder and in `checkpoints/` under it, sorted."""
-
-    def fetch(self, name: str) -> Path:
-        """Path of the file on this machine; raises `CheckpointError` if it cannot be had."""
+    names: Sequence[str]
+    fetch: Callable[[str], Path]
 
 
 def open_folder(
@@ -59,7 +59,22 @@ def open_folder(
             expected="a local path, gs://BUCKET/PATH or hf:OWNER/NAME",
             remedy="Download the file and pass its path.",
         )
-    return _open_path(text, stack)
+    path, in_bucket = epath.Path(text).expanduser(), text.startswith(_BUCKETS)
+    with _reaching(text):
+        is_folder = path.is_dir()
+        missing = not is_folder and not path.exists()
+    if missing:
+        hub = f" For the hub, write hf:{text}." if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
+        raise CheckpointError(
+            f"{text}: there is no such {'object' if in_bucket else 'file or folder'}",
+            expected="a checkpoint file or its folder",
+            remedy=f"Check the path.{hub}",
+        )
+    root, name = (path, None) if is_folder else _split(path)
+    if not in_bucket:
+        return _local_folder(root, str(root)), name
+    scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="detailflow-"))
+    return _bucket_folder(root, Path(scratch)), name
 
 
 def join(where: str, name: str) -> str:
@@ -72,37 +87,6 @@ def _split(path: Any) -> tuple[Any, str]:
     if path.parent.name == "checkpoints":
         return path.parent.parent, f"checkpoints/{path.name}"
     return path.parent, path.name
-
-
-@dataclasses.dataclass(frozen=True)
-class _PathFolder:
-    """A local folder, or one of a bucket, whose files are copied to `scratch`."""
-
-    root: epath.Path
-    where: str
-    scratch: Path | None = None
-
-    def names(self) -> list[str]:
-        with _reaching(self.where):
-            found = [*self.root.iterdir()]
-            if any(path.name == "checkpoints" for path in found):
-                found += (self.root / "checkpoints").iterdir()
-            # Each such question to a bucket takes a request; there only files have suffixes.
-            files = found if self.scratch else [path for path in found if path.is_file()]
-            return sorted(path.relative_to(self.root).as_posix() for path in files)
-
-    def fetch(self, name: str) -> Path:
-        if self.scratch is None:
-            return Path(self.root / name)
-        target = self.scratch / name
-        target.parent.mkdir(exist_ok=True)
-        with (
-            _reaching(join(self.where, name)),
-            (self.root / name).open("rb") as source,
-            target.open("wb") as copy,
-        ):
-            shutil.copyfileobj(source, copy, 16 << 20)
-        return target
 
 
 @contextlib.contextmanager
@@ -119,50 +103,36 @@ def _reaching(where: str) -> Iterator[None]:
         ) from error
 
 
-def _open_path(text: str, stack: contextlib.ExitStack) -> tuple[Folder, str | None]:
-    path, in_bucket = epath.Path(text).expanduser(), text.startswith(_BUCKETS)
-    with _reaching(text):
-        is_folder = path.is_dir()
-        missing = not is_folder and not path.exists()
-    if missing:
-        hub = f" For the hub, write hf:{text}." if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
-        raise CheckpointError(
-            f"{text}: there is no such {'object' if in_bucket else 'file or folder'}",
-            expected="a checkpoint file or its folder",
-            remedy=f"Check the path.{hub}",
-        )
-    root, name = (path, None) if is_folder else _split(path)
-    scratch = None
-    if in_bucket:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="detailflow-"))
-    return _PathFolder(root, str(root), scratch and Path(scratch)), name
+def _inside(root: epath.Path) -> list[epath.Path]:
+    with _reaching(str(root)):
+        found = [*root.iterdir()]
+        if any(path.name == "checkpoints" for path in found):
+            found += (root / "checkpoints").iterdir()
+    return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _HubFolder:
-    repo: str
-    revision: str | None
-    files: tuple[str, ...]
-    root: PurePosixPath
-    where: str
+def _local_folder(root: epath.Path, where: str) -> Folder:
+    names = sorted(path.relative_to(root).as_posix() for path in _inside(root) if path.is_file())
+    return Folder(where, names, lambda name: Path(root / name))
 
-    def names(self) -> list[str]:
-        paths = [PurePosixPath(file) for file in self.files]
-        folders = (self.root, self.root / "checkpoints")
-        return sorted(p.relative_to(self.root).as_posix() for p in paths if p.parent in folders)
 
-    def fetch(self, name: str) -> Path:
-        import huggingface_hub
-        from huggingface_hub import errors
+def _bucket_folder(root: epath.Path, scratch: Path) -> Folder:
+    """A folder of a bucket, whose files are copied to `scratch`."""
 
-        try:
-            return Path(
-                huggingface_hub.hf_hub_download(
-                    self.repo, (self.root / name).as_posix(), revision=self.revision
-                )
-            )
-        except (OSError, errors.HTTPError) as error:
-            raise _hub_error(join(self.where, name), self.repo, error) from error
+    def fetch(name: str) -> Path:
+        target = scratch / name
+        target.parent.mkdir(exist_ok=True)
+        with (
+            _reaching(join(str(root), name)),
+            (root / name).open("rb") as source,
+            target.open("wb") as copy,
+        ):
+            shutil.copyfileobj(source, copy, 16 << 20)
+        return target
+
+    # To ask which of them are files would take a request each; only files have suffixes there.
+    names = sorted(path.relative_to(root).as_posix() for path in _inside(root))
+    return Folder(str(root), names, fetch)
 
 
 def _open_hub(text: str) -> tuple[Folder, str | None]:
@@ -172,7 +142,7 @@ def _open_hub(text: str) -> tuple[Folder, str | None]:
             f"{text}: not a name on the hub", expected="hf:OWNER/NAME[@REVISION][/FILE]"
         )
     try:
-        import huggingface_hub
+        import huggingface_hub as hub
         from huggingface_hub import errors
     except ImportError as error:
         raise CheckpointError(
@@ -180,23 +150,30 @@ def _open_hub(text: str) -> tuple[Folder, str | None]:
             remedy="Install it with `pip install huggingface_hub`, or pass a local path.",
         ) from error
     repo, revision = parts["repo"], parts["revision"]
-    where = f"hf:{repo}" + (f"@{revision}" if revision else "")
     root, name = PurePosixPath("."), None
     if parts["file"]:
         root, name = _split(PurePosixPath(parts["file"]))
+    repository = f"hf:{repo}" + (f"@{revision}" if revision else "")
+    where = repository if root == PurePosixPath(".") else join(repository, str(root))
+
+    def fetch(name: str) -> Path:
+        try:
+            return Path(hub.hf_hub_download(repo, (root / name).as_posix(), revision=revision))
+        except (OSError, errors.HTTPError) as error:
+            raise _hub_error(join(where, name), repo, error) from error
+
     try:
-        files = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
+        files = map(PurePosixPath, hub.HfApi().list_repo_files(repo, revision=revision))
+        inside = [f for f in files if f.parent in (root, root / "checkpoints")]
+        return Folder(where, sorted(f.relative_to(root).as_posix() for f in inside), fetch), name
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise _hub_error(where, repo, error) from error
+        raise _hub_error(repository, repo, error) from error
     # Offline or out of reach: what an earlier download left in the cache is used as a folder.
     except (OSError, errors.HTTPError) as error:
         snapshot = _cached_snapshot(repo, revision)
         if snapshot is None:
-            raise _hub_error(where, repo, error) from error
-        where = where if root == PurePosixPath(".") else join(where, str(root))
-        return _PathFolder(epath.Path(snapshot / root), where), name
-    where = where if root == PurePosixPath(".") else join(where, str(root))
-    return _HubFolder(repo, revision, tuple(files), root, where), name
+            raise _hub_error(repository, repo, error) from error
+        return _local_folder(epath.Path(snapshot / root), where), name
 
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from detailflow_jax.runtime.errors import ConfigError, near_names
 
 
 def is_workdir(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is the workdir of a training run of this project, or like one."""
+    """Whether `path` is the workdir of a training run, or a folder that `convert` made."""
     try:
         return "task" in json.loads((epath.Path(path) / "config.json").read_text())
     except Exception:  # Not there, no JSON, or out of reach, which has many exceptions.
@@ -34,10 +34,8 @@ def load(
     weights: Weights | None = None,
     step: int | None = None,
     scan: bool = True,
-    allow_missing: bool = False,
-    allow_unused: bool = False,
-    progress: Callable[[list], Iterable] = iter,
     overrides: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Loaded:
     """Reads a network.
 
@@ -48,9 +46,8 @@ def load(
         (a generator's average, the model of others), of a run the average where it keeps one.
       step: of a run, which checkpoint; default the newest complete one.
       scan: layout wanted of the parameters; those of a run come in the layout it has.
-      allow_missing, allow_unused: see `published.read`.
-      progress: wraps the list of what is to be read of a published checkpoint.
-      overrides: fields of the configuration, and `encoder_num_heads`, `decoder_num_heads`.
+      overrides: fields of the configuration, `encoder_num_heads` and `decoder_num_heads`.
+      **options: of `published.read`: allow_missing, allow_unused, progress.
 
     Raises:
       ConfigError: `weights`, `step` or an override that cannot be, or a folder without a config.
@@ -63,16 +60,7 @@ def load(
         return _load_run(kind, path, weights, step, overrides or {})
     if step is not None:
         raise ConfigError(f"step={step} is for the workdir of a run, which {path} is not")
-    return published.read(
-        kind,
-        path,
-        weights=weights,
-        scan=scan,
-        allow_missing=allow_missing,
-        allow_unused=allow_unused,
-        progress=progress,
-        overrides=overrides,
-    )
+    return published.read(kind, path, weights=weights, scan=scan, overrides=overrides, **options)
 
 
 def _load_run(
@@ -120,17 +108,16 @@ def _check_shapes(params: Any, abstract: Any, source: str) -> None:
 
 def _override(config: Any, overrides: Mapping[str, Any]) -> Any:
     """The configuration with fields replaced, the head counts of both trunks among them."""
-    known = [field.name for field in dataclasses.fields(config)]
-    trunks = [part for part in ("encoder", "decoder") if part in known]
-    heads = {f"{part}_num_heads": part for part in trunks}
+    fields = {field.name for field in dataclasses.fields(config)}
+    heads = {f"{part}_num_heads": part for part in ("encoder", "decoder") if part in fields}
     for name, value in overrides.items():
         if name in heads:
-            part = dataclasses.replace(getattr(config, heads[name]), num_heads=value)
-            config = dataclasses.replace(config, **{heads[name]: part})
-        elif name in known:
+            trunk = dataclasses.replace(getattr(config, heads[name]), num_heads=value)
+            config = dataclasses.replace(config, **{heads[name]: trunk})
+        elif name in fields:
             config = dataclasses.replace(config, **{name: value})
         else:
-            known += heads
+            known = sorted(fields | heads.keys())
             near = ", ".join(near_names(name, known)) or ", ".join(known)
             raise ConfigError(f"unknown override {name!r}; closest names: {near}")
     return config

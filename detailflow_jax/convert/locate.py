@@ -153,7 +153,7 @@ def _listed(names: Sequence[str], limit: int = 10) -> str:
 
 
 def _gather(folder: Folder, file: str | None) -> Located:
-    names = folder.names()
+    names = folder.names
     if file is not None and file not in names:
         raise CheckpointError(
             f"{folder.where}: has no file {file}",

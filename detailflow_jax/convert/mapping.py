@@ -53,15 +53,13 @@ class _Tensor:
 
     name: str
     places: tuple[tuple[str, int | None], ...]
-    transpose: bool
-    lead: int
-    permute: tuple[int, ...] | None
+    entry: Entry
 
     def axes(self, rank: int) -> tuple[int, ...]:
         """The order of our axes that gives the published one."""
-        if self.permute is not None:
-            return tuple(self.permute.index(axis) for axis in range(rank))
-        return tuple(reversed(range(rank))) if self.transpose else tuple(range(rank))
+        if self.entry.permute is not None:
+            return tuple(self.entry.permute.index(axis) for axis in range(rank))
+        return tuple(range(rank))[:: -1 if self.entry.transpose else 1]
 
     def shape(self, flat: Mapping[str, Any]) -> tuple[int, ...]:
         """The published shape."""
@@ -69,7 +67,7 @@ class _Tensor:
             tuple(flat[path].shape[0 if layer is None else 1 :]) for path, layer in self.places
         ]
         shapes = [tuple(shape[axis] for axis in self.axes(len(shape))) for shape in shapes]
-        return (1,) * self.lead + (sum(s[0] for s in shapes), *shapes[0][1:])
+        return (1,) * self.entry.lead + (sum(s[0] for s in shapes), *shapes[0][1:])
 
 
 @dataclasses.dataclass
@@ -101,6 +99,16 @@ def norm(name: str, path: str) -> tuple[Entry, Entry]:
     return Entry(f"{name}.weight", (f"{path}/scale",)), Entry(f"{name}.bias", (f"{path}/bias",))
 
 
+def counters(table: Iterable[Entry]) -> tuple[str, ...]:
+    """Names of the batch counters (int64 scalars) beside the running means of batch norms.
+
+    Nothing needs them, but strict loading asks for them.
+    """
+    end = ".running_mean"
+    names = (entry.name for entry in table if entry.name.endswith(end))
+    return tuple(f"{name.removesuffix(end)}.num_batches_tracked" for name in names)
+
+
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     """{"blocks/layers/w1/kernel": leaf, ...} of nested parameters."""
     return traverse_util.flatten_dict(params, sep="/")
@@ -114,7 +122,7 @@ def _expand(table: Iterable[Entry], flat: Mapping[str, Any]) -> Iterator[_Tensor
             places = _places(entry.paths, layer, flat)
             if places is None:
                 break
-            yield _Tensor(name, places, entry.transpose, entry.lead, entry.permute)
+            yield _Tensor(name, places, entry)
 
 
 def _places(
@@ -150,6 +158,7 @@ def from_published(
     *,
     source: str = "the checkpoint",
     skip: Iterable[str] = (),
+    optional: Iterable[str] = (),
     allow_missing: bool = False,
     allow_unused: bool = True,
     initial: Callable[[], Mapping[str, Any]] | None = None,
@@ -164,6 +173,7 @@ def from_published(
       abstract: nested parameters with `.shape` (from `jax.eval_shape`), scanned or not.
       source: what messages call the file.
       skip: prefixes of published names that are not needed, by design.
+      optional: prefixes of published names; the parameters of one that no tensor has are left out.
       allow_missing: take a parameter without a published tensor from `initial`.
       allow_unused: leave out tensors that belong to no parameter.
       initial: makes parameters like `abstract`; called only if one is missing and allowed to be.
@@ -178,36 +188,48 @@ def from_published(
     """
     flat = flatten(abstract)
     wanted = list(_expand(table, flat))
-    _check_covered(wanted, flat)
+    covered = {path for tensor in wanted for path, _ in tensor.places}
+    if uncovered := sorted(set(flat) - covered):
+        raise ValueError(f"the table names no published tensor for {', '.join(uncovered)}")
     skip = tuple(skip)
+    absent = tuple(p for p in optional if not any(name.startswith(p) for name in tensors))
+    wanted = [tensor for tensor in wanted if not tensor.name.startswith(absent)]
     names = {tensor.name for tensor in wanted}
     # A tensor of no numbers needs no parameter to go to.
     rest = [name for name in tensors if name not in names and 0 not in tensors[name].shape]
+    found = [tensor for tensor in wanted if tensor.name in tensors]
+    missing = [tensor for tensor in wanted if tensor.name not in tensors]
     report = Report(
-        loaded=[tensor.name for tensor in wanted if tensor.name in tensors],
-        missing=[tensor.name for tensor in wanted if tensor.name not in tensors],
+        loaded=[tensor.name for tensor in found],
+        missing=[tensor.name for tensor in missing],
         unused=[name for name in rest if not name.startswith(skip)],
         skipped=[name for name in rest if name.startswith(skip)],
     )
     if report.missing and not (allow_missing and initial):
-        raise _missing(report, len(tensors), source)
-    for tensor in wanted:  # All shapes first: an error comes before gigabytes are read.
-        if tensor.name in tensors:
-            _check_tensor(tensor, tensors[tensor.name], flat, source)
+        total = len(report.missing) + len(report.loaded)
+        raise CheckpointError(
+            f"{source}: {len(missing)} of {total} tensors are missing: {_some(report.missing)} "
+            f"(the file holds {len(tensors)})",
+            expected="every tensor of this network",
+            remedy="Is this a checkpoint of another network or size? To initialise the missing "
+            "ones, allow it (allow_missing).",
+        )
+    for tensor in found:  # All shapes first: an error comes before gigabytes are read.
+        _check_tensor(tensor, tensors[tensor.name], flat, source)
     if report.unused and not allow_unused:
-        raise _unused(report, source)
+        raise CheckpointError(
+            f"{source}: {len(report.unused)} of its tensors belong to no parameter: "
+            f"{_some(report.unused)}",
+            expected="the tensors of this network alone",
+            remedy="Is this a checkpoint of another network or size? To leave them out, allow it "
+            "(allow_unused).",
+        )
     out: dict[str, np.ndarray] = {}
-    for tensor in progress([t for t in wanted if t.name in tensors]):
+    for tensor in progress(found):
         _place(tensor, np.asarray(tensors[tensor.name]), flat, out, dtype)
-    if report.missing:
-        _fill([t for t in wanted if t.name not in tensors], flatten(initial()), out, dtype)
+    if missing and initial:
+        _fill(missing, flatten(initial()), out, dtype)
     return traverse_util.unflatten_dict(out, sep="/"), report
-
-
-def _check_covered(wanted: list[_Tensor], flat: Mapping[str, Any]) -> None:
-    covered = {path for tensor in wanted for path, _ in tensor.places}
-    if uncovered := sorted(set(flat) - covered):
-        raise ValueError(f"the table names no published tensor for {', '.join(uncovered)}")
 
 
 def _check_tensor(tensor: _Tensor, array: Any, flat: Mapping[str, Any], source: str) -> None:
@@ -222,27 +244,6 @@ def _check_tensor(tensor: _Tensor, array: Any, flat: Mapping[str, Any], source: 
         raise CheckpointError(
             f"{source}: tensor {tensor.name!r} is {array.dtype}", expected="real numbers"
         )
-
-
-def _missing(report: Report, count: int, source: str) -> CheckpointError:
-    total = len(report.missing) + len(report.loaded)
-    return CheckpointError(
-        f"{source}: {len(report.missing)} of {total} tensors are missing: {_some(report.missing)} "
-        f"(the file holds {count})",
-        expected="every tensor of this network",
-        remedy="Is this a checkpoint of another network or size? To initialise the missing "
-        "ones, allow it (allow_missing).",
-    )
-
-
-def _unused(report: Report, source: str) -> CheckpointError:
-    return CheckpointError(
-        f"{source}: {len(report.unused)} of its tensors belong to no parameter: "
-        f"{_some(report.unused)}",
-        expected="the tensors of this network alone",
-        remedy="Is this a checkpoint of another network or size? To leave them out, allow it "
-        "(allow_unused).",
-    )
 
 
 def _some(names: list[str]) -> str:
@@ -267,7 +268,7 @@ def _targets(tensor: _Tensor, flat, out, dtype) -> Iterator[np.ndarray]:
 
 def _place(tensor: _Tensor, array: np.ndarray, flat, out, dtype) -> None:
     """Write one published tensor into the leaf or leaves it belongs to."""
-    array = array.reshape(array.shape[tensor.lead :])
+    array = array.reshape(array.shape[tensor.entry.lead :])
     start = 0
     for target in _targets(tensor, flat, out, dtype):
         target = target.transpose(tensor.axes(target.ndim))
@@ -297,5 +298,5 @@ def to_published(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[str,
             part = np.asarray(flat[path]) if layer is None else np.asarray(flat[path][layer])
             parts.append(part.transpose(tensor.axes(part.ndim)))
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        out[tensor.name] = whole.reshape((1,) * tensor.lead + whole.shape)
+        out[tensor.name] = whole.reshape((1,) * tensor.entry.lead + whole.shape)
     return out

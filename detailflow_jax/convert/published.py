@@ -13,11 +13,11 @@ from absl import logging
 from detailflow_jax.convert import mapping
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.readers import Weights, check_finite, read_checkpoint
-from detailflow_jax.convert.registry import NETWORKS, Network, with_scan
+from detailflow_jax.convert.registry import NETWORKS, Network
 from detailflow_jax.ops import interpolation
 from detailflow_jax.runtime.weights import WEIGHTS
 
-__all__ = ["Loaded", "check", "name_of", "read", "with_scan"]
+_POSITIONS = "position_embedding.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +59,8 @@ def read(
     Args:
       name: key of `registry.NETWORKS`; None: recognised by the tensors.
       paths: what `read_checkpoint` takes; several files are read as one.
-      params: nested arrays or shapes that are wanted. Position tables are resized to their grids
-        and layers beyond their depth are left out, where the network has a `layout` for that.
-        Default: those of the configuration that the files tell.
+      params: nested arrays or shapes that are wanted, see `place`. Default: those of the
+        configuration that the files tell.
       weights: "model" or "ema"; default what the published evaluation takes.
       scan: layout of the parameters, without `params`; default that of the configuration.
       allow_missing: initialise a parameter that has no tensor.
@@ -85,32 +84,67 @@ def read(
     source = " and ".join(file.source for file in files)
     notices = [notice for file in files for notice in file.notices]
     network = check(name, tensors, source)
-    config, initial = None, None
-    if params is None:
-        published = {key: value for file in files for key, value in file.config.items()}
-        config, more = network.infer(tensors, published, overrides or {}, source)
-        notices += more
-        scan = getattr(config, "scan", True) if scan is None else scan
-        initial = jax.jit(network.initialize(config, scan=scan))
-        params = network.abstract(config, scan=scan)
+    if params is not None:
+        done = place(network, tensors, params, source)
+        return dataclasses.replace(done, notices=notices + done.notices)
+    published = {key: value for file in files for key, value in file.config.items()}
+    config, more = network.infer(tensors, published, overrides or {}, source)
+    scan = getattr(config, "scan", True) if scan is None else scan
+    initial = jax.jit(network.initialize(config, scan=scan))
+    done = place(
+        network,
+        tensors,
+        network.abstract(config, scan=scan),
+        source,
+        resize=False,
+        allow_missing=allow_missing,
+        allow_unused=allow_unused,
+        initial=lambda: initial(jax.random.key(0)),
+        progress=progress,
+    )
+    return dataclasses.replace(done, config=config, notices=notices + more + done.notices)
+
+
+def place(
+    network: Network,
+    tensors: Mapping[str, np.ndarray],
+    params: Mapping[str, Any],
+    source: str,
+    *,
+    resize: bool = True,
+    **options: Any,
+) -> Loaded:
+    """Puts published tensors into the places of `params`.
+
+    Args:
+      network: what the tensors are of.
+      tensors: published name -> array.
+      params: nested arrays or shapes that are wanted.
+      source: what messages call the file.
+      resize: for training that starts from the file: position tables are resized to the grids of
+        `params`, and parameters of the network's `optional` tensors may be absent.
+      **options: see `mapping.from_published`.
+
+    Raises:
+      CheckpointError: a tensor is missing, unused or of another shape.
+    """
     table, skipped = network.table, network.skipped
     if network.layout:
         table, skipped = network.layout(tensors, params, source)
-        tensors = _fitted(table, tensors, params)
-    loaded, report = mapping.from_published(
+    if resize:
+        tensors = _resized(table, tensors, params)
+    placed, report = mapping.from_published(
         table,
         tensors,
         params,
         source=source,
         skip=skipped,
-        allow_missing=allow_missing,
-        allow_unused=allow_unused,
-        initial=initial and (lambda: initial(jax.random.key(0))),
-        progress=progress,
+        optional=network.optional if resize else (),
+        **{"allow_unused": False} | options,
     )
     used = {label: tensors[label] for label in report.loaded}
-    notices += [f"{source}: {notice}" for notice in check_finite(used)]
-    return Loaded(network.name, config, loaded, report, notices, source, _dtypes(used))
+    notices = [f"{source}: {notice}" for notice in check_finite(used)]
+    return Loaded(network.name, None, placed, report, notices, source, _dtypes(used))
 
 
 def _dtypes(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
@@ -118,12 +152,12 @@ def _dtypes(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     return tuple(sorted(set(names), key=lambda n: (-names.count(n), n)))
 
 
-def _fitted(
+def _resized(
     table: Iterable[mapping.Entry], tensors: Mapping[str, np.ndarray], params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """The tensors with their position tables resized to the grids of `params`."""
-    fitted = dict(tensors)
-    tables = [entry for entry in table if entry.name.endswith("position_embedding.weight")]
+    resized = dict(tensors)
+    tables = [entry for entry in table if entry.name.endswith(_POSITIONS)]
     for name, (rows, width) in mapping.published_shapes(tables, params).items():
         have = tensors[name].shape if name in tensors else ()
         if len(have) != 2 or have[0] == rows or have[1] != width:
@@ -131,8 +165,8 @@ def _fitted(
         if math.isqrt(have[0]) ** 2 == have[0]:
             side, whole = math.isqrt(rows), np.asarray(tensors[name], np.float32)
             logging.info("%s resized from %d to %d positions", name, have[0], rows)
-            fitted[name] = np.asarray(interpolation.resize_position_table(whole, side, side))
-    return fitted
+            resized[name] = np.asarray(interpolation.resize_position_table(whole, side, side))
+    return resized
 
 
 def name_of(tensors: Collection[str]) -> str | None:
@@ -162,7 +196,7 @@ def check(name: str | None, tensors: Collection[str], source: str) -> Network:
     if network and network.task:
         remedy = f"df.load_{found} loads it, config.init_from.model starts training from it."
     elif network and network.used_by:
-        remedy = f"It needs no conversion: {network.used_by} take it."
+        remedy = f"It needs no conversion: {network.used_by} can name it."
     if name and (file := next(iter(NETWORKS[name].files), None)):
         remedy += f" The file expected is published at {WEIGHTS[file].source}."
     raise CheckpointError(

@@ -1,16 +1,32 @@
 """What is known about a network: from its tensors, from the file's configuration, from overrides.
 
-The tensors' shapes are always right. An override comes before the configuration beside the weights,
-and both raise an error where they contradict the shapes.
+The tensors' shapes are always right. An override comes before the configuration beside the weights.
+Either raises an error if it contradicts the shapes.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.runtime.errors import near_names
 
 # A configuration may say anything; what is made from it (masks of N x N) must stay bounded.
 _MOST = 1 << 14
+
+Names = Mapping[str, str | Sequence[str]]
+"""Name of our field -> its name in a published configuration, or several of which the first one
+present counts."""
+
+
+def published_fields(config: Any, names: Names) -> dict[str, Any]:
+    """The fields of a configuration under their (first) published names."""
+    fields = {}
+    for ours, theirs in names.items():
+        value = getattr(config, ours)
+        name = theirs if isinstance(theirs, str) else theirs[0]
+        fields[name] = list(value) if isinstance(value, tuple) else value
+    return fields
 
 
 class Settings:
@@ -21,6 +37,7 @@ class Settings:
       published: the configuration beside the tensors, may be empty.
       overrides: values by name of our field; each is removed when it is used.
       source: what messages call the file.
+      names: of the published configuration.
       fields: what has been settled so far, by the name of our field.
       notices: what the user should know: a value that had to be assumed.
     """
@@ -31,15 +48,17 @@ class Settings:
         published: Mapping[str, Any],
         overrides: Mapping[str, Any],
         source: str,
+        names: Names | None = None,
     ):
         self.tensors, self.published, self.source = tensors, published, source
-        self.overrides = dict(overrides)
+        self.overrides, self.names = dict(overrides), names or {}
         self.fields: dict[str, Any] = {}
         self.notices: list[str] = []
 
-    def by_shape(self, name: str, value: Any, names: Sequence[str] = ()) -> None:
-        """A field that shapes determine; `names` are those of the published configuration."""
-        self.check(value, names)
+    def by_shape(self, name: str, value: Any) -> None:
+        """A field that shapes determine; overrides and the configuration must agree with it."""
+        if name in self.names:
+            self.check(name, value)
         given = self.overrides.pop(name, None)
         if given is not None and given != value:
             raise CheckpointError(
@@ -49,12 +68,16 @@ class Settings:
             )
         self.fields[name] = value
 
-    def check(self, value: Any, names: Sequence[str]) -> None:
-        """Raises CheckpointError if the configuration has another value under one of `names`."""
-        for name in names:
-            said = self.published.get(name)
-            if said is not None and said != value:
-                self.contradict(name, repr(said), value)
+    def check(self, name: str, value: Any) -> None:
+        """Raises CheckpointError if the configuration has another value of our field `name`."""
+        for theirs in self._published_names(name):
+            said = self.published.get(theirs)
+            if said is not None and said != (list(value) if isinstance(value, tuple) else value):
+                self.contradict(theirs, repr(said), value)
+
+    def _published_names(self, name: str) -> Sequence[str]:
+        names = self.names.get(name, name)
+        return (names,) if isinstance(names, str) else names
 
     def contradict(self, name: str, said: str, found: Any) -> NoReturn:
         """Raises CheckpointError: the configuration says one thing, the weights another."""
@@ -67,21 +90,13 @@ class Settings:
         )
 
     def told(
-        self,
-        name: str,
-        kind: type,
-        names: Sequence[str] = (),
-        *,
-        default: Any = None,
-        why: str = "",
-        signed: bool = False,
+        self, name: str, kind: type, *, default: Any = None, why: str = "", signed: bool = False
     ) -> Any:
         """A field that no shape determines: from the override, the configuration or the default.
 
         Args:
           name: of our field.
           kind: int or float.
-          names: of the published configuration, the first one present counts; default `name`.
           default: None, or a value of this kind.
           why: where a default comes from; if given, a notice says that it was used.
           signed: whether zero and negative numbers are allowed.
@@ -89,11 +104,11 @@ class Settings:
         Raises:
           CheckpointError: a value of another kind.
         """
-        found = [(n, self.published[n]) for n in names or (name,) if n in self.published]
+        found = [n for n in self._published_names(name) if n in self.published]
         if name in self.overrides:
             value = self.overrides.pop(name)
         elif found:
-            value = found[0][1]
+            value = self.published[found[0]]
         else:
             value = default
             if why:
@@ -123,19 +138,20 @@ class Settings:
                 remedy="Such a network is not supported here.",
             )
 
-    def build(self, config: type, known: Sequence[str]) -> Any:
-        """A `config` of the settled fields and the overrides of `known` ones not settled yet.
+    def build(self, config: type) -> Any:
+        """A `config` of the settled fields and of overrides of other fields.
 
         Raises:
           CheckpointError: an unknown override, or values that do not belong together.
         """
-        free = [name for name in known if name not in self.fields]
-        unknown = [name for name in self.overrides if name not in free]
-        if unknown:
-            raise CheckpointError(
-                f"unknown override {unknown[0]!r}",
-                expected=f"one of {', '.join(sorted({*free, *self.fields}))}",
-            )
+        known = [field.name for field in dataclasses.fields(config)]
+        for name in self.overrides:
+            if name in self.fields or name not in known:
+                near = near_names(name, known) or known
+                raise CheckpointError(
+                    f"{self.source}: unknown override {name!r}",
+                    expected=f"a field of {config.__name__} such as {', '.join(near)}",
+                )
         try:
             return config(**self.fields, **self.overrides)
         except ValueError as error:
@@ -159,8 +175,12 @@ class Settings:
             )
         return int(shape[axis])
 
+    def count(self, prefix: str) -> int:
+        """How many layers there are, their tensors being named PREFIX0.x, PREFIX1.x, ..."""
+        return count_layers(self.tensors, prefix)
+
 
 def count_layers(tensors: Mapping[str, Any], prefix: str) -> int:
-    """How many layers there are, their tensors being named PREFIX0.…, PREFIX1.…, ..."""
+    """How many layers there are, their tensors being named PREFIX0.x, PREFIX1.x, ..."""
     numbers = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
     return 1 + max((int(n) for n in numbers if n.isdecimal() and len(n) < 4), default=-1)

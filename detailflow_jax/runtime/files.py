@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -43,6 +44,38 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """As `atomic_path`, an empty folder to fill; a folder that is at `path` is replaced whole."""
+    path, made = pathlib.Path(path), []
+    try:
+        for _ in range(2):
+            name = tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent)
+            made.append(pathlib.Path(name))
+        new, old = made
+        yield new
+        new.chmod(0o755)  # mkdtemp's folders are for their owner only.
+        for inside in (*new.rglob("*"), new):
+            sync_folder(inside)
+        if replaced := path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if replaced:
+                made.remove(old)  # Until it is back in its place, it is the only copy.
+                os.replace(old, path)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        raise FileError(f"cannot write {path}: {error}") from error
+    finally:
+        for left in made:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """As `atomic_path`, an open file to write to and read from."""
     with atomic_path(path) as temporary, temporary.open("w+b") as file:
@@ -62,7 +95,7 @@ def remove_partial(folder: str | os.PathLike, name: str = "*") -> None:
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Makes the names in a folder safe on the disk."""
+    """Makes the names in a folder, or the content of a file, safe on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

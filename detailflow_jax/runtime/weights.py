@@ -1,11 +1,11 @@
 """Published weights: what each recipe needs, where it is expected, and where people get it.
 
-    python -m detailflow_jax.weights                      # every file: there or not, its checksum
-    python -m detailflow_jax.weights tokenizer evaluate   # what these recipes need
+    detailflow weights                      # every file: there or not, its checksum
+    detailflow weights tokenizer evaluate   # what these recipes need
 
 Nothing is downloaded. Files are expected in $DETAILFLOW_WEIGHTS, default
-~/.cache/detailflow_jax/weights, under the names below; every one can be named elsewhere by the
-field or option that the list gives.
+~/.cache/detailflow_jax/weights, under the names below. The field or option that the list gives
+names a file elsewhere. The registry of networks and the loss terms read the same list.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 
 VARIABLE, DEFAULT_FOLDER = "DETAILFLOW_WEIGHTS", "~/.cache/detailflow_jax/weights"
-COMMAND = "python -m detailflow_jax.weights"
+COMMAND = "detailflow weights"
 _BLOCK = 1 << 22
 
 
@@ -150,6 +150,12 @@ RECIPES = {
     ),
 }
 """What needs what; `generator` needs nothing."""
+
+
+def fields_of(names: Sequence[str]) -> list[str]:
+    """The fields and options that name the weights `names`, keys of `WEIGHTS`."""
+    needs = (need for needs in RECIPES.values() for need in needs if need.weights in names)
+    return list(dict.fromkeys(need.field for need in needs))
 
 
 def folder() -> pathlib.Path:

@@ -15,6 +15,7 @@ from detailflow_jax.convert import mapping, registry, write_pytorch
 from detailflow_jax.convert.__main__ import main as convert
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.tables import flowar as names
+from detailflow_jax.models.flowar import SIZES
 
 SMALL = ("flowar_attn_mlp", "flowar_cross_attn")
 
@@ -24,7 +25,7 @@ def recorded(request, tmp_path):
     """(file in the published form, the recorded state dict, its settings)."""
     _, settings, state = golden_files.read(request.param)
     path = tmp_path / "FlowAR.pth"
-    write_pytorch(state, path, {}, ema=state, ema_key="model_ema")
+    write_pytorch(state, path, {}, more={"model_ema": state})
     return path, state, settings
 
 
@@ -73,7 +74,7 @@ def test_weights_come_from_the_average_by_default(recorded, tmp_path):
     path, state, _ = recorded
     other = {name: x + 1 if x.ndim else x for name, x in state.items() if name != "mask"}
     both = tmp_path / "both"
-    write_pytorch(other, both, {}, ema=state, ema_key="model_ema")
+    write_pytorch(other, both, {}, more={"model_ema": state})
     average = df.load_flowar(both).fingerprint
     assert average == df.load_flowar(path).fingerprint
     assert df.load_flowar(both, weights="model").fingerprint != average
@@ -99,7 +100,7 @@ def test_full_size_names_and_shapes(name, size):
     wanted = full_weights.shapes(name)
     tensors = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in wanted.items()}
     config, _ = registry.NETWORKS["flowar"].infer(tensors, {}, {}, name)
-    for field, value in registry.flowar_network.SIZES[size].items():
+    for field, value in SIZES[size].items():
         assert getattr(config, field) == value
     abstract = registry.NETWORKS["flowar"].abstract(config, scan=True)
     shapes = mapping.published_shapes(names.TABLE, abstract)
@@ -116,7 +117,7 @@ def test_full_size_sampling(name, tmp_path):
     state = full_weights.state_dict(name, not_filled=derived)
     for key in derived:
         del state[key]
-    write_pytorch(state, tmp_path / "full.pth", {}, ema=state, ema_key="model_ema")
+    write_pytorch(state, tmp_path / "full.pth", {}, more={"model_ema": state})
     del state
     model = df.load_flowar(tmp_path / "full.pth")
     # One of the two recorded rows, which do not touch each other: this is much arithmetic.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import golden_files
-from detailflow_jax.convert import CheckpointError, start
+from detailflow_jax.convert import CheckpointError, published
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.models import siglip
 from detailflow_jax.models.tokenizer import TokenizerConfig
@@ -21,6 +21,10 @@ def params_like(size):
     example = np.zeros((1, size.patch_size, size.patch_size, 3), np.float32)
     init = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
     return jax.tree.map(lambda x: x.value, init, is_leaf=lambda x: hasattr(x, "names"))
+
+
+def read(path, params):
+    return published.read("siglip2", path, params=params).params
 
 
 def their_features(model, images, size):
@@ -48,7 +52,7 @@ def test_same_features(theirs, file, grid):
     images = np.random.default_rng(0).uniform(-1, 1, (2, grid[0] * 4, grid[1] * 4, 3))
     images = images.astype(np.float32)
     want, _ = their_features(model, images, SIZE)
-    params = start.read_siglip(str(files[file]), params_like(SIZE))
+    params = read(str(files[file]), params_like(SIZE))
     got = jax.jit(siglip.VisionTransformer(SIZE).apply)({"params": params}, images)
     assert golden_files.error(got, want) <= TOLERANCE
 
@@ -57,7 +61,7 @@ def test_first_layers_and_another_grid(theirs):
     """The encoder takes fewer layers, and a table of another side resized as for such a grid."""
     model, files = theirs
     size = siglip.ViTConfig(48, 2, 4, 80, patch_size=4, table_side=9)
-    params = start.read_siglip(str(files["both"]), params_like(size))
+    params = read(str(files["both"]), params_like(size))
     images = np.random.default_rng(1).uniform(-1, 1, (1, 36, 36, 3)).astype(np.float32)
     _, states = their_features(model, images, SIZE)
     network = siglip.VisionTransformer(size)
@@ -78,16 +82,16 @@ def test_first_layers_and_another_grid(theirs):
 def test_other_sizes_are_refused(theirs, change, message):
     size = {"width": 48, "depth": 3, "num_heads": 4, "mlp_dim": 80, "patch_size": 4} | change
     with pytest.raises(CheckpointError, match=message):
-        start.read_siglip(str(theirs[1]["vision"]), params_like(siglip.ViTConfig(**size)))
+        read(str(theirs[1]["vision"]), params_like(siglip.ViTConfig(**size)))
 
 
 def test_another_network_is_refused(tmp_path):
     torch.save({"tok_embeddings.weight": torch.ones(4, 2)}, tmp_path / "gpt.pt")
     with pytest.raises(CheckpointError, match=r"looks like a DetailFlow generator.*SigLIP2"):
-        start.read_siglip(str(tmp_path / "gpt.pt"), params_like(SIZE))
+        read(str(tmp_path / "gpt.pt"), params_like(SIZE))
     torch.save({"w": torch.ones(4, 2)}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="is of no network known here"):
-        start.read_siglip(str(tmp_path / "x.pt"), params_like(SIZE))
+        read(str(tmp_path / "x.pt"), params_like(SIZE))
 
 
 def test_it_is_no_tokenizer(theirs):

@@ -75,7 +75,7 @@ def test_safetensors_file(tmp_path):
     assert len(modes) == 1  # readable by whoever may read the configuration
     same(read_checkpoint(tmp_path).tensors, TENSORS)
     with pytest.raises(CheckpointError, match="safetensors holds one set"):
-        write_pytorch(TENSORS, tmp_path / "x.safetensors", {}, ema=TENSORS)
+        write_pytorch(TENSORS, tmp_path / "x.safetensors", {}, more={"ema": TENSORS})
 
 
 def test_wrapping(tmp_path):
@@ -83,8 +83,8 @@ def test_wrapping(tmp_path):
     other = {"w": np.zeros(1000, np.float32)}
     write_pytorch(two, tmp_path / "a" / "x.pt", {}, wrap=None)
     write_pytorch(two, tmp_path / "b" / "x.pt", {}, wrap="state_dict")
-    write_pytorch(two, tmp_path / "c" / "x.pt", {}, ema=two)
-    write_pytorch(two, tmp_path / "d" / "x.pt", {}, ema=other)
+    write_pytorch(two, tmp_path / "c" / "x.pt", {}, more={"ema": two})
+    write_pytorch(two, tmp_path / "d" / "x.pt", {}, more={"ema": other})
     files = {name: tmp_path / name / "x.pt" for name in "abcd"}
     read = {name: torch.load(file, weights_only=True) for name, file in files.items()}
     assert list(read["a"]) == ["w"] and list(read["b"]) == ["state_dict"]

@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.convert.mapping import Entry, conv, linear, norm
-from detailflow_jax.convert.settings import Settings, count_layers
-from detailflow_jax.models.discriminator import DinoConfig
+from detailflow_jax.convert.mapping import Entry, conv, counters, linear, norm
+from detailflow_jax.convert.network import Network, any_of, image
+from detailflow_jax.convert.settings import Settings
+from detailflow_jax.models.discriminator import Dino, DinoConfig, make
 
-HEAD_DIM = 64
-"""Of an attention head in every published DINO."""
+_HEAD_DIM = 64  # of an attention head in every published DINO
 
 _BLOCK, _OURS = "blocks.{}", "blocks/layers"
 
@@ -40,23 +40,23 @@ DINO = (
 DINO_SKIPPED = ("x_scale", "x_shift", "norm.", "head.")
 """Constants, and what comes after the last read point."""
 
-DINO_SIGNS = ("blocks.0.attn.qkv.weight",)
-"""Names by which such a checkpoint is known."""
-
 
 def infer_dino(s: Settings) -> DinoConfig:
     """The DINO that these tensors are of, with heads of 64 where `num_heads` is no override."""
     width, length = s.size("pos_embed", 2, 3), s.size("pos_embed", 1, 3)
     patch, side = s.size("patch_embed.proj.weight", 3, 4), round((length - 1) ** 0.5)
-    num_heads = s.overrides.pop("num_heads", None) or width // HEAD_DIM
+    num_heads = s.overrides.pop("num_heads", None) or width // _HEAD_DIM
     if side**2 != length - 1 or not num_heads or width % num_heads:
         raise CheckpointError(
             f"{s.source}: {length} positions, width {width} and {num_heads} heads",
             expected="a class token and a square grid, heads that divide the width",
         )
-    s.fields |= {"width": width, "num_heads": num_heads, "patch_size": patch}
-    s.fields |= {"depth": count_layers(s.tensors, "blocks."), "image_size": side * patch}
-    return s.build(DinoConfig, ["read_blocks", "kernel_size", "dtype", "scan", "remat"])
+    for name, value in (
+        *(("width", width), ("num_heads", num_heads), ("patch_size", patch)),
+        *(("depth", s.count("blocks.")), ("image_size", side * patch)),
+    ):
+        s.by_shape(name, value)
+    return s.build(DinoConfig)
 
 
 def _spectral_conv(name: str, path: str) -> Iterator[Entry]:
@@ -90,17 +90,6 @@ def heads_prefix(tensors: Collection[str]) -> str | None:
     return next((p for p in ("heads.", "") if f"{p}0.0.0.weight_orig" in tensors), None)
 
 
-def counters(table: tuple[Entry, ...]) -> tuple[str, ...]:
-    """Names of the batch counters beside the running means: nothing needs them, strict loading
-    asks for them (int64 scalars)."""
-    end = ".running_mean"
-    return tuple(
-        f"{entry.name.removesuffix(end)}.num_batches_tracked"
-        for entry in table
-        if entry.name.endswith(end)
-    )
-
-
 def patchgan(num_layers: int, prefix: str = "main.") -> tuple[Entry, ...]:
     """PatchGAN as pix2pix and taming-transformers name it."""
     table = list(conv(f"{prefix}0", "params/conv_0"))
@@ -128,3 +117,27 @@ def layout(
     else:
         table = patchgan(sum(name.startswith("conv_") for name in parts) - 1)
     return table, (*counters(table), "dino_proxy.")
+
+
+DINO_NETWORK = Network(
+    name="dino",
+    title="DINO vision transformer",
+    recognise=any_of(("blocks.0.attn.qkv.weight",)),
+    module=Dino,
+    example=lambda config: (image(config.image_size),),
+    table=DINO,
+    skipped=DINO_SKIPPED,
+    infer_config=infer_dino,
+    files=("dino",),
+)
+
+NETWORK = Network(
+    name="discriminator",
+    title="trained discriminator",
+    recognise=find,
+    module=lambda config: make(config).network,
+    example=lambda config: (),  # Its variables are known to the caller, who passes `params`.
+    layout=layout,
+    weights="discriminator",
+    field="config.init_from.discriminator",
+)

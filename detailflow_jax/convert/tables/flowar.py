@@ -8,10 +8,12 @@ import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear
-from detailflow_jax.convert.settings import Settings, count_layers
-from detailflow_jax.models.flowar import SIZES, FlowARConfig
+from detailflow_jax.convert.network import Network, any_of
+from detailflow_jax.convert.settings import Settings, published_fields
+from detailflow_jax.models.flowar import SIZES, FlowAR, FlowARConfig, example
 from detailflow_jax.ops import rotary
 from detailflow_jax.ops import scales as grids
+from detailflow_jax.tasks import flowar as task
 
 
 def _gated_mlp(name: str, path: str) -> Iterator[Entry]:
@@ -73,24 +75,28 @@ TABLE = (
     *linear("flownet.final_layer.adaLN_modulation.1", "head/final_modulation"),
 )
 
-MOST_BLOCKS = 64
-"""Names of derived buffers are listed for this many blocks."""
-
 _ROTARY = ("encoder_blocks.{}.attn", "decoder_blocks.{}.attn")
 _HEAD_ROTARY = ("flownet.res_blocks.{}.attn", "flownet.res_blocks.{}.crossattn")
+_MOST_BLOCKS = 64
 
 SKIPPED = (
     "mask",
-    *(
-        f"{stack.format(i)}.rope."
-        for stack in (*_ROTARY, *_HEAD_ROTARY)
-        for i in range(MOST_BLOCKS)
-    ),
+    *(f"{name.format(i)}.rope." for name in _ROTARY + _HEAD_ROTARY for i in range(_MOST_BLOCKS)),
 )
 """Derived buffers."""
 
-SIGNS = ("diffusion_pos_embed_learned", "flownet.input_proj.weight")
-"""Names by which such a checkpoint is known."""
+_NAMES = {
+    "width": ("encoder_embed_dim", "decoder_embed_dim"),
+    "first_depth": "encoder_depth",
+    "second_depth": "decoder_depth",
+    "num_heads": "encoder_num_heads",
+    "channels": "vae_embed_dim",
+    "num_classes": "class_num",
+    "head_depth": "diffloss_d",
+    "head_width": "diffloss_w",
+    "scales": "scale",
+    "buffer_size": "buffer_size",
+}
 
 
 def buffers(config: FlowARConfig) -> dict[str, np.ndarray]:
@@ -99,42 +105,42 @@ def buffers(config: FlowARConfig) -> dict[str, np.ndarray]:
     own, head = (
         rotary.frequencies(dim) for dim in (config.width // config.num_heads, config.head_dim)
     )
-    stacks = [(name, config.first_depth, own) for name in _ROTARY[:1]]
-    stacks += [(name, config.second_depth, own) for name in _ROTARY[1:]]
-    names = _HEAD_ROTARY if config.head.crosses else _HEAD_ROTARY[:1]
-    stacks += [(name, config.head_depth, head) for name in names]
-    for name, depth, frequencies in stacks:
+    head_names = _HEAD_ROTARY if config.head.crosses else _HEAD_ROTARY[:1]
+    for name, depth, frequencies in (
+        (_ROTARY[0], config.first_depth, own),
+        (_ROTARY[1], config.second_depth, own),
+        *((name, config.head_depth, head) for name in head_names),
+    ):
         found |= {f"{name.format(i)}.rope.freqs": frequencies for i in range(depth)}
     return found
 
 
 def infer_config(s: Settings) -> FlowARConfig:
     """The network that these tensors are of."""
-    s.by_shape("width", s.size("class_emb.weight", 1), ["encoder_embed_dim", "decoder_embed_dim"])
-    s.by_shape("num_classes", s.size("class_emb.weight", 0) - 1, ["class_num"])
-    s.by_shape("channels", s.size("z_proj.weight", 1), ["vae_embed_dim"])
-    s.by_shape("first_depth", count_layers(s.tensors, "encoder_blocks."), ["encoder_depth"])
-    s.by_shape("second_depth", count_layers(s.tensors, "decoder_blocks."), ["decoder_depth"])
-    s.by_shape("head_width", s.size("flownet.input_proj.weight", 0), ["diffloss_w"])
-    s.by_shape("head_depth", count_layers(s.tensors, "flownet.res_blocks."), ["diffloss_d"])
+    s.by_shape("width", s.size("class_emb.weight", 1))
+    s.by_shape("num_classes", s.size("class_emb.weight", 0) - 1)
+    s.by_shape("channels", s.size("z_proj.weight", 1))
+    s.by_shape("first_depth", s.count("encoder_blocks."))
+    s.by_shape("second_depth", s.count("decoder_blocks."))
+    s.by_shape("head_width", s.size("flownet.input_proj.weight", 0))
+    s.by_shape("head_depth", s.count("flownet.res_blocks."))
     crosses = "flownet.res_blocks.0.crossattn.q.weight" in s.tensors
-    s.check(crosses, ["cross"])
+    s.check("cross", crosses)
     s.by_shape("injection", "spatial_cross" if crosses else "spatial")
     _heads(s)
     _scales(s, s.size("encoder_pos_embed_learned", 1, rank=3))
-    rates = ["class_dropout", "attention_dropout", "projection_dropout"]
-    return s.build(FlowARConfig, [*rates, "dtype", "scan", "remat"])
+    return s.build(FlowARConfig)
 
 
 def _heads(s: Settings) -> None:
     """Heads by the rotary buffers, where they are kept; else by configuration or size."""
     own = s.tensors.get("encoder_blocks.0.attn.rope.freqs")
     if own is not None and own.shape and s.fields["width"] % (4 * own.shape[0]) == 0:
-        s.by_shape("num_heads", s.fields["width"] // (4 * own.shape[0]), ["encoder_num_heads"])
+        s.by_shape("num_heads", s.fields["width"] // (4 * own.shape[0]))
     else:
         block = (s.fields["first_depth"], s.fields["width"])
         usual = {(x["first_depth"], x["width"]): x["num_heads"] for x in SIZES.values()}
-        if s.told("num_heads", int, ["encoder_num_heads"], default=usual.get(block)) is None:
+        if s.told("num_heads", int, default=usual.get(block)) is None:
             raise CheckpointError(
                 f"{s.source}: nothing tells its number of heads",
                 expected="num_heads=..., a divisor of the width",
@@ -165,6 +171,11 @@ def _scales(s: Settings, positions: int) -> None:
     s.fields |= {"scales": scales, "buffer_size": buffer}
 
 
+def _sides(text: str) -> tuple[int, ...]:
+    """ "1,4,16" -> (1, 4, 16)."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def file_name(config: FlowARConfig) -> str:
     """The published size of these widths and depths, as files are named by it, or FlowAR."""
     fields = dataclasses.asdict(config).items()
@@ -177,19 +188,9 @@ def describe(config: FlowARConfig) -> tuple[dict[str, Any], dict[str, Any], list
     Returns:
       `config.json`, what `config.yaml` holds beside it, and notices.
     """
-    both = {
-        "encoder_embed_dim": config.width,
-        "encoder_depth": config.first_depth,
-        "encoder_num_heads": config.num_heads,
+    both = published_fields(config, _NAMES) | {
         "decoder_embed_dim": config.width,
-        "decoder_depth": config.second_depth,
         "decoder_num_heads": config.num_heads,
-        "vae_embed_dim": config.channels,
-        "class_num": config.num_classes,
-        "diffloss_d": config.head_depth,
-        "diffloss_w": config.head_width,
-        "scale": list(config.scales),
-        "buffer_size": config.buffer_size,
         "cross": config.head.crosses,
     }
     notices = []
@@ -199,3 +200,27 @@ def describe(config: FlowARConfig) -> tuple[dict[str, Any], dict[str, Any], list
             "under the published names, but the published code cannot build it"
         )
     return both, {}, notices
+
+
+NETWORK = Network(
+    name="flowar",
+    title="FlowAR model",
+    recognise=any_of(("diffusion_pos_embed_learned", "flownet.input_proj.weight")),
+    module=FlowAR,
+    example=example,
+    table=TABLE,
+    skipped=SKIPPED,
+    infer_config=infer_config,
+    from_run=task.model_config,
+    describe=describe,
+    names=_NAMES,
+    options={
+        "num_heads": (int, "attention heads"),
+        "scales": (_sides, "sides of the scales, such as 1,4,16"),
+        "buffer_size": (int, "class tokens in front of the sequence"),
+    },
+    buffers=buffers,
+    file_name=file_name,
+    weights="ema",
+    ema_key="model_ema",
+)

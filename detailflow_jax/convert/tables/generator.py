@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry
-from detailflow_jax.convert.settings import Settings, count_layers
-from detailflow_jax.models.generator import SIZES, GeneratorConfig
+from detailflow_jax.convert.network import Network, any_of
+from detailflow_jax.convert.settings import Settings, published_fields
+from detailflow_jax.models.generator import SIZES, Generator, GeneratorConfig
+from detailflow_jax.tasks import generator as task
 
 _LAYER, _OURS = "layers.{}", "blocks/layers"
 _SPECIAL = "spe_tok_embeddings.special_embeddings.weight"
@@ -35,15 +38,19 @@ TABLE = (
 SKIPPED = ("freqs_cis", "mask", "group_causal_mask")
 """Derived buffers."""
 
-SIGNS = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight", "output.weight")
-"""Names by which such a checkpoint is known."""
-
-_BLOCK = {(size["depth"], size["width"]): size["num_heads"] for size in SIZES.values()}
-
-
-def buffers(config: GeneratorConfig) -> dict[str, np.ndarray]:
-    """What strict loading asks for besides: in groups of one, a table of no special embeddings."""
-    return {_SPECIAL: np.zeros((0, config.width), np.float32)} if config.group_size == 1 else {}
+_NAMES = {
+    "width": "dim",
+    "depth": "n_layer",
+    "num_heads": "n_head",
+    "num_kv_heads": "n_kv_head",
+    "multiple_of": "multiple_of",
+    "codebook_size": "vocab_size",
+    "num_tokens": "block_size",
+    "num_classes": "num_classes",
+    "group_size": "group_size",
+    "causal_num": "causal_num",
+}
+_HEADS = {(size["depth"], size["width"]): size["num_heads"] for size in SIZES.values()}
 
 
 def infer_config(s: Settings) -> GeneratorConfig:
@@ -52,20 +59,18 @@ def infer_config(s: Settings) -> GeneratorConfig:
     s.only("model_type", "c2i", "so it is not conditioned on classes")
     s.only("rope_base", 10000, "so its rotary frequencies are others")
     s.only("norm_eps", 1e-5, "so its norms are others")
-    s.by_shape("codebook_size", s.size("tok_embeddings.weight", 0), ["vocab_size"])
-    s.by_shape("width", s.size("tok_embeddings.weight", 1), ["dim"])
-    s.by_shape("depth", count_layers(s.tensors, "layers."), ["n_layer"])
-    classes = s.size("cls_embedding.embedding_table.weight", 0) - 1  # the last is the null class
-    s.by_shape("num_classes", classes, ["num_classes"])
-    group = s.size(_SPECIAL, 0) + 1
-    s.by_shape("group_size", group, ["group_size"])
+    s.by_shape("codebook_size", s.size("tok_embeddings.weight", 0))
+    s.by_shape("width", s.size("tok_embeddings.weight", 1))
+    s.by_shape("depth", s.count("layers."))
+    # The last class is the null class.
+    s.by_shape("num_classes", s.size("cls_embedding.embedding_table.weight", 0) - 1)
+    s.by_shape("group_size", s.size(_SPECIAL, 0) + 1)
     _heads(s, rows=s.size("layers.0.attention.wqkv.weight", 0))
     _hidden(s, s.size("layers.0.feed_forward.w1.weight", 0))
     why = "as in DetailFlow-16; pass num_tokens=256 or 512 if it is of another tokenizer"
-    s.told("num_tokens", int, ["block_size"], default=128, why=why)
+    s.told("num_tokens", int, default=128, why=why)
     s.told("causal_num", int, signed=True)  # 0 is allowed; the network checks the rest
-    rates = ["class_dropout", "token_dropout", "residual_dropout"]
-    return s.build(GeneratorConfig, [*rates, "dtype", "scan", "remat"])
+    return s.build(GeneratorConfig)
 
 
 def _heads(s: Settings, rows: int) -> None:
@@ -75,8 +80,7 @@ def _heads(s: Settings, rows: int) -> None:
     if named and (named["depth"], named["width"]) != (depth, width):
         said = f"{s.published['gpt_model']}, {named['depth']} layers of width {named['width']}"
         s.contradict("gpt_model", said, f"{depth} layers of width {width}")
-    usual = _BLOCK.get((depth, width))
-    heads = s.told("num_heads", int, ["n_head"], default=usual)
+    heads = s.told("num_heads", int, default=_HEADS.get((depth, width)))
     if heads is None or width % heads or (rows - width) % (2 * (width // heads)):
         raise CheckpointError(
             f"{s.source}: a generator of {depth} layers, width {width} and {heads} heads, with "
@@ -87,7 +91,7 @@ def _heads(s: Settings, rows: int) -> None:
     kv_heads = (rows - width) // (2 * (width // heads))
     if kv_heads < 1 or heads % kv_heads:
         s.contradict("n_head", str(heads), f"{kv_heads} key/value heads")
-    s.by_shape("num_kv_heads", kv_heads, ["n_kv_head"])
+    s.by_shape("num_kv_heads", kv_heads)
     if kv_heads == heads:
         s.fields["num_kv_heads"] = None
 
@@ -105,8 +109,9 @@ def _hidden(s: Settings, hidden: int) -> None:
             expected=f"at least {least}, 8/3 of the width {s.fields['width']}",
             remedy="Such a network is not supported here.",
         )
-    names = [] if s.published.get("ffn_dim_multiplier") else ["multiple_of"]
-    s.by_shape("multiple_of", multiple, names)
+    if s.published.get("ffn_dim_multiplier"):  # The multiple is then of another width.
+        s.published = {k: v for k, v in s.published.items() if k != "multiple_of"}
+    s.by_shape("multiple_of", multiple)
 
 
 def describe(config: GeneratorConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -116,19 +121,7 @@ def describe(config: GeneratorConfig) -> tuple[dict[str, Any], dict[str, Any], l
       `config.json`, exactly fields that the published code knows; what `config.yaml` holds beside
       them; notices.
     """
-    both = {
-        "dim": config.width,
-        "n_layer": config.depth,
-        "n_head": config.num_heads,
-        "n_kv_head": config.num_kv_heads,
-        "multiple_of": config.multiple_of,
-        "vocab_size": config.codebook_size,
-        "block_size": config.num_tokens,
-        "num_classes": config.num_classes,
-        "group_size": config.group_size,
-        "causal_num": config.causal_num,
-        "cls_token_num": 1,
-    }
+    both = published_fields(config, _NAMES) | {"cls_token_num": 1}
     block = {"depth": config.depth, "num_heads": config.num_heads, "width": config.width}
     name = next((name for name, size in SIZES.items() if size == block), None)
     if name:
@@ -138,3 +131,31 @@ def describe(config: GeneratorConfig) -> tuple[dict[str, Any], dict[str, Any], l
         "the published sizes, so gpt_model is left out and the published code cannot build it"
     )
     return both, {}, [notice]
+
+
+def _buffers(config: GeneratorConfig) -> dict[str, np.ndarray]:
+    """In groups of one, a table of no special embeddings."""
+    return {_SPECIAL: np.zeros((0, config.width), np.float32)} if config.group_size == 1 else {}
+
+
+NETWORK = Network(
+    name="generator",
+    title="DetailFlow generator",
+    recognise=any_of(("tok_embeddings.weight", "layers.0.attention.wqkv.weight", "output.weight")),
+    module=Generator,
+    example=lambda c: (jnp.zeros((1, c.num_tokens), jnp.int32), jnp.zeros((1,), jnp.int32)),
+    table=TABLE,
+    skipped=SKIPPED,
+    infer_config=infer_config,
+    from_run=task.model_config,
+    describe=describe,
+    names=_NAMES,
+    options={
+        "num_heads": (int, "attention heads"),
+        "num_tokens": (int, "N, tokens of an image"),
+        "causal_num": (int, "c, tokens generated one by one"),
+    },
+    buffers=_buffers,
+    file_name=lambda config: str(config.num_tokens),
+    weights="ema",
+)

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from detailflow_jax.convert.mapping import Entry, conv, linear
-from detailflow_jax.models.inception import MIXED, STEM
+from detailflow_jax.convert.mapping import Entry, conv, counters, linear
+from detailflow_jax.convert.network import Network, image
+from detailflow_jax.models.inception import MIXED, STEM, Inception
 
-SIGNS = ("Mixed_7c.branch3x3dbl_3b.conv.weight", "fc.weight")
-"""Names by which such a checkpoint is known."""
+_SIGNS = {"Mixed_7c.branch3x3dbl_3b.conv.weight", "fc.weight"}
 
 
 def _leaves(steps: Any) -> Iterator[str]:
@@ -37,9 +37,15 @@ def _table() -> Iterator[Entry]:
 
 TABLE = tuple(_table())
 
-COUNTERS = tuple(
-    entry.name.replace("running_mean", "num_batches_tracked")
-    for entry in TABLE
-    if entry.name.endswith("running_mean")
+COUNTERS = counters(TABLE)
+
+NETWORK = Network(
+    name="inception",
+    title="feature network of FID (Inception)",
+    recognise=_SIGNS.issubset,
+    module=lambda config: Inception(),
+    example=lambda config: (image(299),),
+    table=TABLE,
+    skipped=COUNTERS,
+    files=("inception",),
 )
-"""Batch counters in the file that nothing needs."""

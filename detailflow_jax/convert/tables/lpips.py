@@ -13,7 +13,8 @@ from typing import Any
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv
-from detailflow_jax.models.lpips import STAGES
+from detailflow_jax.convert.network import Network, image
+from detailflow_jax.models.lpips import LPIPS, SMALLEST, STAGES
 
 SKIPPED = ("scaling_layer.", "lins.", "classifier.")
 """Constants, repetitions, and the head of VGG16."""
@@ -84,3 +85,14 @@ def layout(
             remedy="Name LPIPS's vgg.pth beside torchvision's VGG16.",
         )
     return table(form), SKIPPED
+
+
+NETWORK = Network(
+    name="lpips",
+    title="perceptual network (LPIPS)",
+    recognise=recognise,
+    module=lambda config: LPIPS(),
+    example=lambda config: (image(SMALLEST), image(SMALLEST)),
+    layout=layout,
+    files=("vgg16", "lpips"),
+)

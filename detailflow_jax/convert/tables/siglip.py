@@ -1,13 +1,15 @@
 """SigLIP2 vision model in Hugging Face names."""
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, depth, linear, norm
+from detailflow_jax.convert.network import Network, image
 from detailflow_jax.convert.settings import Settings, count_layers
-from detailflow_jax.models.siglip import ViTConfig
+from detailflow_jax.models.siglip import VisionTransformer, ViTConfig
 
 HEADS = {1152: 16, 768: 12}
 """Heads by width, in SigLIP2-so400m and in the trunks of the published tokenizers."""
@@ -75,9 +77,12 @@ def layout(
 
 def infer_config(s: Settings) -> ViTConfig:
     """The network that these tensors are of; `num_heads` may be an override."""
-    prefix, heads = find(s.tensors) or "", s.overrides.get("num_heads")
+    prefix, heads = find(s.tensors) or "", s.overrides.pop("num_heads", None)
     pixels = s.size(_under(prefix) + SIGN, 1)
-    return infer_trunk(s, prefix, heads, override="num_heads", pixels=pixels)
+    found = infer_trunk(s, prefix, heads, override="num_heads", pixels=pixels)
+    for name, value in dataclasses.asdict(found).items():
+        s.by_shape(name, value)
+    return s.build(ViTConfig)
 
 
 def infer_trunk(
@@ -109,7 +114,7 @@ def infer_trunk(
         )
     return ViTConfig(
         width=width,
-        depth=count_layers(s.tensors, layers),
+        depth=s.count(layers),
         num_heads=num_heads,
         mlp_dim=s.size(f"{layers}0.mlp.fc1.weight", 0),
         patch_size=_side(pixels, 3, f"{s.source}: the patches of {name}"),
@@ -124,3 +129,15 @@ def _side(size: int, channels: int, where: str) -> int:
             f"{where}: {size} numbers", expected=f"{channels} x side x side of a square"
         )
     return side
+
+
+NETWORK = Network(
+    name="siglip2",
+    title="SigLIP2 vision model",
+    recognise=lambda names: find(names) is not None,
+    module=VisionTransformer,
+    example=lambda config: (image(config.patch_size),),
+    layout=layout,
+    infer_config=infer_config,
+    files=("siglip2",),
+)

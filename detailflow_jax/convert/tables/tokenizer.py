@@ -1,18 +1,22 @@
 """The DetailFlow tokenizer in its published names and its published configuration."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear
-from detailflow_jax.convert.settings import Settings
+from detailflow_jax.convert.network import Network, any_of, image
+from detailflow_jax.convert.settings import Settings, published_fields
 from detailflow_jax.convert.tables import siglip
 from detailflow_jax.models.siglip import ViTConfig
-from detailflow_jax.models.tokenizer import TokenizerConfig
+from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from detailflow_jax.tasks import tokenizer as task
 
-ALIGNMENT = "global_token_proj."
-REPA = "projection."
+ALIGNMENT, REPA = "global_token_proj.", "projection."
+"""Projections for alignment with the teacher, of the first code and of the decoder's tokens."""
+
 _USAGE = "quantize.codebook_used"
 _USAGE_LENGTH = 65_536
 
@@ -28,34 +32,33 @@ TABLE = (
     *linear("quant_conv", "quant_conv"),
     *linear("post_quant_conv", "post_quant_conv"),
     *linear("refine_conv", "refine_conv"),
-    *linear(f"{ALIGNMENT}0", "align_layers_0"),
-    *linear(f"{ALIGNMENT}2", "align_layers_1"),
-    *linear(f"{ALIGNMENT}4", "align_layers_2"),
-    *linear(f"{REPA}0", "repa_layers_0"),
-    *linear(f"{REPA}2", "repa_layers_1"),
-    *linear(f"{REPA}4", "repa_layers_2"),
+    *(
+        entry
+        for name, path in ((ALIGNMENT, "align_layers"), (REPA, "repa_layers"))
+        for i in range(3)  # a SiLU after the first and after the second
+        for entry in linear(f"{name}{2 * i}", f"{path}_{i}")
+    ),
     Entry("quantize.embedding.weight", ("codebook",)),
 )
 
 SKIPPED = ("repa_model.", ALIGNMENT, REPA, _USAGE)
-"""The frozen teacher, the projections for alignment where they are not asked for (of the first code
-and of the decoder's tokens), a usage counter."""
+"""The frozen teacher, the projections where they are not asked for, a usage counter."""
 
 TEACHER = siglip.trunk("repa_model.visual_model", "")
 """The frozen alignment teacher inside a training checkpoint."""
 
-SIGNS = ("encoder.latent_tokens", "quantize.embedding.weight", "decoder.mask_token")
-"""Names by which such a checkpoint is known."""
-
+_NAMES = {
+    "codebook_size": "codebook_size",
+    "codebook_dim": "codebook_embed_dim",
+    "num_tokens": "num_latent_tokens",
+    "group_size": "group_size",
+    "causal_num": "causal_num",
+    "causal_encoder": "causal_encoder",
+    "image_size": ("max_image_size", "image_size"),
+}
 _LAYERS = {"siglip2_base": 12, "siglip2_large": 16, "siglip2": 27}
 _PRETRAINED = ViTConfig()
 _FROM_SCRATCH = ViTConfig(width=768, depth=12, num_heads=12, mlp_dim=3072)
-
-
-def buffers(config: TokenizerConfig) -> dict[str, np.ndarray]:
-    """The buffers that strict loading asks for besides: zeros."""
-    del config
-    return {_USAGE: np.zeros(_USAGE_LENGTH, np.float32)}
 
 
 def infer_config(s: Settings) -> TokenizerConfig:
@@ -66,24 +69,18 @@ def infer_config(s: Settings) -> TokenizerConfig:
     s.fields["causal_encoder"] = _causal_encoder(s)
     s.only("causal_decoder", False, "so its decoder is causal")
     s.only("codebook_l2_norm", True, "so its codes are not normalised")
-    heads = {part: s.overrides.pop(f"{part}_num_heads", None) for part in ("encoder", "decoder")}
-    trunks = {part: _trunk(part, s, heads[part]) for part in heads}
+    trunks = {part: _trunk(part, s) for part in ("encoder", "decoder")}
     table = "quantize.embedding.weight"
-    s.by_shape("codebook_size", s.size(table, 0), ["codebook_size"])
-    s.by_shape("codebook_dim", s.size(table, 1), ["codebook_embed_dim"])
-    s.by_shape("num_tokens", s.size("encoder.latent_tokens", 1, 3), ["num_latent_tokens"])
+    s.by_shape("codebook_size", s.size(table, 0))
+    s.by_shape("codebook_dim", s.size(table, 1))
+    s.by_shape("num_tokens", s.size("encoder.latent_tokens", 1, 3))
     s.told("group_size", int, default=8, why="as in every published model")
     s.told("causal_num", int, signed=True)  # 0 is allowed; the network checks the rest
-    s.told(
-        "image_size",
-        int,
-        ["max_image_size", "image_size"],
-        default=trunks["encoder"].table_side * trunks["encoder"].patch_size,
-        why="the size that the position table was made for",
-    )
-    s.told("resolution_power", float, ["degradation_power"], default=1.5)
+    side = trunks["encoder"].table_side * trunks["encoder"].patch_size
+    s.told("image_size", int, default=side, why="the size that the position table was made for")
+    s.told("resolution_power", float, default=1.5)
     s.fields |= trunks
-    return s.build(TokenizerConfig, ["teacher_width", "repa_layer", "dtype", "scan", "remat"])
+    return s.build(TokenizerConfig)
 
 
 def _causal_encoder(s: Settings) -> bool:
@@ -94,20 +91,20 @@ def _causal_encoder(s: Settings) -> bool:
     return value
 
 
-def _trunk(part: str, s: Settings, num_heads: int | None) -> ViTConfig:
+def _trunk(part: str, s: Settings) -> ViTConfig:
     """Sizes of the encoder's or decoder's trunk; heads by override, ours beside it, or width."""
-    name = f"{part}.visual_model"
+    name, heads = f"{part}.visual_model", f"{part}_num_heads"
     patches, axis = f"{name}.embeddings.patch_embedding.weight", 1
     if part == "decoder":
         patches, axis = "decoder.to_pixel.model.weight", 0
     config = siglip.infer_trunk(
         s,
         name,
-        num_heads or s.published.get(f"{part}_num_heads"),
-        override=f"{part}_num_heads",
+        s.overrides.pop(heads, None) or s.published.get(heads),
+        override=heads,
         pixels=s.size(patches, axis),
     )
-    s.check(config.patch_size, [f"{part[:3]}_patch_size"])
+    s.check(f"{part[:3]}_patch_size", config.patch_size)
     model, pretrained = (s.published.get(k) for k in (f"{part}_model", f"{part[:3]}_pretrained"))
     if model in _LAYERS and _LAYERS[model] != config.depth:
         s.contradict(f"{part}_model", f"{model!r}, {_LAYERS[model]} layers", config.depth)
@@ -125,18 +122,11 @@ def describe(config: TokenizerConfig) -> tuple[dict[str, Any], dict[str, Any], l
       `config.json`, exactly fields that the published code knows; what `config.yaml` holds beside
       them (what it evaluates with, and what no published field can say); notices.
     """
-    both: dict[str, Any] = {
+    both = published_fields(config, _NAMES) | {
         "image_size": config.image_size,
-        "max_image_size": config.image_size,
-        "codebook_size": config.codebook_size,
-        "codebook_embed_dim": config.codebook_dim,
         # Not of this network; the published loader drops these two, and fails without them.
         "encoder_ch_mult": [1, 1, 2, 2, 4],
         "decoder_ch_mult": [1, 1, 2, 2, 4],
-        "num_latent_tokens": config.num_tokens,
-        "group_size": config.group_size,
-        "causal_num": config.causal_num,
-        "causal_encoder": config.causal_encoder,
         "causal_decoder": False,
         "correction_training": True,  # Else the published network lacks `refine_conv`.
         "global_token_loss_weight": 0.0,  # Else it builds, and asks the file for, the teacher.
@@ -165,15 +155,35 @@ def describe(config: TokenizerConfig) -> tuple[dict[str, Any], dict[str, Any], l
 
 def _published_name(trunk: ViTConfig) -> tuple[str, bool] | None:
     """What the published configuration calls a trunk: (model, whether pretrained)."""
-    for name, depth in _LAYERS.items():
-        if _same_block(trunk, _PRETRAINED) and trunk.depth == depth:
-            return name, True
-    if _same_block(trunk, _FROM_SCRATCH) and trunk.depth == _FROM_SCRATCH.depth:
-        return "siglip2_base", False
+    sizes = {(name, True): (_PRETRAINED, depth) for name, depth in _LAYERS.items()}
+    sizes["siglip2_base", False] = (_FROM_SCRATCH, _FROM_SCRATCH.depth)
+    for name, (size, depth) in sizes.items():
+        if trunk == dataclasses.replace(size, depth=depth, patch_size=trunk.patch_size):
+            return name
     return None
 
 
-def _same_block(a: ViTConfig, b: ViTConfig) -> bool:
-    return (a.width, a.num_heads, a.mlp_dim, a.table_side) == (
-        b.width, b.num_heads, b.mlp_dim, b.table_side,
-    )  # fmt: skip
+NETWORK = Network(
+    name="tokenizer",
+    title="DetailFlow tokenizer",
+    recognise=any_of(("encoder.latent_tokens", "quantize.embedding.weight", "decoder.mask_token")),
+    module=Tokenizer,
+    # A single patch: the parameters' shapes do not depend on the grid.
+    example=lambda config: (image(config.encoder.patch_size),),
+    table=TABLE,
+    skipped=SKIPPED,
+    optional=(ALIGNMENT, REPA),
+    infer_config=infer_config,
+    from_run=task.model_config,
+    describe=describe,
+    names=_NAMES | {"resolution_power": "degradation_power"},
+    options={
+        "encoder_num_heads": (int, "attention heads of the encoder"),
+        "decoder_num_heads": (int, "attention heads of the decoder"),
+        "group_size": (int, "g, tokens of a group"),
+        "causal_num": (int, "c, tokens generated one by one"),
+        "image_size": (int, "side of the full resolution in pixels"),
+    },
+    buffers=lambda config: {_USAGE: np.zeros(_USAGE_LENGTH, np.float32)},
+    file_name=lambda config: str(config.num_tokens),
+)

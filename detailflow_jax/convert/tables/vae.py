@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv, norm
-from detailflow_jax.convert.settings import Settings, count_layers
-from detailflow_jax.models.vae import VAEConfig
+from detailflow_jax.convert.network import Network, any_of
+from detailflow_jax.convert.settings import Settings, published_fields
+from detailflow_jax.models.vae import VAE, VAEConfig
+from detailflow_jax.tasks import vae as task
 
 MOST_LEVELS, MOST_BLOCKS = 8, 8
 """The table names this many; those that a network lacks have no tensors."""
@@ -51,41 +53,36 @@ TABLE = (
     *conv("post_quant_conv", "post_quant_conv"),
 )
 
-SKIPPED = ("loss.",)
-"""Of a training checkpoint: its discriminator and perceptual network."""
-
-SIGNS = ("encoder.down.0.block.0.norm1.weight", "decoder.up.0.block.0.norm1.weight")
-"""Names by which such a checkpoint is known."""
-
+_NAMES = {
+    "channels": "ch",
+    "multipliers": "ch_mult",
+    "res_blocks": "num_res_blocks",
+    "image_channels": "in_channels",
+    "latent_channels": "z_channels",
+    "scale_factor": ("scale_factor", "scaling_factor"),
+}
 _SCALES = {16: 0.2325, 4: 0.18215}
 """By latent channels: KL-16, and the autoencoder of Stable Diffusion."""
 
 
-def buffers(config: VAEConfig) -> dict[str, np.ndarray]:
-    """The buffers that strict loading asks for besides: none."""
-    del config
-    return {}
-
-
 def infer_config(s: Settings) -> VAEConfig:
     """The network that these tensors are of."""
-    s.by_shape("channels", s.size("encoder.conv_in.weight", 0, 4), ["ch"])
-    s.by_shape("image_channels", s.size("encoder.conv_in.weight", 1, 4), ["in_channels"])
-    s.by_shape("latent_channels", s.size("decoder.conv_in.weight", 1, 4), ["z_channels"])
+    s.by_shape("channels", s.size("encoder.conv_in.weight", 0, 4))
+    s.by_shape("image_channels", s.size("encoder.conv_in.weight", 1, 4))
+    s.by_shape("latent_channels", s.size("decoder.conv_in.weight", 1, 4))
     s.by_shape("quant_conv", "quant_conv.weight" in s.tensors)
     levels = _count(s, "encoder.down.", MOST_LEVELS)
     widths = [s.size(f"encoder.down.{i}.block.0.conv1.weight", 0, 4) for i in range(levels)]
     multipliers = tuple(width // s.fields["channels"] for width in widths)
-    s.check(list(multipliers), ["ch_mult"])
     s.by_shape("multipliers", multipliers)
     blocks = _count(s, "encoder.down.0.block.", MOST_BLOCKS - 1)
-    s.by_shape("res_blocks", blocks, ["num_res_blocks"])
+    s.by_shape("res_blocks", blocks)
     for part, level in (("encoder", "down"), ("decoder", "up")):
         attending = (i for i in range(levels) if f"{part}.{level}.{i}.attn.0.q.weight" in s.tensors)
         s.by_shape(f"{part}_attention", tuple(attending))
     usual = _SCALES.get(s.fields["latent_channels"])
     why = f"the usual one of {s.fields['latent_channels']} latent channels; pass scale_factor="
-    s.told("scale_factor", float, ["scale_factor", "scaling_factor"], default=usual, why=why)
+    s.told("scale_factor", float, default=usual, why=why)
     if s.fields["scale_factor"] is None:
         raise CheckpointError(
             f"{s.source}: nothing tells the scale of its latents",
@@ -94,12 +91,12 @@ def infer_config(s: Settings) -> VAEConfig:
         )
     s.told("shift_factor", float, default=0.0, signed=True)
     s.told("norm_groups", int, default=32)
-    return s.build(VAEConfig, ["dtype"])
+    return s.build(VAEConfig)
 
 
 def _count(s: Settings, prefix: str, most: int) -> int:
     """How many levels or blocks there are; what is made of them must stay bounded."""
-    count = count_layers(s.tensors, prefix)
+    count = s.count(prefix)
     if not 0 < count <= most:
         raise CheckpointError(
             f"{s.source}: its tensors are numbered {prefix}0 to {prefix}{count - 1}",
@@ -115,15 +112,7 @@ def describe(config: VAEConfig) -> tuple[dict[str, Any], dict[str, Any], list[st
     Returns:
       `config.json`, what `config.yaml` holds beside it, and notices.
     """
-    both = {
-        "ch": config.channels,
-        "ch_mult": list(config.multipliers),
-        "num_res_blocks": config.res_blocks,
-        "in_channels": config.image_channels,
-        "z_channels": config.latent_channels,
-        "embed_dim": config.latent_channels,
-        "scale_factor": config.scale_factor,
-    }
+    both = published_fields(config, _NAMES) | {"embed_dim": config.latent_channels}
     # What no published autoencoder of this family needs to tell.
     extra = {"norm_groups": config.norm_groups, "shift_factor": config.shift_factor}
     unusual = [
@@ -135,3 +124,24 @@ def describe(config: VAEConfig) -> tuple[dict[str, Any], dict[str, Any], list[st
         f"{name}={getattr(config, name)} is not what the published code builds" for name in unusual
     ]
     return both, extra, notices
+
+
+NETWORK = Network(
+    name="vae",
+    title="KL autoencoder",
+    recognise=any_of(("encoder.down.0.block.0.norm1.weight", "decoder.up.0.block.0.norm1.weight")),
+    module=VAE,
+    example=lambda c: (jnp.zeros((1, c.stride, c.stride, c.image_channels)),),
+    table=TABLE,
+    skipped=("loss.",),  # a training checkpoint's discriminator and perceptual network
+    infer_config=infer_config,
+    from_run=task.model_config,
+    describe=describe,
+    names=_NAMES,
+    options={
+        "scale_factor": (float, "of latents, 1 / their standard deviation"),
+        "shift_factor": (float, "of latents, subtracted before they are scaled"),
+    },
+    file_name=lambda config: f"kl{config.stride}",
+    files=("kl16",),
+)

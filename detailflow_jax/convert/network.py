@@ -1,0 +1,141 @@
+"""What describes a network to loading, conversion, training and evaluation: one entry each."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.mapping import Entry
+from detailflow_jax.convert.readers import Weights
+from detailflow_jax.convert.settings import Names, Settings
+from detailflow_jax.models import layers
+from detailflow_jax.runtime.weights import fields_of
+
+Layout = tuple[tuple[Entry, ...], tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network whose weights are published.
+
+    Attributes:
+      name: key in `registry.NETWORKS`; of a network that is trained here the name of its task.
+      title: what messages call it.
+      recognise: names of a file's tensors -> whether they are of this network.
+      module: configuration -> Linen module.
+      example: configuration -> arguments that the module is initialised with.
+      table: published tensor names <-> parameter paths.
+      skipped: prefixes of published names that are left out by design.
+      optional: prefixes of published names that only training uses. Training that starts from a
+        file without them initialises their parameters.
+      layout: (names, parameters, source) -> (table, skipped), where files differ in their names.
+      infer_config: what is known of a file -> configuration. None: the network has none, or the
+        caller has to know it.
+      from_run: the `model` part of a run's config -> configuration. None: it is not trained here.
+      describe: configuration -> (config.json, what config.yaml holds beside it, notices), for
+        writing. None: it is read only.
+      names: our fields in the published configuration.
+      options: name of an override -> (text -> value, help), for the `convert` command.
+      buffers: configuration -> published name -> array that strict loading asks for besides.
+      file_name: configuration -> name of the weights in a published folder, without suffix.
+      weights: the set that the published evaluation takes of a file that holds several.
+      ema_key: key of the moving average in a published file.
+      files: keys of its files in `runtime.weights.WEIGHTS`.
+      field: the field that names its file, where `files` has none.
+    """
+
+    name: str
+    title: str
+    recognise: Callable[[Collection[str]], bool]
+    module: Callable[[Any], nn.Module]
+    example: Callable[[Any], tuple]
+    table: tuple[Entry, ...] = ()
+    skipped: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    layout: Callable[[Mapping[str, Any], Any, str], Layout] | None = None
+    infer_config: Callable[[Settings], Any] | None = None
+    from_run: Callable[[Any], Any] | None = None
+    describe: Callable[[Any], tuple[dict[str, Any], dict[str, Any], list[str]]] | None = None
+    names: Names = dataclasses.field(default_factory=dict)
+    options: Mapping[str, tuple[Callable[[str], Any], str]] = dataclasses.field(
+        default_factory=dict
+    )
+    buffers: Callable[[Any], dict[str, Any]] = lambda config: {}
+    file_name: Callable[[Any], str] = lambda config: "model"
+    weights: Weights = "model"
+    ema_key: str = "ema"
+    files: tuple[str, ...] = ()
+    field: str = ""
+
+    @property
+    def task(self) -> str | None:
+        """The task that trains it, or None."""
+        return self.name if self.from_run else None
+
+    @property
+    def used_by(self) -> str:
+        """The fields and options that name its files, for messages."""
+        return self.field or ", ".join(fields_of(self.files))
+
+    def infer(
+        self,
+        tensors: Mapping[str, Any],
+        published: Mapping[str, Any],
+        overrides: Mapping[str, Any],
+        source: str,
+    ) -> tuple[Any, list[str]]:
+        """The configuration that these tensors are of, and notices about what was assumed.
+
+        Args:
+          tensors: published name -> anything with `.shape`.
+          published: the configuration beside them, may be empty.
+          overrides: values by name; fields of the configuration, and head counts.
+          source: what messages call the file.
+
+        Raises:
+          CheckpointError: a contradiction, a value that is not known, an unknown override.
+        """
+        if self.infer_config is None:
+            for name in overrides:
+                raise CheckpointError(f"unknown override {name!r}: a {self.title} has none")
+            return None, []
+        settings = Settings(tensors, published, overrides, source, self.names)
+        return self.infer_config(settings), settings.notices
+
+    def initialize(self, config: Any, *, scan: bool) -> Callable[[jax.Array], dict]:
+        """key -> initial parameters, unboxed, in the scanned or the unrolled layout."""
+        module = self.module(with_scan(config, True))
+
+        def init(key: jax.Array) -> dict:
+            params = _unboxed(module.init(key, *self.example(config))["params"])
+            return params if scan else layers.unstack_layers(params)
+
+        return init
+
+    def abstract(self, config: Any, *, scan: bool) -> dict[str, Any]:
+        """Parameters as shapes, in the scanned or the unrolled layout."""
+        return jax.eval_shape(self.initialize(config, scan=scan), jax.random.key(0))
+
+
+def with_scan(config: Any, scan: bool) -> Any:
+    """The configuration with `scan` set; a network without scanned layers has one layout only."""
+    return dataclasses.replace(config, scan=scan) if hasattr(config, "scan") else config
+
+
+def _unboxed(params: Any) -> Any:
+    # Not `nn.unbox`, which would constrain the arrays to a mesh.
+    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, params, is_leaf=is_box)
+
+
+def any_of(signs: Collection[str]) -> Callable[[Collection[str]], bool]:
+    """names -> whether any of `signs` is among them."""
+    return lambda names: any(sign in names for sign in signs)
+
+
+def image(side: int) -> jax.Array:
+    """A black image [1, side, side, 3] to initialise a network with."""
+    return jax.numpy.zeros((1, side, side, 3))
