@@ -38,8 +38,8 @@ demo: $(VENV)/.ready ## train, sample and report on handwritten digits: runs/dem
 demo-flowar: $(VENV)/.ready ## the same with FlowAR: runs/demo-flowar/report.html
 	$(PY) -m detailflow_jax.demo.flowar --out runs/demo-flowar
 
-check: lint ## lint, types and unit tests
-	$(PYTEST) -m "not full" $(UNIT)
+check: lint ## lint, types and the fast unit tests
+	$(PYTEST) -m "not full and not slow" $(UNIT)
 
 test: lint ## everything but what test-full runs
 	$(PYTEST) -m "not full"

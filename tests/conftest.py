@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import shutil
 import signal
+import tempfile
 
 import jax
 import jaxlib
@@ -21,6 +23,22 @@ LONG = 900  # Seconds for those rooms and full tests; the others' limit is in py
 
 
 def pytest_configure(config):
+    """Sets up the compiler of the tests, and one cache of compiled programs for all processes."""
+    if not hasattr(config, "workerinput"):  # Workers and children inherit the variables.
+        config.compiled = tempfile.mkdtemp(prefix="compiled")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compiled
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compile_fast(config)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(config.compiled, ignore_errors=True)
+
+
+def compile_fast(config):
     """Has XLA compile fast, here and in child processes: most of the tests' time is its own.
 
     `-m full` keeps XLA as it is for users: there networks are large, and results recorded.

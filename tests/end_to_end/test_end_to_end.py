@@ -33,15 +33,6 @@ GENERATOR = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """The processes share compiled programs: compiling is most of what they would do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-        yield
-
-
 def start(module, *args):
     return children.start(sys.executable, "-m", f"detailflow_jax.{module}", *args)
 
@@ -81,7 +72,7 @@ def killed_and_resumed(arguments, workdir):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, compile_once):
+def runs(tmp_path_factory):
     """A tokenizer, its codes and a generator, each made without interruption."""
     root = tmp_path_factory.mktemp("runs")
     finish("train", *TOKENIZER, "--workdir", root / "tok")

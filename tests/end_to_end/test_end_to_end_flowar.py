@@ -24,14 +24,11 @@ def finish(module, *args, code=0):
 def runs(tmp_path_factory):
     """An autoencoder, its latents and a FlowAR trained on them."""
     root = tmp_path_factory.mktemp("flowar")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-        vae = ["--config=configs/vae.py:digits:runlocal", *QUICK]
-        finish("train", *vae, "--config.total_steps=8", "--workdir", root / "vae")
-        latents = ["--source", "digits", "--shard_size", "500"]
-        finish("extract_latents", "--vae", root / "vae", "--out", root / "latents", *latents)
-        yield root
+    vae = ["--config=configs/vae.py:digits:runlocal", *QUICK]
+    finish("train", *vae, "--config.total_steps=8", "--workdir", root / "vae")
+    latents = ["--source", "digits", "--shard_size", "500"]
+    finish("extract_latents", "--vae", root / "vae", "--out", root / "latents", *latents)
+    return root
 
 
 def train_flowar(runs, workdir, *overrides, code=0):

@@ -1,6 +1,5 @@
 """The training loop on a small task: what it writes, what stops it, and how exactly it resumes."""
 
-import functools
 import json
 import pathlib
 import random
@@ -246,18 +245,10 @@ def test_tensorboard_files_hold_scalars_and_figures(tmp_path):
 # ------------------------------------------------------------------------------ in real processes
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts a training process; the processes of this module share their compilations."""
-    variables = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
-    variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return functools.partial(_start, variables)
-
-
-def _start(variables: dict[str, str], workdir, *overrides: str) -> subprocess.Popen:
+def start(workdir, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, TOY, "--config", TOY, "--workdir", workdir]
     command += [f"--config.{override}" for override in ("log_every=1", *overrides)]
-    return children.start(*command, **variables)
+    return children.start(*command)
 
 
 def wait_for_step(child: subprocess.Popen, workdir, step: int) -> None:
@@ -270,7 +261,7 @@ def wait_for_step(child: subprocess.Popen, workdir, step: int) -> None:
     raise AssertionError(f"step {step} was not reached: {children.finish(child, 1)}")
 
 
-def test_killed_and_preempted_run_ends_with_the_bits_of_an_undisturbed_one(start, tmp_path):
+def test_killed_and_preempted_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
     steps = "total_steps=40"
     undisturbed = start(tmp_path / "undisturbed", steps)
     output = children.finish(undisturbed)
@@ -307,7 +298,7 @@ def test_killed_and_preempted_run_ends_with_the_bits_of_an_undisturbed_one(start
     assert without_times(lines) == without_times(metrics_of(tmp_path / "undisturbed"))
 
 
-def test_second_interrupt_leaves_at_once(start, tmp_path):
+def test_second_interrupt_leaves_at_once(tmp_path):
     child = start(tmp_path, "delay=3.0")  # Two threads: two steps, then three seconds of waiting.
     wait_for_step(child, tmp_path, 2)
     child.send_signal(signal.SIGINT)

@@ -239,6 +239,7 @@ def assert_holds(model, params):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_load_a_run(tokenizer_run, generator_run):
     for load, (workdir, state) in (
         (df.load_tokenizer, tokenizer_run),

@@ -80,6 +80,7 @@ def test_moments_are_those_of_the_image_and_of_its_mirror(vae, source, finished)
     assert np.abs(both[0] - both[1][:, ::-1]).max() > 1e-3  # stride 2 pads one side only
 
 
+@pytest.mark.slow
 def test_encoding_and_decoding_is_a_round_trip(vae):
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
     posterior = vae.encode(images)
@@ -101,6 +102,7 @@ def test_encoding_and_decoding_is_a_round_trip(vae):
     np.testing.assert_allclose(rest, sample[1:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_extraction_ends_with_the_same_files(saved, finished, tmp_path):
     out = tmp_path / "latents"
     process = subprocess.Popen(

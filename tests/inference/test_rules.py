@@ -44,6 +44,7 @@ class Only:
         return jnp.where(jnp.arange(logits.shape[-1]) == self.code, logits, -jnp.inf)
 
 
+@pytest.mark.slow
 def test_rules_in_the_published_order_are_the_settings(gen):
     by_settings = gen.sample(LABELS, seed=3, temperature=0.7, top_k=6, top_p=0.8)
     rules = [df.rules.Temperature(0.7), df.rules.TopK(6), df.rules.TopP(0.8)]
@@ -54,6 +55,7 @@ def test_rules_in_the_published_order_are_the_settings(gen):
     np.testing.assert_array_equal(gen.sample(LABELS, seed=4, rules=Greedy()), greedy)
 
 
+@pytest.mark.slow
 def test_a_rule_from_outside_needs_no_registration(gen):
     all_but_greedy = MinP(0.999)
     greedy = gen.sample(LABELS, greedy=True)

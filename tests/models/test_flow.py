@@ -92,6 +92,7 @@ def test_a_new_head_starts_from_zero_velocity():
 # --------------------------------------------------------------------------------------- sampling
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_its_neighbours():
     _, params = network(TINY)
     both = sampled(TINY, params, [1, 3], [0, 1], guidance_high=0.9)
@@ -100,6 +101,7 @@ def test_a_sample_does_not_depend_on_its_neighbours():
     assert np.abs(both[0] - both[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_scanned_layers_and_a_buffer_give_samples_too():
     buffered = dataclasses.replace(TINY, buffer_size=3)
     _, params = network(buffered)
@@ -111,6 +113,7 @@ def test_scanned_layers_and_a_buffer_give_samples_too():
     assert np.abs(unrolled - sampled(TINY, plain, [1, 3], [0, 1])).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_guidance_one_is_the_conditional_half_alone():
     _, params = network(TINY)
     alone = sampled(TINY, params, [1, 3], [0, 1], cfg_scale=1.0)
@@ -162,6 +165,7 @@ assert golden_files.error(eight, one) < 5e-5
 """
 
 
+@pytest.mark.slow
 def test_samples_on_eight_devices_are_those_of_one():
     children.run_on_eight_devices("-c", DEVICES)
 

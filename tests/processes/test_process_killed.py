@@ -17,13 +17,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS, PROGRAM = 60, ROOT / "tests" / "helpers" / "toy_task.py"
 
 
-def launch(workdir: pathlib.Path, cache: pathlib.Path, *options: str, delay: float):
+def launch(workdir: pathlib.Path, *options: str, delay: float):
     command = [ROOT / "launch" / "local.sh", "-n", "2", "--cpu-devices", "2", *options, "--"]
     command += ["python", PROGRAM, f"--config={PROGRAM}", f"--workdir={workdir}"]
     command += [f"--config.total_steps={STEPS}", "--config.mesh.fsdp=4"]
     command += ["--config.log_every=1", "--config.checkpoint_every=5", f"--config.delay={delay}"]
-    cached = {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-    return children.start(*command, **cached, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    return children.start(*command)
 
 
 def log(workdir: pathlib.Path) -> list[dict]:
@@ -56,12 +55,12 @@ def kill(launcher: subprocess.Popen, number: int, condition) -> None:
 
 
 def test_either_process_is_killed_and_the_run_ends_with_the_same_bits(tmp_path):
-    cache, undisturbed, workdir = tmp_path / "compiled", tmp_path / "undisturbed", tmp_path / "run"
-    child = launch(undisturbed, cache, delay=0.0)
+    undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
+    child = launch(undisturbed, delay=0.0)
     output = children.finish(child)
     assert child.returncode == 0, output
 
-    with launch(workdir, cache, "--max-failures", "2", delay=0.1) as child:
+    with launch(workdir, "--max-failures", "2", delay=0.1) as child:
         # A worker between its saves, then the one that leads, in the middle of a save.
         kill(child, 1, lambda: len(log(workdir)) >= 8 and (workdir / "checkpoints/5").exists())
         before = len(log(workdir))

@@ -46,10 +46,8 @@ RUNS = ("run", "undisturbed")
 
 
 def launch(folder: pathlib.Path, *arguments: str) -> subprocess.Popen:
-    command = [ROOT / "launch" / "local.sh", *arguments, "--", "python", __file__, folder]
-    cached = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-    cached["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return children.start(*command, **cached)
+    program = ["--", "python", __file__, folder]
+    return children.start(ROOT / "launch" / "local.sh", *arguments, *program)
 
 
 def steps_logged(workdir: pathlib.Path) -> int:
@@ -186,15 +184,13 @@ def wait_for(child, condition) -> None:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.full)])
-def test_kills_lose_nothing(tmp_path, monkeypatch, kills):
+def test_kills_lose_nothing(tmp_path, kills):
     """Every second one in the middle of a save."""
     total = 40 + 16 * kills
     slow, fast = (
         {"total_steps": total, "log_every": 5, "checkpoint_every": 5, "delay": delay}
         for delay in (0.03, 0.0)
     )
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     context = multiprocessing.get_context("forkserver")  # Imports once for all.
     context.set_forkserver_preload(["toy_task"])
     undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"

@@ -212,6 +212,7 @@ except distributed.ConfigError as error:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_reduce_over_loopback_and_one_fails():
     """0 + 1 + 10 + 11, over two processes of two devices; the failure is seen at once."""
     command = [ROOT / "launch" / "local.sh", "-n", "2", "--cpu-devices", "2", "--"]

@@ -126,6 +126,7 @@ def on_eight_devices() -> dict:
     return json.loads(children.run_on_eight_devices(__file__).splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_training_on_a_mesh_equals_training_on_one_device(on_eight_devices):
     single = on_eight_devices["single"]
     assert len(set(single["losses"])) == STEPS
@@ -135,6 +136,7 @@ def test_training_on_a_mesh_equals_training_on_one_device(on_eight_devices):
         np.testing.assert_allclose(found["params"], single["params"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_state_is_created_and_stays_sharded(on_eight_devices):
     # The kernel is [16, 64] over ("embed", "mlp"); so are its Adam moments and its average.
     parts = {"single": [16, 64], "fsdp": [4, 64], "all": [8, 32]}
@@ -143,6 +145,7 @@ def test_state_is_created_and_stays_sharded(on_eight_devices):
         assert on_eight_devices[name]["trained"] == [shape] * 4
 
 
+@pytest.mark.slow
 def test_checkpoint_restores_onto_another_mesh(on_eight_devices):
     assert on_eight_devices["restored"] == {"same": True, "part": [8, 32]}
 

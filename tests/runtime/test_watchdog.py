@@ -54,6 +54,7 @@ def test_it_leaves_no_thread_and_zero_starts_none():
     assert threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_a_run_names_the_step_whose_data_hang(tmp_path, warnings):
     config = toy_task.get_config()
     config.update(total_steps=4, checkpoint_every=0, stall_seconds=1)

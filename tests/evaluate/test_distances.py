@@ -1,4 +1,4 @@
-"""Metrics against recorded numbers, numpy and scipy."""
+"""Distances between sets of images against recorded numbers, numpy and scipy."""
 
 import warnings
 
