@@ -1,21 +1,20 @@
 """Image files to RGB pictures, decoded whole or, for large JPEGs, at a half, quarter or eighth."""
 
 import dataclasses
+import errno
 import io
-import re
+import os
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from detailflow_jax.data.errors import UnreadableImage
 
-IMAGE_FILE = re.compile(
-    r".+\.(jpe?g|jpe|jfif|jp2|a?png|webp|avif|bmp|dib|gif|tiff?|p[pgbn]m)", re.IGNORECASE
-)
 # Only these: some of Pillow's other readers start programs (EPS) or accept almost any bytes.
 _WANTED = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
 Image.init()
 _FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # This build of Pillow's.
+_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 _ORIENTATION = 0x0112  # The EXIF tag; 1 is upright.
 _LARGEST_REDUCTION = 8  # Of a JPEG block, which has 8 x 8 coefficients.
 
@@ -45,6 +44,22 @@ class Picture:
             return image
         pixels = Image.fromarray(image)
         return cls(pixels, pixels.size)
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """Returns the bytes of an image file.
+
+    Raises:
+        UnreadableImage: this file is at fault, such as a link that leads nowhere.
+        OSError: the disk or the network is.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        if error.errno not in _ONE_FILE:
+            raise
+        raise UnreadableImage(os.fspath(path), str(error)) from error
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:

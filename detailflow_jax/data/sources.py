@@ -9,11 +9,11 @@ import shlex
 from collections.abc import Sequence
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
-from detailflow_jax.data.errors import UnreadableImage, did_you_mean, unknown_name
-from detailflow_jax.data.images import IMAGE_FILE, Picture, decode_picture
+from detailflow_jax.data.errors import did_you_mean, unknown_name
+from detailflow_jax.data.folders import class_folders
+from detailflow_jax.data.images import Picture, decode_picture, read_file
 from detailflow_jax.runtime import extras
 from detailflow_jax.runtime.errors import ConfigError, NotFoundError
 
@@ -119,64 +119,28 @@ class DigitsSource(Source):
 
 
 class FolderSource(Source):
-    """Images of `path/<class>/<file>`; classes and files in sorted order.
+    """Images of `path/<class>/<file>`; see `folders.class_folders` for classes and their order.
 
-    Images are told by suffix (images.IMAGE_FILE, any case); other files and hidden entries are
-    left out. Raises ConfigError, naming the folder, for a missing or empty folder, a class
-    without images, images outside of any class, and folders inside of a class.
+    Files of a class are in the order of their names. Raises what `class_folders` raises.
     """
 
     def __init__(self, path: str):
-        self.path = os.path.abspath(os.path.expanduser(path))
-        if not path or not os.path.isdir(self.path):
-            raise NotFoundError(
-                f"no image folder {path!r}: expected folder:PATH with one subfolder a class"
-            )
-        folders, stray, _ = _list_folder(self.path)
-        if stray:
-            raise ConfigError(
-                f"{self.path} holds images outside of a class folder (such as {stray[0]}): "
-                "move them into one subfolder a class"
-            )
-        if not folders:
-            raise NotFoundError(f"{self.path} is empty: expected one subfolder a class")
+        self.path = path and os.path.abspath(os.path.expanduser(path))
+        classes = class_folders(self.path)
         self.name = f"folder:{path}"
-        self.class_names = tuple(folders)
-        self._files = []  # (class, name) relative to path
-        self._labels = []
-        for label, folder in enumerate(folders):
-            files = self._class_files(folder)
-            self._files += [os.path.join(folder, file) for file in files]
-            self._labels += [label] * len(files)
-
-    def _class_files(self, folder: str) -> list[str]:
-        where = os.path.join(self.path, folder)
-        nested, images, others = _list_folder(where)
-        if nested:
-            raise ConfigError(
-                f"class folder {where} holds folders (such as {nested[0]}): images must lie "
-                f"directly in it; if {folder!r} is a split, use the source folder:{where}"
-            )
-        if not images:
-            raise ConfigError(
-                f"class folder {where} holds no images: add images or remove the folder "
-                "(read are JPEG, PNG, WebP, AVIF, BMP, GIF, TIFF, PPM and JPEG 2000 files)"
-            )
-        if others:
-            logging.warning(
-                "%s: %d files are not images by suffix and are left out, such as %s",
-                where,
-                len(others),
-                others[0],
-            )
-        return images
+        self.class_names = tuple(classes)
+        self._files = [os.path.join(name, x) for name, images in classes.items() for x in images]
+        self._labels = np.repeat(np.arange(len(classes)), list(map(len, classes.values()))).tolist()
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash over every file's relative name and size; the folder itself may move."""
         digest = hashlib.sha256()
         for file in self._files:
-            size = os.path.getsize(os.path.join(self.path, file))
+            try:
+                size = os.path.getsize(os.path.join(self.path, file))
+            except OSError:  # Such as a broken link: unreadable, and part of the data all the same.
+                size = -1
             digest.update(os.fsencode(f"{file.replace(os.sep, '/')}\t{size}\n"))
         return f"folder:{digest.hexdigest()[:16]}"
 
@@ -185,29 +149,8 @@ class FolderSource(Source):
 
     def read(self, index: int, reduce_to: int | None = None) -> dict:
         path = os.path.join(self.path, self._files[index])
-        try:
-            with open(path, "rb") as file:
-                data = file.read()
-        except (FileNotFoundError, PermissionError) as error:  # Such as a broken link.
-            raise UnreadableImage(path, str(error)) from error
-        picture = decode_picture(data, path, reduce_to=reduce_to)
+        picture = decode_picture(read_file(path), path, reduce_to=reduce_to)
         return {"image": picture, "label": self._labels[index]}
-
-
-def _list_folder(path: str) -> tuple[list[str], list[str], list[str]]:
-    """Sorted names of the folders, the images and the other files in `path`, without hidden."""
-    folders, images, others = [], [], []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif IMAGE_FILE.fullmatch(entry.name):
-                images.append(entry.name)
-            else:
-                others.append(entry.name)
-    return sorted(folders), sorted(images), sorted(others)
 
 
 class TfdsSource(Source):

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from detailflow_jax.data.errors import UnreadableImage
-from detailflow_jax.data.images import IMAGE_FILE, decode_image
+from detailflow_jax.data.folders import find_images
+from detailflow_jax.data.images import decode_image, read_file
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import Source
 from detailflow_jax.data.transforms import center_crop
@@ -214,9 +215,7 @@ class PictureImages:
         root = pathlib.Path(path).expanduser()
         if not root.is_dir():
             raise EvaluationError(f"{path}: there is no such folder or .npz file")
-        found = (file for file in root.rglob("*") if IMAGE_FILE.fullmatch(file.name))
-        hidden = lambda file: any(p.startswith(".") for p in file.relative_to(root).parts)  # noqa: E731
-        self._files = sorted(file for file in found if not hidden(file))
+        self._files = [root / file for file in find_images(root)]
         self._root = root
         if not self._files:
             raise EvaluationError(f"{path} holds no pictures: expected PNG or JPEG files")
@@ -233,7 +232,7 @@ class PictureImages:
         """
         file = self._files[index]
         try:
-            return decode_image(file.read_bytes(), str(file))
+            return decode_image(read_file(file), str(file))
         except (UnreadableImage, OSError) as error:
             raise EvaluationError(f"cannot read a picture: {error}; {_WHY_ALL}") from error
 

@@ -186,7 +186,7 @@ def test_folder_reports_unreadable_files_by_name(folder):
 
 
 def test_unusable_folders_are_refused_by_name(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"missing.*one subfolder a class"):
+    with pytest.raises(FileNotFoundError, match=r"missing.*one subfolder per class"):
         make_source(f"folder:{tmp_path}/missing")
     with pytest.raises(FileNotFoundError, match="folder:PATH"):
         make_source("folder:")

@@ -1,0 +1,214 @@
+"""Folders of images as people have them; one walker for training, extraction and evaluation.
+
+Links are followed. Hidden entries, and folders that operating systems, file servers and notebooks
+add by themselves, are left out with one notice.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from absl import logging
+
+from detailflow_jax.runtime.errors import ConfigError, NotFoundError
+
+IMAGE_FILE = re.compile(
+    r".+\.(jpe?g|jpe|jfif|jp2|a?png|webp|avif|heic|heif|hif|bmp|dib|gif|tiff?|p[pgbn]m)",
+    re.IGNORECASE,
+)
+CLASSES_FILE = "classes.txt"
+"""In the folder of the class folders: their names in the order of the labels, one per line."""
+
+_SYSTEM = {
+    *("__macosx", "lost+found", "$recycle.bin", "system volume information", "__pycache__"),
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+}
+
+
+class Folder(NamedTuple):
+    """The names of what one folder holds, each list sorted as text."""
+
+    folders: list[str]
+    images: list[str]
+    others: list[str]
+    left_out: list[str]  # hidden folders and images, and folders of the system
+
+
+def list_folder(path: str | os.PathLike) -> Folder:
+    """Returns what a folder holds.
+
+    A link counts as what it leads to; a broken one with an image's name as an image, which is
+    then reported as unreadable. Hidden files that are no images are not listed at all.
+
+    Raises:
+        ConfigError: the folder cannot be listed.
+    """
+    folder = Folder([], [], [], [])
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                is_folder, is_file = _kind(entry)
+                is_image = is_file and bool(IMAGE_FILE.fullmatch(entry.name))
+                hidden = entry.name.startswith(".")
+                if hidden or (is_folder and entry.name.casefold() in _SYSTEM):
+                    folder.left_out.extend([entry.name] if is_folder or is_image else [])
+                else:
+                    kind = folder.folders if is_folder else folder.images
+                    (kind if is_folder or is_image else folder.others).append(entry.name)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot list the folder {os.fspath(path)}: {error.strerror or error}; make it "
+            "readable, or remove it from the data"
+        ) from error
+    for names in folder:
+        names.sort()
+    return folder
+
+
+def _kind(entry: os.DirEntry) -> tuple[bool, bool]:
+    """(is a folder, is a file); a link that leads nowhere counts as a file, a device as neither."""
+    try:
+        is_folder = entry.is_dir()
+        return is_folder, not is_folder and (entry.is_file() or not os.path.exists(entry.path))
+    except OSError:  # Such as a link to itself.
+        return False, True
+
+
+def class_folders(root: str) -> dict[str, list[str]]:
+    """Returns the image files of every class folder, {class: sorted names}, in the order of labels.
+
+    That is the order of `classes.txt` where there is one, else of the names, with numbers in them
+    by value: 2 before 10.
+
+    Args:
+        root: holds one subfolder per class, with images directly in it.
+
+    Raises:
+        NotFoundError: no such folder, or no subfolders in it.
+        ConfigError: images elsewhere, a class without images, a folder that cannot be listed, or
+            a `classes.txt` that does not list the subfolders.
+    """
+    if not os.path.isdir(root):
+        raise NotFoundError(
+            f"no image folder {root!r}: expected folder:PATH with one subfolder per class"
+        )
+    listing = list_folder(root)
+    left_out = [os.path.join(root, name) for name in listing.left_out]
+    if listing.images:
+        raise ConfigError(
+            f"{root} holds images outside of a class folder (such as {listing.images[0]}): "
+            "move them into one subfolder per class"
+        )
+    if not listing.folders:
+        raise NotFoundError(f"{root} is empty: expected one subfolder per class")
+    classes = {}
+    for name in _in_order(root, listing.folders):
+        where = os.path.join(root, name)
+        folder = list_folder(where)
+        left_out += [os.path.join(where, other) for other in folder.left_out]
+        _check_class(where, folder)
+        classes[name] = folder.images
+    _notice(root, left_out)
+    return classes
+
+
+def _check_class(where: str, folder: Folder) -> None:
+    if folder.folders:
+        raise ConfigError(
+            f"class folder {where} holds folders (such as {folder.folders[0]}): images must lie "
+            f"directly in it; if {os.path.basename(where)!r} is a split, use the source "
+            f"folder:{where}"
+        )
+    if not folder.images:
+        raise ConfigError(
+            f"class folder {where} holds no images: add images or remove the folder "
+            "(read are JPEG, PNG, WebP, AVIF, HEIC, BMP, GIF, TIFF, PPM and JPEG 2000 files)"
+        )
+    if folder.others:
+        logging.warning(
+            "%s: %d files are not images by suffix and are left out, such as %s",
+            where,
+            len(folder.others),
+            folder.others[0],
+        )
+
+
+def _in_order(root: str, names: Sequence[str]) -> list[str]:
+    """The class folders `names`, sorted as text, in the order of labels."""
+    path = os.path.join(root, CLASSES_FILE)
+    if not os.path.isfile(path):
+        ordered = natural_order(names)
+        if ordered != list(names):
+            first = next(i for i, name in enumerate(names) if ordered[i] != name)
+            logging.warning(
+                "%s: the numbers in class names are ordered by value: label %d is %r, not %r; "
+                "for another order list the names in %s, one per line",
+                root,
+                first,
+                ordered[first],
+                names[first],
+                path,
+            )
+        return ordered
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            listed = [line for line in map(str.strip, file) if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; expected UTF-8 text") from error
+    if len(set(listed)) < len(listed):
+        twice = next(name for i, name in enumerate(listed) if name in listed[:i])
+        raise ConfigError(f"{path} lists {twice!r} twice: list every class folder once")
+    problems = [f"it lacks the folder {name!r}" for name in names if name not in listed]
+    problems += [f"there is no folder {name!r}" for name in listed if name not in names]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ConfigError(
+            f"{path} does not list the class folders: {'; '.join(problems[:3])}{more}; write one "
+            "folder name per line, in the order of the labels"
+        )
+    return listed
+
+
+def natural_order(names: Sequence[str]) -> list[str]:
+    """Returns names sorted as text, but the numbers in them by value: 1, 2, 10."""
+    by_value = lambda name: re.sub("[0-9]+", lambda number: number[0].zfill(255), name)  # noqa: E731
+    return sorted(names, key=lambda name: (by_value(name), name))
+
+
+def find_images(root: str | os.PathLike) -> list[str]:
+    """Returns every image below a folder, at any depth, in the order of the relative paths.
+
+    A link that leads back to a folder above it is not followed.
+
+    Returns:
+        paths relative to `root`.
+
+    Raises:
+        ConfigError: a folder that cannot be listed.
+    """
+    root, left_out = os.fspath(root), []
+
+    def walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+        here = os.path.realpath(os.path.join(root, folder))
+        if here in above:
+            return
+        found = list_folder(os.path.join(root, folder))
+        left_out.extend(os.path.join(root, folder, name) for name in found.left_out)
+        yield from (os.path.join(folder, name) for name in found.images)
+        for name in found.folders:
+            yield from walk(os.path.join(folder, name), (*above, here))
+
+    images = sorted(walk("", ()), key=lambda path: path.split(os.sep))
+    _notice(root, left_out)
+    return images
+
+
+def _notice(root: str, left_out: Sequence[str]) -> None:
+    if left_out:
+        logging.warning(
+            "%s: %d hidden or system entries are left out, such as %s",
+            root,
+            len(left_out),
+            left_out[0],
+        )

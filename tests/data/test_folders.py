@@ -1,0 +1,120 @@
+"""Folders as people have them: links, system folders, numbered classes, odd names."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detailflow_jax.data import make_source
+from detailflow_jax.data.folders import class_folders, find_images, natural_order
+from detailflow_jax.evaluate.samples import PictureImages
+
+
+def add(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(root / name, "PNG")
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings of the walker, as text."""
+    told = []
+    module = "detailflow_jax.data.folders.logging.warning"
+    monkeypatch.setattr(module, lambda text, *args: told.append(text % args))
+    return told
+
+
+SYSTEM = ("__MACOSX", "@eaDir", "lost+found", ".ipynb_checkpoints", "$RECYCLE.BIN", ".git")
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_folders_of_the_system_are_left_out_with_one_notice(tmp_path, warnings, name):
+    add(tmp_path, "cat/1.png", "dog/1.png", f"{name}/1.png", f"cat/{name}/2.png", "cat/._1.png")
+    (tmp_path / ".DS_Store").touch()
+    assert class_folders(str(tmp_path)) == {"cat": ["1.png"], "dog": ["1.png"]}
+    assert len(warnings) == 1 and "3 hidden or system entries" in warnings[0]
+    assert find_images(tmp_path) == ["cat/1.png", "dog/1.png"]
+    assert len(PictureImages(tmp_path)) == 2
+    assert len(warnings) == 3 and len(set(warnings)) == 1
+
+
+def test_linked_class_folders_and_files_count_everywhere(tmp_path):
+    add(tmp_path, "store/a/1.png", "store/a/2.png", "set/dog/1.png")
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "store" / "a")
+    (tmp_path / "set" / "dog" / "3.png").symlink_to(tmp_path / "store" / "a" / "1.png")
+    expected = ["cat/1.png", "cat/2.png", "dog/1.png", "dog/3.png"]
+    source = make_source(f"folder:{tmp_path / 'set'}")
+    assert source._files == expected and source.class_names == ("cat", "dog")
+    assert find_images(tmp_path / "set") == expected
+    (tmp_path / "set" / "dog" / "up").symlink_to(tmp_path / "set")  # A circle.
+    assert find_images(tmp_path / "set") == expected
+
+
+def test_a_folder_with_the_name_of_an_image_is_a_folder(tmp_path):
+    add(tmp_path, "1.png/2.png", "b/c.png/3.png")
+    assert find_images(tmp_path) == ["1.png/2.png", "b/c.png/3.png"]
+    with pytest.raises(ValueError, match="b holds folders"):
+        class_folders(str(tmp_path))
+
+
+def test_pipes_are_not_images(tmp_path):
+    add(tmp_path, "cat/1.png")
+    os.mkfifo(tmp_path / "cat" / "2.png")  # To read it would wait for ever.
+    assert find_images(tmp_path) == ["cat/1.png"]
+    assert class_folders(str(tmp_path)) == {"cat": ["1.png"]}
+
+
+def test_a_broken_or_circular_link_is_one_unreadable_image(tmp_path):
+    add(tmp_path, "cat/1.png")
+    (tmp_path / "cat" / "2.png").symlink_to("nowhere.png")
+    (tmp_path / "cat" / "3.png").symlink_to("3.png")
+    source = make_source(f"folder:{tmp_path}")
+    assert len(source) == 3 and source.fingerprint.startswith("folder:")
+    for index in (1, 2):
+        with pytest.raises(Exception, match=rf"cat/{index + 1}\.png"):
+            source[index]
+
+
+def test_what_cannot_be_listed_is_told_to_the_user(tmp_path, monkeypatch):
+    add(tmp_path, "cat/1.png")
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", denied)
+    for walk in (class_folders, find_images):
+        with pytest.raises(ValueError, match=r"cannot list the folder .*: Permission denied"):
+            walk(str(tmp_path))
+
+
+def test_numbers_in_class_names_are_ordered_by_value_with_a_notice(tmp_path, warnings):
+    add(tmp_path, *(f"{number}/1.png" for number in range(12)))
+    assert list(class_folders(str(tmp_path))) == [str(number) for number in range(12)]
+    assert len(warnings) == 1 and "label 2 is '2', not '10'" in warnings[0]
+
+
+def test_other_names_keep_their_order_without_a_notice(tmp_path, warnings):
+    names = ["n01440764", "n02105855", "a-1", "a1", "B", "a_", "a", "é", "7"]
+    add(tmp_path, *(f"{name}/1.png" for name in names))
+    assert list(class_folders(str(tmp_path))) == sorted(names) and not warnings
+    assert natural_order(["v10", "v9", "v9b"]) == ["v9", "v9b", "v10"]
+
+
+def test_classes_txt_gives_the_order(tmp_path, warnings):
+    add(tmp_path, *(f"{number}/1.png" for number in (1, 2, 10)))
+    listed = tmp_path / "classes.txt"
+    listed.write_bytes(b"\xef\xbb\xbf10\r\n1\r\n\r\n2\r\n")  # As Windows writes it.
+    assert list(class_folders(str(tmp_path))) == ["10", "1", "2"] and not warnings
+    for text, message in (
+        ("10\n1\n", "lacks the folder '2'"),
+        ("10\n1\n2\n3\n", "there is no folder '3'"),
+        ("10\n1\n2\n1\n", "lists '1' twice"),
+    ):
+        listed.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            class_folders(str(tmp_path))
+    listed.write_bytes(b"\xff\xfe1\x00")
+    with pytest.raises(ValueError, match="expected UTF-8"):
+        class_folders(str(tmp_path))
