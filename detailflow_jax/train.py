@@ -1,6 +1,6 @@
 """The training loop: the only one, for every task.
 
-    python -m detailflow_jax.train --config configs/tokenizer.py:digits --workdir runs/tok
+    detailflow train --config configs/tokenizer.py:digits --workdir runs/tok
 
 A task (`detailflow_jax.tasks`) is a few pure functions over an explicit state. The batch, the plan
 and the random numbers of a step depend on the configuration and the step alone, and a checkpoint
@@ -22,10 +22,7 @@ Exit codes:
 import argparse
 import contextlib
 import dataclasses
-import os
 import re
-import signal
-import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -33,7 +30,6 @@ from typing import Any
 import jax
 from absl import logging
 from clu import parameter_overview
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -55,36 +51,29 @@ from detailflow_jax.runtime.errors import ConfigError, Diverged, UserError
 from detailflow_jax.runtime.feed import Feed
 from detailflow_jax.runtime.files import hold_workdir
 from detailflow_jax.runtime.metrics import Averages, MetricWriter, Progress, run_log
+from detailflow_jax.runtime.stop import StopRequest
 from detailflow_jax.runtime.watchdog import Watchdog
 from detailflow_jax.tasks import Task, TrainState, make_task
 
-FINISHED, FAILED, UNUSABLE, PREEMPTED, INTERRUPTED = 0, 1, 2, 143, 130
+FINISHED, FAILED, UNUSABLE, PREEMPTED = 0, 1, 2, 143
 
-# What the loop itself reads; `task`, `data`, `model` and the rest belong to the task and the data.
+# What the loop itself reads, all integers, with the least value; `task`, `data`, `model` and the
+# rest belong to the task and the data.
 LOOP_FIELDS = {
-    "seed": int,  # >= 0
-    "total_steps": int,
-    "batch_size": int,  # over all devices of all processes
-    "log_every": int,
-    "figures_every": int,  # 0: at the end only
-    "checkpoint_every": int,  # 0: at the end only
-    "keep_checkpoints": int,
-    "accumulate": int,  # parts of a batch, one after another
-    "stall_seconds": int,  # 0: no warning
-    "tensorboard": bool,
-    "score.every": int,  # 0: never
-    "score.num_samples": int,
-    "score.batch_size": int,
-    "mesh.data": int,
-    "mesh.fsdp": int,
-    "mesh.tensor": int,
-    "mesh.slices": int,
+    "seed": 0,
+    "total_steps": 1,
+    "batch_size": 1,  # over all devices of all processes
+    "log_every": 1,
+    "figures_every": 0,  # 0: at the end only
+    "checkpoint_every": 0,  # 0: at the end only
+    "keep_checkpoints": 1,
+    "accumulate": 1,  # parts of a batch, one after another
+    "stall_seconds": 0,  # 0: no warning
+    "score.every": 0,  # 0: never
+    "score.num_samples": 1,
+    "score.batch_size": 1,
+    **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices"), -1),
 }
-AT_LEAST_ONE = (
-    *("total_steps", "batch_size", "log_every", "keep_checkpoints", "accumulate"),
-    *("score.num_samples", "score.batch_size"),
-)
-AT_LEAST_ZERO = ("seed", "figures_every", "checkpoint_every", "stall_seconds", "score.every")
 
 
 class Preempted(UserError, SystemExit):
@@ -117,8 +106,8 @@ def train(
         The final state.
 
     Raises:
-        ConfigError, DataError, CheckpointError: see there; nothing was lost.
-        Diverged: the loss or the state is not finite any more; it was not saved.
+        ConfigError, DataError, CheckpointError: what cannot be used; no checkpoint was lost.
+        Diverged: the loss or the state is no longer finite; it was not saved.
         Preempted: SIGTERM or Ctrl-C; the state was saved.
     """
     started = time.perf_counter()
@@ -159,18 +148,12 @@ def train(
             logging.info("this run is finished: nothing is left to do in %s", workdir)
             return state
         state = load_into(config, state, task.frozen, fresh=restored is None)
-        scorer = make_scorer(config, mesh, workdir)
         with _as_config_error() if own else contextlib.nullcontext():
             task.check(feed.peek())  # Data of other shapes than the network's.
 
         # -------------------------------------------------------------------------------- steps
         writer = MetricWriter(workdir, tensorboard=config.tensorboard, step=step)
-        progress = Progress(
-            total_steps=config.total_steps,
-            step=step,
-            batch_size=config.batch_size,
-            seconds=clock["seconds"],
-        )
+        progress = Progress(config.total_steps, step, config.batch_size, clock["seconds"])
         run = Run(
             config=config,
             feed=feed,
@@ -180,7 +163,7 @@ def train(
             progress=stack.enter_context(progress),
             stop=stop,
             watchdog=watchdog,
-            scorer=scorer,
+            scorer=make_scorer(config, mesh, workdir),
             started=started,
         )
         train_step = sharding.jit_step(task.train_step, abstract_state)
@@ -243,7 +226,7 @@ class Run:
     writer: MetricWriter
     averages: Averages
     progress: Progress
-    stop: "StopRequest"
+    stop: StopRequest
     watchdog: Watchdog
     scorer: Scorer | None
     started: float
@@ -271,8 +254,7 @@ class Run:
     def log(self, step: int, scores: dict[str, float]) -> None:
         """Waits for the steps so far, then logs their means and the scores of this step."""
         means = self.averages.take_means()
-        skipped = self.feed.skipped
-        if skipped is not None:
+        if (skipped := self.feed.skipped) is not None:
             means["skipped"] = skipped
         rate = self.progress.report(step, means["loss"])
         self.writer.scalars(step, means | scores | rate)
@@ -293,12 +275,11 @@ class Run:
 
 def check_run(config: ConfigDict, workdir: str) -> None:
     """Checks the fields of the loop, and that the workdir belongs to this configuration."""
-    check_fields(config, LOOP_FIELDS)
+    check_fields(config, dict.fromkeys(LOOP_FIELDS, int) | {"tensorboard": bool})
     values = flatten(config)
-    for least, names in ((1, AT_LEAST_ONE), (0, AT_LEAST_ZERO)):
-        for name in names:
-            if values[name] < least:
-                raise ConfigError(f"config.{name}={values[name]}: expected at least {least}")
+    for name, least in LOOP_FIELDS.items():
+        if values[name] < least:
+            raise ConfigError(f"config.{name}={values[name]}: expected at least {least}")
     check_same(config, workdir)
 
 
@@ -374,38 +355,6 @@ def _last_good(checkpoints: Checkpoints) -> str:
     if step is None:
         return "there is no checkpoint yet"
     return f"the last good checkpoint is step {step}, in {checkpoints.directory}"
-
-
-class StopRequest:
-    """Turns SIGTERM and the first Ctrl-C into a request that the loop checks; a context manager."""
-
-    def __init__(self):
-        self._asked = self._interrupted = False
-        self._before = {}
-
-    def __enter__(self):
-        # With several processes JAX handles SIGTERM and makes them agree on a step.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame) -> None:
-        if number == signal.SIGINT and self._interrupted:
-            os._exit(INTERRUPTED)
-        self._asked, self._interrupted = True, self._interrupted or number == signal.SIGINT
-        # Not the log: the signal may have come while it was being written.
-        os.write(2, b"\nasked to leave: saving after this step (Ctrl-C again: leave at once)\n")
-
-    def requested(self, step: int) -> bool:
-        """Whether to leave after `step`; the same answer in every process."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
 
 
 # ------------------------------------------------------------------------------- the command line

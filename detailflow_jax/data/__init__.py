@@ -2,7 +2,7 @@
 
 sources.py      where labelled images come from (digits, a folder, TFDS)
 prepare.py      preparing a TFDS dataset, a command
-imagenet.py     the images in ImageNet's tars; imagenet_writer.py makes a TFDS dataset of them
+imagenet.py     ImageNet from its tars to a TFDS dataset
 folders.py      which files of a folder are images, and of which class
 images.py       image files to RGB pictures
 transforms.py   crops for training and for encoding

@@ -116,7 +116,7 @@ def class_folders(root: str) -> dict[str, list[str]]:
 def _check_class(where: str, folder: Folder) -> None:
     if folder.folders:
         raise ConfigError(
-            f"class folder {where} holds folders (such as {folder.folders[0]}): images must lie "
+            f"class folder {where} holds folders (such as {folder.folders[0]}): images must be "
             f"directly in it; if {os.path.basename(where)!r} is a split, use the source "
             f"folder:{where}"
         )

@@ -24,7 +24,7 @@ class Picture:
     """A decoded RGB image; it stays with Pillow between decoding and cropping, uncopied.
 
     `size` is the (width, height) of the image as it was encoded. `pixels` covers it with
-    `reduction` times fewer pixels a side, rounded up, so the last row and column may lie partly
+    `reduction` times fewer pixels per side, rounded up, so the last row and column may be partly
     outside of it; with reduction 1 they are the image itself.
     """
 

@@ -71,7 +71,7 @@ class LatentLayout(ShardLayout):
 class LatentSource(ShardSource):
     """Random access to a finished folder of latents; `source[i]` has "moments", see `LatentLayout`.
 
-    `manifest` tells `scale_factor` and `shift_factor`, which nothing has been multiplied with.
+    `manifest` has `scale_factor` and `shift_factor`; they have not been applied to the moments.
     """
 
     layout_class = LatentLayout

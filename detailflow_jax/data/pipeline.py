@@ -30,7 +30,7 @@ from detailflow_jax.data.transforms import (
 from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
 from detailflow_jax.runtime.errors import ConfigError
 
-_MAX_SKIPS = 64  # Broken records in a row after which the data, not the record, are at fault.
+_MAX_SKIPS = 64  # Broken records in a row after which the whole data set is at fault.
 _reported: set[str] = set()  # Broken records already named in this process's log.
 
 
@@ -164,7 +164,7 @@ def _training_latents(
 ) -> dict:
     mirrored = rng.random() < 0.5  # Drawn always: switching `flip` moves no other draw.
     mean, logvar = np.split(example["moments"][int(flip and mirrored)], 2, axis=-1)
-    # The moments of scaled latents: who trains on them needs no autoencoder beside them.
+    # The moments of scaled latents: training on them needs no autoencoder.
     scaled = [
         (mean - np.float32(shift)) * np.float32(scale),
         logvar + np.float32(2 * np.log(scale)),
@@ -306,7 +306,7 @@ def iterate_crops(
     """Decodes and cuts the images at `positions`, in order, with threads ahead of the caller.
 
     Yields (position, {"crops": uint8 [K, size, size, 3], "label": int}), or (position, the
-    UnreadableImage) where a record cannot be decoded; nothing is skipped.
+    UnreadableImage) where a record cannot be decoded.
     """
 
     def load(position):

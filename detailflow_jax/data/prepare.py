@@ -1,11 +1,11 @@
 """Prepares an image-classification dataset of TFDS once, for random access.
 
-    python -m detailflow_jax.data.prepare --dataset imagenet2012 --data_dir /data/tfds
+    detailflow prepare --dataset imagenet2012 --data_dir /data/tfds
 
-ImageNet is written from its two tars by `imagenet_writer`; a run that was interrupted continues.
-Every other dataset is built by TFDS itself, which downloads what it needs: a run that was
-interrupted uses finished downloads again. A dataset appears under its final name only when it is
-complete, and a finished one is left as it is, so the same command can be run again at any time.
+ImageNet is written from its two tars (`imagenet`); an interrupted run continues where it stopped.
+TFDS itself builds every other dataset and downloads what it needs; an interrupted run uses finished
+downloads again. A dataset gets its final name only when it is complete. A finished one is left as
+it is, so the same command can be run again at any time.
 """
 
 import argparse
@@ -21,9 +21,8 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from detailflow_jax.data import imagenet_writer
+from detailflow_jax.data import imagenet
 from detailflow_jax.data.errors import UnreadableImage
-from detailflow_jax.data.imagenet import Split, index_tars
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import image_and_label, make_source, unknown_dataset
 from detailflow_jax.runtime import extras
@@ -64,8 +63,7 @@ def prepare(
     image_and_label(builder)  # Raises before anything is fetched.
     if _is_done(builder):
         return builder
-    root = epath.Path(builder.data_dir_root)
-    manual_dir = epath.Path(manual_dir or root / "downloads" / "manual")
+    manual_dir = epath.Path(manual_dir or epath.Path(builder.data_dir_root, "downloads", "manual"))
     with _foreseen(builder), _alone(builder):
         if builder.data_path.exists():  # Another process was faster, or somebody put it there.
             builder = _open_builder(name, data_dir)
@@ -73,15 +71,7 @@ def prepare(
                 return builder
             raise PrepareError(f"{builder.data_path} is not a whole dataset: remove it")
         if builder.name == IMAGENET:
-            if _in_bucket(builder):
-                raise PrepareError(
-                    f"{root}: ImageNet is prepared on a local or mounted disk; choose another "
-                    "--data_dir and copy the finished folder to the bucket"
-                )
-            synsets = builder.info.features["label"].names
-            splits = index_tars(manual_dir, synsets, partial=partial, md5=md5)
-            _check_space(builder, splits)
-            imagenet_writer.write(builder, splits)
+            _write_imagenet(builder, manual_dir, partial=partial, md5=md5)
         else:
             _build(builder, manual_dir)
     return _open_builder(name, data_dir)
@@ -98,10 +88,6 @@ def _open_builder(name: str, data_dir: str | None) -> Any:
         raise unknown_dataset(name, data_dir or str(tfds.core.constants.DATA_DIR)) from error
 
 
-def _in_bucket(builder: Any) -> bool:
-    return os.fspath(builder.data_path).startswith("gs://")
-
-
 def _is_done(builder: Any) -> bool:
     if not builder.is_prepared():
         return False
@@ -116,16 +102,18 @@ def _is_done(builder: Any) -> bool:
     return True
 
 
+def _in_bucket(builder: Any) -> bool:
+    return os.fspath(builder.data_path).startswith("gs://")
+
+
 @contextlib.contextmanager
 def _alone(builder: Any):
     """Within it no other process prepares this dataset, as far as the file system has locks."""
-    if _in_bucket(builder):
-        yield
-        return
+    folder = builder.data_path.parent
     with contextlib.ExitStack() as stack:
-        folder = builder.data_path.parent
         try:
-            stack.enter_context(hold_workdir(folder))
+            if not _in_bucket(builder):
+                stack.enter_context(hold_workdir(folder))
         except ConfigError as error:
             raise PrepareError(
                 f"{folder}: another process prepares it, or it cannot be written"
@@ -159,17 +147,25 @@ def _foreseen(builder: Any):
         ) from error
 
 
-def _check_space(builder: Any, splits: Sequence[Split]) -> None:
-    root = epath.Path(builder.data_dir_root)
+def _write_imagenet(builder: Any, manual_dir: epath.Path, *, partial: bool, md5: bool) -> None:
+    root = builder.data_dir_root
+    if _in_bucket(builder):
+        raise PrepareError(
+            f"{root}: ImageNet is prepared on a local or mounted disk; choose another --data_dir "
+            "and copy the finished folder to the bucket"
+        )
+    synsets = builder.info.features["label"].names
+    splits = imagenet.index_tars(manual_dir, synsets, partial=partial, md5=md5)
+    written = imagenet.progress_folder(builder).glob("*")
     needed = _SPACE * sum(split.path.stat().length for split in splits)
-    needed -= imagenet_writer.progress_bytes(builder)
-    free = shutil.disk_usage(root).free
-    if free < needed:
+    needed -= sum(file.stat().st_size for file in written)
+    if (free := shutil.disk_usage(root).free) < needed:
         raise PrepareError(
             f"{root} has {free / 1e9:,.0f} GB free, preparing needs about {needed / 1e9:,.0f} GB "
-            "for the dataset: make room or choose another --data_dir; the tars may lie elsewhere, "
+            "for the dataset: make room or choose another --data_dir; the tars may be elsewhere, "
             "see --manual_dir"
         )
+    imagenet.write(builder, splits)
 
 
 def _build(builder: Any, manual_dir: epath.Path) -> None:
@@ -192,35 +188,28 @@ def _build(builder: Any, manual_dir: epath.Path) -> None:
 def verify(builder: Any) -> dict[str, list[UnreadableImage]]:
     """Decodes every image of every split, and returns the unreadable ones by split."""
     root = os.fspath(builder.data_dir_root)
-    name = builder.info.full_name
-    name, _, version = name.rpartition("/")
+    name, _, version = builder.info.full_name.rpartition("/")
     unreadable = {}
     for split in builder.info.splits:
         source = make_source(f"tfds:{name}:{version}:{split}", data_dir=root)
-        with tqdm(total=len(source), desc=f"verify {split}", unit="image") as progress:
-            unreadable[split] = []
-            for _, example in iterate_crops(source, range(len(source)), 8, "none"):
-                if isinstance(example, UnreadableImage):
-                    unreadable[split].append(example)
-                progress.update()
+        crops = iterate_crops(source, range(len(source)), 8, "none")
+        shown = tqdm(crops, total=len(source), desc=f"verify {split}", unit="image")
+        unreadable[split] = [x for _, x in shown if isinstance(x, UnreadableImage)]
     return unreadable
 
 
 def report(builder: Any) -> str:
     """What was prepared, and how to train on it."""
     lines = [f"{builder.info.full_name} is prepared in {builder.data_path}"]
-    for split, info in builder.info.splits.items():
-        lines.append(
-            f"  {split}: {info.num_examples:,} images, {tqdm.format_sizeof(info.num_bytes, 'B')} "
-            f"in {info.num_shards} file(s)"
-        )
-    root = os.fspath(builder.data_dir_root)
+    lines += [
+        f"  {split}: {info.num_examples:,} images, {tqdm.format_sizeof(info.num_bytes, 'B')} in "
+        f"{info.num_shards} file(s)"
+        for split, info in builder.info.splits.items()
+    ]
     config = builder.builder_config
     name = f"{builder.name}/{config.name}" if config else builder.name
-    lines.append(
-        f"train on it with: --config.data.source=tfds:{name} --config.data.data_dir={root}"
-    )
-    return "\n".join(lines)
+    use = f"--config.data.source=tfds:{name} --config.data.data_dir={builder.data_dir_root}"
+    return "\n".join([*lines, f"train on it with: {use}"])
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -237,34 +226,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "what to do.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, switch = parser.add_argument, {"action": "store_true"}
     add("--dataset", default=IMAGENET, metavar="NAME", help="name in TFDS (default: %(default)s)")
-    add(
-        "--data_dir",
-        metavar="DIR",
-        help="where TFDS keeps its data: local, mounted or gs://BUCKET/... (default: "
-        "$TFDS_DATA_DIR, else ~/tensorflow_datasets)",
-    )
-    add(
-        "--manual_dir",
-        metavar="DIR",
-        help="where the files are that are fetched by hand (default: DATA_DIR/downloads/manual)",
-    )
-    add(
-        "--partial",
-        action="store_true",
-        help="accept ImageNet tars that hold less than the official ones, or no training tar",
-    )
-    add(
-        "--md5",
-        action="store_true",
-        help="compare the checksums of the ImageNet tars first (reads all 155 GB)",
-    )
-    add(
-        "--verify",
-        action="store_true",
-        help="afterwards decode every image and list those that training will skip",
-    )
+    where = "where TFDS keeps its data: local, mounted or gs://BUCKET/..."
+    where += " (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)"
+    add("--data_dir", metavar="DIR", help=where)
+    where = "where the files are that have to be fetched by hand"
+    where += " (default: DATA_DIR/downloads/manual)"
+    add("--manual_dir", metavar="DIR", help=where)
+    partial = "accept ImageNet tars that hold less than the official ones, or no training tar"
+    add("--partial", **switch, help=partial)
+    md5 = "compare the checksums of the ImageNet tars first (reads all 155 GB)"
+    add("--md5", **switch, help=md5)
+    decode = "afterwards decode every image and list those that training will skip"
+    add("--verify", **switch, help=decode)
     return parser.parse_args(argv)
 
 

@@ -31,11 +31,11 @@ class ShardLayout(abc.ABC):
     """Which source position lies in which shard, and the bytes of one record.
 
     A subclass adds fields that describe the records, `what` they hold, which names the files, and
-    `needed`, what the definition of an extraction has to tell beside the layout.
+    `needed`, the fields that the definition of an extraction must have beside the layout.
     """
 
     num_examples: int  # of the source, readable or not
-    shard_size: int  # S, positions a shard
+    shard_size: int  # S, positions per shard
 
     what: ClassVar[str]
     needed: ClassVar[frozenset[str]]
@@ -60,7 +60,7 @@ class ShardLayout(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, record: np.void) -> dict[str, Any]:
-        """What a reader gets of one record, beside label and index."""
+        """The fields of one record for a reader, without label and index."""
 
     def positions(self, shard: int) -> range:
         """The source positions of one shard."""
@@ -76,8 +76,8 @@ def open_extraction(directory: str, layout: ShardLayout, definition: Mapping) ->
 
     Args:
         directory: created if missing.
-        definition: everything beside the layout that the records depend on or that a reader
-            needs; JSON values. Those that `layout.needed` names, and others.
+        definition: JSON values; all that the records depend on or that a reader needs, except
+            the layout. It must have the fields `layout.needed`.
 
     Raises:
         ConfigError: the folder holds an extraction that differs; the differing fields are named.
@@ -152,7 +152,7 @@ def write_shard(
                 f"shard {shard} needs, in order, the positions {layout.positions(shard)} without "
                 f"the {len(unreadable)} unreadable ones; got {len(written)} records"
             )
-        # Before the shard, which tells that both are there.
+        # Before the shard, whose presence means that both are there.
         sidecar = {"unreadable": [[int(i), unreadable[i]] for i in sorted(unreadable)]}
         _write_json(_sidecar(path), sidecar)
 

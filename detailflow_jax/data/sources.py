@@ -154,7 +154,7 @@ class FolderSource(Source):
 
 
 class TfdsSource(Source):
-    """A prepared TFDS dataset of one image and one class label a record, by random access.
+    """A prepared TFDS dataset with one image and one class label per record, by random access.
 
     The stored JPEG or PNG bytes are decoded here, as for a folder, but not turned: like TFDS
     itself, and like the published ImageNet training, this takes the pixels as they are stored.
@@ -215,9 +215,9 @@ def image_and_label(builder) -> tuple[str, str]:
 
 
 def _prepared_builder(tfds, name: str, data_dir: str):
-    """The builder of a dataset that lies prepared under `data_dir` with random access."""
+    """The builder of a dataset that is prepared under `data_dir` with random access."""
     where = f"--dataset {shlex.quote(name)} --data_dir {shlex.quote(data_dir)}"
-    advice = f"prepare it once with: python -m detailflow_jax.data.prepare {where}"
+    advice = f"prepare it once with: detailflow prepare {where}"
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:

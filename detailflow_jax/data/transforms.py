@@ -34,7 +34,7 @@ def _halve(
         if picture.reduction == 1:
             pixels = pixels.resize((width, height), Image.Resampling.BOX)
             extent = (width, height)
-        elif reduction > picture.reduction:  # By whole pixels: the last may lie partly outside.
+        elif reduction > picture.reduction:  # By whole pixels: the last may be partly outside.
             pixels = pixels.reduce(2)
             extent = (extent[0] / 2, extent[1] / 2)
     return pixels, extent, (width, height)

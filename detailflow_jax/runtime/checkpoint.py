@@ -178,7 +178,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns the many exceptions of a failed write, now or behind, into one that helps."""
+        """Turns the exceptions of a failed write, now or in the background, into WriteError."""
         try:
             yield
         except Exception as error:

@@ -14,7 +14,7 @@ of Slurm and under Open MPI. This module adds what JAX does not know:
     GPUs          in Slurm with one task per node, or with each task bound to its own GPU, a process
                   takes all GPUs that it sees; JAX would take the one numbered by its local rank
 
-What flags or environment say goes before what JAX finds.
+Flags and environment take precedence over what JAX finds.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import logging
@@ -52,14 +52,9 @@ class Cluster:
     process_id: int | None = None
     local_devices: tuple[int, ...] | None = None
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing is left to find."""
-        return None not in (self.coordinator_address, self.num_processes, self.process_id)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags whose values `start` takes; they are needed only where nothing else tells."""
+    """Adds the flags whose values `start` takes; needed only if nothing else says it."""
     group = parser.add_argument_group("many processes", "found by itself on TPU, Slurm, Kubernetes")
     group.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num_processes", type=int, metavar="N", help="processes in all")
@@ -73,9 +68,9 @@ def start(
 ) -> Cluster | None:
     """Joins the other processes; does nothing for one process or when called again.
 
-    Call it before the first use of a device, and end the program with `leave`. SIGTERM is JAX's
-    from here on: it no longer ends the process, but makes
-    `multihost_utils.reached_preemption_sync_point` say so in all of them.
+    Call it before the first use of a device, and end the program with `leave`. From here on JAX
+    handles SIGTERM: it no longer ends the process, but makes
+    `multihost_utils.reached_preemption_sync_point` true in all of them.
 
     Returns:
         This process's place, or None where it is alone.
@@ -95,17 +90,23 @@ def start(
     os.environ.setdefault("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
     collectives = os.environ["JAX_CPU_COLLECTIVES_IMPLEMENTATION"]
     jax.config.update("jax_cpu_collectives_implementation", collectives)
-    if cluster.is_complete:
-        logging.info(
-            "process %d of %d (%s) joins at %s",
-            cluster.process_id,
-            cluster.num_processes,
-            cluster.source,
-            cluster.coordinator_address,
-        )
-        _await_name(cluster.coordinator_address.rsplit(":", 1)[0])
+    place = (cluster.coordinator_address, cluster.num_processes, cluster.process_id)
+    if complete := None not in place:
+        address, count, index = place
+        logging.info("process %d of %d (%s) joins at %s", index, count, cluster.source, address)
+        _await_name(address.rsplit(":", 1)[0])
+    devices = cluster.local_devices
     try:
-        _initialize(cluster)
+        jax.distributed.initialize(
+            *place,
+            local_device_ids=None if devices is None else list(devices),
+            cluster_detection_method="deactivate" if complete else None,
+            initialization_timeout=TIMEOUT,
+        )
+    except RuntimeError as error:
+        if "before" not in str(error):  # JAX has no exception type for it.
+            raise
+        raise ConfigError(f"distributed.start() comes too late: {error}") from error
     except OSError as error:  # Of the network.
         raise ConfigError(
             f"JAX cannot find the other processes ({cluster.source}): {error}; if this host is "
@@ -121,28 +122,11 @@ def start(
     return cluster
 
 
-def _initialize(cluster: Cluster) -> None:
-    devices = cluster.local_devices
-    try:
-        jax.distributed.initialize(
-            cluster.coordinator_address,
-            cluster.num_processes,
-            cluster.process_id,
-            local_device_ids=None if devices is None else list(devices),
-            cluster_detection_method="deactivate" if cluster.is_complete else None,
-            initialization_timeout=TIMEOUT,
-        )
-    except RuntimeError as error:
-        if "before" in str(error):  # JAX's only word for it.
-            raise ConfigError(f"distributed.start() comes too late: {error}") from error
-        raise
-
-
 def leave(code: int) -> NoReturn:
     """Ends this process with `code`.
 
-    At its exit a process of many waits for the others, which is right unless it failed: then they
-    wait for it, in the middle of a step. So a failure ends the process at once.
+    At its exit a process of many waits for the others. After a failure they would wait for it too,
+    in the middle of a step. So a failure ends the process at once.
 
     Args:
         code: 0 and 143 (preempted, in all processes) are no failures.
@@ -159,33 +143,63 @@ def _fail(*exception) -> NoReturn:
     leave(130 if issubclass(exception[0], KeyboardInterrupt) else 1)
 
 
-def find(
-    environ: Mapping[str, str],
-    *,
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-) -> Cluster | None:
+def find(environ: Mapping[str, str], **flags: str | int | None) -> Cluster | None:
     """Returns this process's place, starting nothing; None where it is alone.
 
     Args:
         environ: the variables to read.
-        coordinator_address, num_processes, process_id: the flags; None where not given.
+        **flags: coordinator_address, num_processes, process_id; None where not given.
 
     Raises:
         ConfigError: something is missing, is not a number, or contradicts something else.
     """
     environ = {name: value for name, value in environ.items() if value}
-    flags = Cluster("flags", coordinator_address, num_processes, process_id)
-    asked = _agree(flags, _from_environment(environ))
-    if not asked.is_complete and (job := _from_kubernetes(environ)):
-        asked = _agree(asked, job)
-    alone = asked.num_processes == 1 and asked.process_id in (None, 0)
-    known = None if alone or asked.is_complete else _known_to_jax(environ)
-    if known is None:
-        return _checked(asked)
-    devices = _slurm_devices(environ) if known == "Slurm" else None
-    return dataclasses.replace(asked, source=known, local_devices=devices)
+    said, said_by = {}, {}
+    for source, read in (
+        ("flags", lambda _: flags),
+        ("environment", _from_environment),
+        ("Kubernetes", _from_kubernetes),
+    ):
+        if source == "Kubernetes" and len(said) == 3:
+            continue
+        for name, value in read(environ).items():
+            # Another address, say of a faster network, is a wish, not a contradiction.
+            wish = source == "Kubernetes" and name == "coordinator_address"
+            if value is not None and said.get(name, value) != value and not wish:
+                raise ConfigError(
+                    f"{name} is {said[name]} by the {said_by[name]} but {value} by {source}: "
+                    "start all processes with one launcher, and leave out what it sets itself"
+                )
+            if value is not None and name not in said:
+                said[name], said_by[name] = value, source
+    alone = said.get("num_processes") == 1 and said.get("process_id", 0) == 0
+    if not alone and len(said) < 3 and (known := _known_to_jax(environ)):
+        devices = _slurm_devices(environ) if known == "Slurm" else None
+        return Cluster(known, **said, local_devices=devices)
+    if alone or not said:
+        return None
+    source = next(iter(said_by.values()))
+    _check(said, source)
+    return Cluster(source, **said)
+
+
+def _check(said: Mapping[str, Any], source: str) -> None:
+    """Raises ConfigError unless it is the whole place of one process among others."""
+    names = ("coordinator_address", "num_processes", "process_id")
+    address, count, index = map(said.get, names)
+    if count is not None and count < 1:
+        raise ConfigError(f"num_processes={count}: expected at least 1")
+    if missing := [name for name in names if name not in said]:
+        raise ConfigError(
+            f"the {source} does not tell {' and '.join(missing)}: give all of "
+            + ", ".join(f"--{name} (or JAX_{name.upper()})" for name in names)
+        )
+    if not 0 <= index < count:
+        raise ConfigError(
+            f"process_id={index}: expected 0 to {count - 1}, for num_processes={count}"
+        )
+    if not re.fullmatch(r".+:\d+", address):
+        raise ConfigError(f"coordinator_address={address}: expected HOST:PORT")
 
 
 def _known_to_jax(environ: Mapping[str, str]) -> str | None:
@@ -201,60 +215,18 @@ def _known_to_jax(environ: Mapping[str, str]) -> str | None:
     return None
 
 
-def _agree(first: Cluster, second: Cluster) -> Cluster:
-    """Returns what `first` says, completed by `second`; raises ConfigError where they differ."""
-    merged = {}
-    for name in ("coordinator_address", "num_processes", "process_id"):
-        a, b = getattr(first, name), getattr(second, name)
-        # Another address, say of a faster network, is a wish, not a contradiction.
-        wish = name == "coordinator_address" and second.source == "Kubernetes"
-        if None not in (a, b) and a != b and not wish:
-            raise ConfigError(
-                f"{name} is {a} by the {first.source} but {b} by {second.source}: "
-                "start all processes with one launcher, and leave out what it sets itself"
-            )
-        merged[name] = b if a is None else a
-    says_nothing = first == Cluster(first.source)
-    return Cluster(second.source if says_nothing else first.source, **merged)
-
-
-def _checked(place: Cluster) -> Cluster | None:
-    values = (place.coordinator_address, place.num_processes, place.process_id)
-    if values == (None, None, None):
-        return None
-    if place.num_processes is not None and place.num_processes < 1:
-        raise ConfigError(f"num_processes={place.num_processes}: expected at least 1")
-    if place.num_processes == 1 and place.process_id in (None, 0):
-        return None
-    names = ("coordinator_address", "num_processes", "process_id")
-    if missing := [name for name, value in zip(names, values, strict=True) if value is None]:
-        raise ConfigError(
-            f"the {place.source} does not tell {' and '.join(missing)}: give all of "
-            + ", ".join(f"--{name} (or JAX_{name.upper()})" for name in names)
-        )
-    if not 0 <= place.process_id < place.num_processes:
-        raise ConfigError(
-            f"process_id={place.process_id}: expected 0 to {place.num_processes - 1}, "
-            f"for num_processes={place.num_processes}"
-        )
-    if not re.fullmatch(r".+:\d+", place.coordinator_address):
-        raise ConfigError(f"coordinator_address={place.coordinator_address}: expected HOST:PORT")
-    return place
-
-
 # ------------------------------------------------------------------------------------ the sources
 
 
-def _from_environment(environ: Mapping[str, str]) -> Cluster:
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     address = environ.get("JAX_COORDINATOR_ADDRESS")
     if address and ":" not in address:
         address = f"{address}:{_number(environ, 'JAX_COORDINATOR_PORT', PORT)}"
-    return Cluster(
-        "environment",
-        address,
-        _number(environ, "JAX_NUM_PROCESSES"),
-        _number(environ, "JAX_PROCESS_ID"),
-    )
+    return {
+        "coordinator_address": address,
+        "num_processes": _number(environ, "JAX_NUM_PROCESSES"),
+        "process_id": _number(environ, "JAX_PROCESS_ID"),
+    }
 
 
 def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -265,22 +237,22 @@ def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     return None if several and not bound else ()
 
 
-def _from_kubernetes(environ: Mapping[str, str]) -> Cluster | None:
-    # An Indexed Job may as well be many runs of one process: only a count makes it one run. With an
-    # id beside it, JAX_NUM_PROCESSES comes from elsewhere, such as launch/local.sh in a pod. On
-    # TPUs GKE's own variables tell, and JAX reads those.
+def _from_kubernetes(environ: Mapping[str, str]) -> dict[str, Any]:
+    # An Indexed Job may also be many runs of one process each: only a count makes it one run. With
+    # an id beside it, JAX_NUM_PROCESSES comes from elsewhere, such as launch/local.sh in a pod. On
+    # TPUs JAX reads GKE's own variables.
     counts = ["JAX_PROCESS_COUNT", "NNODES"]
     counts += [] if "JAX_PROCESS_ID" in environ else ["JAX_NUM_PROCESSES"]
     count = next((_number(environ, name) for name in counts if name in environ), None)
     index = _number(environ, "JOB_COMPLETION_INDEX", _number(environ, "NODE_RANK"))
     if "KUBERNETES_SERVICE_HOST" not in environ or index is None or count is None:
-        return None
+        return {}
     address = None
     if "JOBSET_NAME" in environ and "REPLICATED_JOB_NAME" in environ:
         jobset = environ["JOBSET_NAME"]
         address = f"{jobset}-{environ['REPLICATED_JOB_NAME']}-0-0.{jobset}:{PORT}"
     index += _number(environ, "JOB_INDEX", 0) * _number(environ, "PROCESSES_IN_JOB", 0)
-    return Cluster("Kubernetes", address, count, index)
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int | None:
@@ -289,9 +261,6 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     if not re.fullmatch(r"\d+", environ[name].strip()):
         raise ConfigError(f"{name}={environ[name]!r} in the environment: expected a number")
     return int(environ[name])
-
-
-# -------------------------------------------------------------------------------------- the world
 
 
 def _on_tpu_vm(environ: Mapping[str, str]) -> bool:

@@ -1,4 +1,4 @@
-"""The errors that a command tells its user in one line; all others keep their traceback."""
+"""The errors that a command prints in one line; all others keep their traceback."""
 
 import difflib
 import sys

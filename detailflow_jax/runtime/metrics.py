@@ -1,12 +1,12 @@
-"""What a run tells: its log, its metrics, its progress.
+"""The output of a run: its log, its metrics, its progress.
 
     WORKDIR/log.txt          every message, with the parameter table and tracebacks
-            metrics.jsonl    one JSON object a log step: "step", the means of the task's metrics
+            metrics.jsonl    one JSON object per log step: "step", the means of the task's metrics
                              since the line before, "images_per_second", "seconds"
             tensorboard/     the same scalars, and the figures
             figures/         the figures as NAME_STEP.png
 
-Process 0 writes; the others only keep quiet.
+Only process 0 writes.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ class _Console(python_logging.Handler):
 def run_log(workdir: str | os.PathLike) -> Iterator[None]:
     """Within it, this package's messages go to the console and WORKDIR/log.txt.
 
-    Of the libraries' messages (Orbax tells much of its inner life) only warnings are kept, and
-    only in the file. An exception that passes leaves its traceback there.
+    Of the messages of libraries, above all Orbax, only warnings are kept, and only in the file. The
+    file also gets the traceback of an exception.
     """
     console = _Console(python_logging.INFO)
     console.addFilter(lambda record: record.pathname.startswith(_PACKAGE))
@@ -185,9 +185,9 @@ def _keep_lines_until(path: pathlib.Path, step: int) -> None:
 
 
 class Progress:
-    """Images a second and the time left: a bar on a terminal, else a message a log step."""
+    """Images per second and the time left: a bar on a terminal, else a message per log step."""
 
-    def __init__(self, *, total_steps: int, step: int, batch_size: int, seconds: float):
+    def __init__(self, total_steps: int, step: int, batch_size: int, seconds: float):
         """Starts at `step`, with `seconds` spent by earlier parts of the run."""
         self._total_steps, self._batch_size = total_steps, batch_size
         self._bar = tqdm(
@@ -213,18 +213,18 @@ class Progress:
         return time.perf_counter() - self._started
 
     def restart(self, step: int) -> None:
-        """The next rate counts from here: leaves out what came before, such as compilation."""
+        """Starts the next rate here, without what came before, such as compilation."""
         self._step, self._since, self._paused = step, time.perf_counter(), 0.0
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """What is done within does not lower the images a second."""
+        """The time of the block does not lower the images per second."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
     def report(self, step: int, loss: float) -> dict[str, float]:
-        """Shows the state of affairs after `step`; returns the rate and the time for the record."""
+        """Shows the progress after `step`; returns the rate and the time for the log line."""
         elapsed = time.perf_counter() - self._since - self._paused
         seconds_a_step = elapsed / max(step - self._step, 1)
         rate = self._batch_size / max(seconds_a_step, 1e-9)

@@ -27,7 +27,7 @@ def grid(
 
     Args:
         images: uint8 [N, H, W, 3].
-        columns: images a row; default the smallest square that holds all.
+        columns: images per row; default the smallest square that holds all.
         padding: white pixels around each image.
         scale: each pixel becomes scale x scale pixels, for small images.
         row_captions, column_captions: one per row, at its left; one per column, above it.

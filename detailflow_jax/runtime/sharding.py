@@ -39,7 +39,7 @@ RULES = (
     ("pixels", None),
     ("code", None),
     ("norm", None),
-    # of activations, which bear "heads", "mlp" and "vocab" as well
+    # of activations, which also use "heads", "mlp" and "vocab"
     ("batch", BATCH),
     ("length", None),
     ("embed_act", None),
@@ -76,7 +76,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             "the product of the sizes must be the number of devices (-1 takes the rest)"
         )
     kinds = (AxisType.Auto,) * len(AXES)
-    if slices == 1:  # `jax.make_mesh` refuses to split a physical axis of a pod in two.
+    if slices == 1:  # `jax.make_mesh` does not split a physical axis of a pod.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         grid = _across_slices(shape, slices, devices)
@@ -91,7 +91,7 @@ def _across_slices(shape: Sequence[int], slices: int, devices: Sequence[jax.Devi
             f"config.mesh.slices={slices} does not divide config.mesh.data={data}: "
             "the data axis spans the slices"
         )
-    # Where devices tell of no slices, a process takes the place of one.
+    # Devices without a slice index: each process counts as a slice.
     untold = len({getattr(device, "slice_index", 0) for device in devices}) == 1
     try:
         return mesh_utils.create_hybrid_device_mesh(
@@ -123,7 +123,7 @@ def abstract_state(init: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Me
             Optimizer state and averages made from them carry the same boxes.
 
     Raises:
-        ValueError: an array bears a logical name that `RULES` lacks.
+        ValueError: an array has a logical name that `RULES` lacks.
     """
     boxed = jax.eval_shape(init, key)
     return jax.tree.map(
@@ -209,7 +209,7 @@ def jit_step(train_step: Callable, state: PyTree) -> Callable:
     """
     return jax.jit(
         train_step,
-        static_argnames="variant",  # One compilation a variant.
+        static_argnames="variant",  # One compilation per variant.
         donate_argnums=0,  # The new state takes the memory of the old one.
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
     )

@@ -27,7 +27,6 @@ from detailflow_jax import train
 from detailflow_jax.data import (
     UnreadableImage,
     imagenet,
-    imagenet_writer,
     make_iterator,
     make_source,
     shards,
@@ -101,8 +100,8 @@ def write_tars(data_dir, training, validation):
 KILLED_EVER_LATER = """
 import itertools, os, signal, sys, tensorflow, tensorflow_datasets
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
-from detailflow_jax.data import imagenet_writer, prepare
-imagenet_writer.SHARD_BYTES = 50_000
+from detailflow_jax.data import imagenet, prepare
+imagenet.SHARD_BYTES = 50_000
 
 def counted(call, left):
     def count(*args, **kwargs):
@@ -339,7 +338,7 @@ def test_reads_from_a_bucket(data_dir, bucket):
 @pytest.fixture
 def unfinished(tmp_path, monkeypatch, capsys):
     """A preparation that the full disk stopped after three shards: (folder, progress)."""
-    monkeypatch.setattr(imagenet_writer, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(imagenet, "SHARD_BYTES", 100_000)
     write_tars(tmp_path, training_files(), validation_files())
     whole, made = shards.array_record_module.ArrayRecordWriter, []
 
@@ -403,7 +402,7 @@ def test_stopped_from_the_keyboard_it_says_how_to_go_on(unfinished, monkeypatch,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(imagenet_writer, "write_records", stop)
+        patch.setattr(imagenet, "write_records", stop)
         assert prepare(["--data_dir", str(path), "--partial"]) == 130
     assert "run the same command again to go on" in capsys.readouterr().err
     assert progress.exists()

@@ -137,8 +137,8 @@ def test_missing_data_say_how_to_prepare_them(tmp_path):
     with pytest.raises(FileNotFoundError, match="'tiny_insects' is not under") as caught:
         make_source("tfds:tiny_insects", data_dir=str(tmp_path))
     command = shlex.split(str(caught.value).partition("with: ")[2])
-    assert command[:3] == ["python", "-m", "detailflow_jax.data.prepare"]
-    assert prepare.main(command[3:]) == 0  # The advice works as it is written.
+    assert command[:2] == ["detailflow", "prepare"]
+    assert prepare.main(command[2:]) == 0  # The advice works as it is written.
     assert len(make_source("tfds:tiny_insects", data_dir=str(tmp_path))) == 9
 
 
@@ -154,5 +154,5 @@ def test_unknown_names_and_unusable_features_are_refused(data_dir):
 def test_data_without_random_access_are_refused(tmp_path):
     builder = tfds.builder("unlabelled_insects", data_dir=str(tmp_path), file_format="tfrecord")
     builder.download_and_prepare()
-    with pytest.raises(ValueError, match=r"stored as tfrecord.*data.prepare --dataset unlab"):
+    with pytest.raises(ValueError, match=r"stored as tfrecord.*detailflow prepare --dataset unlab"):
         make_source("tfds:unlabelled_insects", data_dir=str(tmp_path))

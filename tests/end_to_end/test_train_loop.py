@@ -20,6 +20,7 @@ from detailflow_jax.runtime.checkpoint import Checkpoints, restore_params
 from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.runtime.feed import DataError, Feed
 from detailflow_jax.runtime.metrics import Averages, Diverged, MetricWriter
+from detailflow_jax.runtime.stop import INTERRUPTED
 from detailflow_jax.tasks import TrainState
 from detailflow_jax.train import FINISHED, PREEMPTED, UNUSABLE
 
@@ -305,7 +306,7 @@ def test_second_interrupt_leaves_at_once(tmp_path):
     while "asked to leave" not in child.stdout.readline():
         assert child.poll() is None
     child.send_signal(signal.SIGINT)
-    assert child.wait(60) == train.INTERRUPTED
+    assert child.wait(60) == INTERRUPTED
     child.stdout.close()
     assert not any((tmp_path / "checkpoints").iterdir())
 
