@@ -74,6 +74,7 @@ COMMANDS = {
     "evaluate": Command("evaluate.__main__", "score samples or reconstructions", True),
     "convert": Command("convert.__main__", "convert checkpoints from and to PyTorch"),
     "weights": Command("runtime.weights", "list the published weights that a recipe needs"),
+    "classes": Command("data.classes", "list the class names of images, codes or a trained model"),
     "prepare": Command("data.prepare", "prepare ImageNet or another TFDS dataset for training"),
     "compile-pod": Command("pod.command", "compile a program for a TPU pod, without a TPU"),
     "demo-detailflow": Command("demo.__main__", "DetailFlow on handwritten digits"),
@@ -97,7 +98,7 @@ CHOICES = {
 }
 SHOWN = (
     *("train", "extract", "extract-codes", "extract-latents", "generate", "evaluate", "convert"),
-    *("weights", "prepare", "compile-pod", "demo"),
+    *("weights", "classes", "prepare", "compile-pod", "demo"),
 )
 
 

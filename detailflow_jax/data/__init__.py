@@ -14,7 +14,7 @@ latents.py      records of latents, for FlowAR
 """
 
 from detailflow_jax.data.codes import CodeLayout, CodeSource
-from detailflow_jax.data.errors import UnreadableImage
+from detailflow_jax.data.errors import UnreadableImage, printable
 from detailflow_jax.data.latents import LatentLayout, LatentSource
 from detailflow_jax.data.pipeline import iterate_crops, make_iterator
 from detailflow_jax.data.shards import (
@@ -48,6 +48,7 @@ __all__ = [
     "make_source",
     "open_extraction",
     "pending_shards",
+    "printable",
     "training_crop",
     "write_manifest",
     "write_shard",

@@ -1,6 +1,8 @@
-"""Errors that every data source raises in the same way."""
+"""Errors that every data source raises, and reports, in the same way."""
 
 from collections.abc import Iterable
+
+from absl import logging
 
 from detailflow_jax.runtime.errors import ConfigError, near_names
 
@@ -8,7 +10,8 @@ from detailflow_jax.runtime.errors import ConfigError, near_names
 class UnreadableImage(Exception):
     """A record whose image cannot be decoded. `name` says which, `reason` says why.
 
-    Training counts and skips such a record; extraction lists it in the manifest.
+    Training counts and skips such a record, extraction also lists it in the manifest; both name it
+    by `report_skipped`.
     """
 
     def __init__(self, name: str, reason: str):
@@ -18,6 +21,21 @@ class UnreadableImage(Exception):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+_reported: set[str] = set()
+
+
+def report_skipped(image: UnreadableImage | str) -> None:
+    """Logs that an image is skipped, with its name and the reason, once per process."""
+    if str(image) not in _reported:
+        _reported.add(str(image))
+        logging.warning("skipping an unreadable image: %s", printable(str(image)))
+
+
+def printable(name: str) -> str:
+    """Returns a file name that can be printed: bytes that are no UTF-8 become escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from detailflow_jax.data.shards import num_records, write_records
 from detailflow_jax.runtime.errors import UserError
-from detailflow_jax.runtime.files import remove_partial, sync_folder, write_atomically
+from detailflow_jax.runtime.files import remove_partial, sync, write_atomically
 
 SHARD_BYTES = 2**27  # of images
 
@@ -243,12 +243,10 @@ def write(builder: Any, splits: Sequence[Split]) -> None:
     info.set_file_format("array_record", override=True)
     info.set_splits(tfds.core.SplitDict([_write_split(builder, folder, x) for x in splits]))
     info.write_to_directory(folder)
-    for file in folder.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    sync_folder(folder)
+    for path in (*folder.iterdir(), folder):
+        sync(path)
     folder.rename(builder.data_path)
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def _open(folder: pathlib.Path, made_of: Mapping[str, Any]) -> None:

@@ -1,19 +1,37 @@
 """Image files to RGB pictures, decoded whole or, for large JPEGs, at a half, quarter or eighth."""
 
+import contextlib
 import dataclasses
 import errno
+import functools
+import importlib
 import io
 import os
+import struct
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 
 from detailflow_jax.data.errors import UnreadableImage
+from detailflow_jax.runtime.errors import ConfigError
+
+MAX_PIXELS = "DETAILFLOW_MAX_PIXELS"
+"""Environment variable: larger images are not decoded whole, as a guard against faked sizes."""
+_MAX_PIXELS = 178_956_970  # Pillow's own limit.
 
 # Only these: some of Pillow's other readers start programs (EPS) or accept almost any bytes.
 _WANTED = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
-Image.init()
-_FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # This build of Pillow's.
+_PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_avif": None}  # Used if installed.
+_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # Of PNG.
+_TURNS = {  # EXIF orientation -> what makes the image upright.
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 _ORIENTATION = 0x0112  # The EXIF tag; 1 is upright.
 _LARGEST_REDUCTION = 8  # Of a JPEG block, which has 8 x 8 coefficients.
@@ -80,42 +98,125 @@ def decode_picture(
         name: goes into the error.
         reduce_to: where the short side may be halved and stay at least so long, a JPEG is decoded
             at a half, a quarter or an eighth of its size; cheaper, and not quite the same as
-            halving by averages (docs/imagenet.md). None: always whole.
+            halving by averages (docs/imagenet.md). None: whole, except for a JPEG of more than
+            179 megapixels (`MAX_PIXELS`).
         upright: turn the image as its EXIF orientation says.
 
     Raises:
-        UnreadableImage: not an image, truncated, broken, or of a pixel type without a defined
-            range (32-bit integers beyond 16 bits, floating point).
+        UnreadableImage: not an image, truncated, broken, too large, or of a pixel type without a
+            defined range (32-bit integers beyond 16 bits, floating point).
     """
-    # A global of Pillow that other libraries set: a half-grey image must never pass as whole.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            size = image.size
-            turned = upright and image.getexif().get(_ORIENTATION, 1) != 1
-            reduction = 1 if turned or reduce_to is None else _draft(image, reduce_to)
-            image.load()
-            if turned:
-                image = ImageOps.exif_transpose(image)
-                size = image.size
-            return Picture(_to_rgb(image), size, reduction)
-    except MemoryError:
+        try:
+            return _decode(data, reduce_to, upright)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error):
+                raise
+            return _decode(_without_text(data), reduce_to, upright)
+    except (MemoryError, ConfigError):
         raise
     except Exception as error:  # On broken bytes Pillow's readers raise almost any class.
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = f"not an image of {', '.join(_FORMATS)}"
+            reason = f"not an image of {', '.join(_formats())}"
+            if data[4:8] == b"ftyp" and "HEIF" not in _formats():
+                reason += "; HEIC needs the package pillow-heif: pip install pillow-heif"
         raise UnreadableImage(name, reason) from error
 
 
-def _draft(image: Image.Image, short: int) -> int:
-    """Asks a JPEG for the smallest size with a short side of at least `short`: the reduction."""
+def _decode(data: bytes, reduce_to: int | None, upright: bool) -> Picture:
+    # Globals of Pillow. A half-grey image must never pass as whole, whatever other libraries set;
+    # and `_check_pixels` is the guard here, since Pillow's would refuse what a draft can read.
+    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        size, reduction = image.size, _too_large(image)
+        if reduction == 1:
+            _check_pixels(image)  # Before the pixels of a PNG are decoded for their orientation.
+        turned = upright and _turn(image) is not None
+        if reduce_to is not None and image.format == "JPEG" and not turned:
+            reduction = max(reduction, _reduction(size, reduce_to))
+        if reduction > 1:
+            reduction = _draft(image, reduction)
+            _check_pixels(image)
+        image.load()
+        if upright and (turn := _turn(image)) is not None:  # Pillow turns TIFF while it loads.
+            # Not ImageOps.exif_transpose: it writes the EXIF again, and fails on malformed tags.
+            image = image.transpose(turn)
+        if reduction == 1 or turned:
+            return Picture(_to_rgb(image), image.size)
+        return Picture(_to_rgb(image), size, reduction)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats that this installation of Pillow and its plugins reads."""
+    Image.init()
+    for package, register in _PLUGINS.items():
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(package)
+            if register:
+                getattr(module, register)()
+    return tuple(name for name in (*_WANTED, "HEIF") if name in Image.OPEN)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright, by its EXIF; None where it is upright or that is malformed."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # Broken EXIF raises almost any class.
+        return None
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG without its texts and its colour profile, which may be larger than Pillow accepts.
+
+    The texts that can hold the orientation stay.
+    """
+    kept, start = [data[:8]], 8
+    while start + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[start : start + 8])
+        end = start + length + 12
+        keyword = data[start + 8 : end].partition(b"\0")[0]
+        if kind not in _TEXT or keyword in (b"Raw profile type exif", b"XML:com.adobe.xmp"):
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _max_pixels() -> int:
+    text = os.environ.get(MAX_PIXELS) or str(_MAX_PIXELS)
+    if not text.isdecimal():
+        raise ConfigError(f"{MAX_PIXELS}={text!r} in the environment: expected a number of pixels")
+    return int(text)
+
+
+def _check_pixels(image: Image.Image) -> None:
     width, height = image.size
+    if width * height > _max_pixels():
+        raise ValueError(
+            f"{width}x{height} are {width * height / 1e6:.0f} megapixels; save it smaller, or as "
+            f"JPEG, which is read at a fraction of its size, or set {MAX_PIXELS}={width * height}"
+        )
+
+
+def _too_large(image: Image.Image) -> int:
+    """The least reduction with which a JPEG is not too large; 1 where none helps."""
+    pixels = image.size[0] * image.size[1] / _max_pixels()
+    possible = (2, 4, _LARGEST_REDUCTION) if image.format in ("JPEG", "MPO") else ()
+    return next((r for r in (1, *possible) if pixels <= r * r), 1)
+
+
+def _reduction(size: tuple[int, int], short: int) -> int:
+    """The largest reduction that keeps a short side of at least `short`."""
     reduction = 1
-    while min(width, height) // (2 * reduction) >= short and reduction < _LARGEST_REDUCTION:
+    while min(size) // (2 * reduction) >= short and reduction < _LARGEST_REDUCTION:
         reduction *= 2
-    if reduction == 1 or image.format != "JPEG":
-        return 1
+    return reduction
+
+
+def _draft(image: Image.Image, reduction: int) -> int:
+    """Asks a JPEG for pixels reduced by `reduction`; returns by how much they will be."""
+    width, height = image.size
     drafted = image.draft(None, (width // reduction, height // reduction))
     return round(width / drafted[1][2]) if drafted else 1
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from detailflow_jax.data.codes import CodeSource
-from detailflow_jax.data.errors import UnreadableImage, unknown_name
+from detailflow_jax.data.errors import UnreadableImage, report_skipped, unknown_name
 from detailflow_jax.data.latents import LatentSource
 from detailflow_jax.data.sources import SOURCE_KINDS, Source, make_source
 from detailflow_jax.data.transforms import (
@@ -31,7 +31,6 @@ from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
 from detailflow_jax.runtime.errors import ConfigError
 
 _MAX_SKIPS = 64  # Broken records in a row after which the whole data set is at fault.
-_reported: set[str] = set()  # Broken records already named in this process's log.
 
 
 class ReadableSource:
@@ -46,6 +45,10 @@ class ReadableSource:
         self._source = source
         self._reduce_to = reduce_to
 
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self._source.class_names
+
     def __len__(self) -> int:
         return len(self._source)
 
@@ -55,9 +58,7 @@ class ReadableSource:
                 example = self._source.read((index + skipped) % len(self), self._reduce_to)
             except UnreadableImage as error:
                 last = error
-                if error.name not in _reported:
-                    _reported.add(error.name)
-                    logging.warning("skipping an unreadable image: %s", error)
+                report_skipped(error)
                 continue
             return {**example, "skipped": np.int32(skipped)}
         raise RuntimeError(
@@ -235,6 +236,7 @@ def make_iterator(
         {"codes": int32 [b, N, 3], "label": int32 [b]} or {"moments": float32 [b, h, w, 2C], mean
         and log-variance of scaled latents, "label": int32 [b]}. `get_state` and `set_state` are
         exact, with any number of worker processes, and `grain.checkpoint.CheckpointSave` takes it.
+        `class_names` has the names of the labels.
 
     Raises:
         ConfigError: a batch that the processes do not divide, an unknown source or crop, and
@@ -253,7 +255,9 @@ def make_iterator(
     dataset = dataset.random_map(random_map, seed=map_seed)
     dataset = _ProcessBlock(dataset, batch_size, process_index, process_count, sizes)
     together = _stack_rows if sizes else None
-    return _start(dataset.batch(batch_size // process_count, batch_fn=together), data)
+    iterator = _start(dataset.batch(batch_size // process_count, batch_fn=together), data)
+    iterator.class_names = source.class_names
+    return iterator
 
 
 def batch_sizes(data: Mapping, batch_size: int, seed: int) -> InputSizes | None:

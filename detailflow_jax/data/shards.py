@@ -133,7 +133,7 @@ def write_shard(
 
     Args:
         records: (source position, label, what `layout.encode` takes) in ascending position.
-        unreadable: source position -> name, for the positions without a record. May be filled
+        unreadable: source position -> name and reason, of positions without a record. May be filled
             while `records` is consumed.
 
     Raises:

@@ -35,7 +35,7 @@ def encode_shard(
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """(position, label, value) of every readable image, in order.
 
-    `unreadable` is filled with position -> name.
+    `unreadable` is filled with position -> name and reason.
     """
 
     def encoded(batch: list) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -47,7 +47,7 @@ def encode_shard(
     batch = []
     for position, example in data.iterate_crops(source, positions, image_size, crops):
         if isinstance(example, data.UnreadableImage):
-            unreadable[position] = example.name
+            unreadable[position] = str(example)
             continue
         batch.append((position, example))
         if len(batch) == batch_size:
@@ -114,8 +114,8 @@ def extract(
         return read_json(os.path.join(out, "manifest.json"))
     manifest = data.write_manifest(out, layout)
     sharding.sync_processes("closed")
-    for position, name in manifest["unreadable"]:
-        print(f"skipped: image {position}, {name}, cannot be read", file=sys.stderr)
+    for _, image in manifest["unreadable"]:
+        print(f"skipping an unreadable image: {data.printable(image)}", file=sys.stderr)
     return manifest
 
 

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
+from detailflow_jax.data.classes import class_names, parse_labels
 from detailflow_jax.inference import api
 from detailflow_jax.inference.batching import over_processes
 from detailflow_jax.inference.enlarge import decode_enlarged
@@ -25,25 +27,10 @@ from detailflow_jax.inference.errors import InputError
 from detailflow_jax.ops import flow
 from detailflow_jax.runtime import distributed, pictures
 from detailflow_jax.runtime.command import program_name
-from detailflow_jax.runtime.errors import UserError
+from detailflow_jax.runtime.errors import ConfigError, UserError
 from detailflow_jax.runtime.files import write_atomically
 
 CODE_SETTINGS = ("gradual_cfg", "temperature", "top_k", "top_p", "greedy")
-
-
-def parse_labels(text: str) -> list[int]:
-    """ "0-9", "3,1,4" or a mix -> class numbers.
-
-    Raises:
-      InputError: not of this form.
-    """
-    labels = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise InputError(f"cannot read labels {text!r}: expected numbers as in 0-9 or 3,1,4")
-        labels.extend(range(int(first), int(last or first) + 1))
-    return labels
 
 
 def parse_counts(text: str | None, name: str = "num_tokens") -> list[int]:
@@ -120,7 +107,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", required=True, help="folder for the pictures and samples.npz")
-    add("--labels", required=True, help="class numbers, as 0-9 or 3,1,4")
+    add(
+        "--labels",
+        required=True,
+        help="classes, as 0-9 or 3,1,4 or dog,cat; see detailflow classes",
+    )
     add("--per_class", type=int, default=8, help="samples per class")
     add("--cfg_scale", type=float, help="guidance >= 1; 1 means none (default: 1.5, FlowAR 2.4)")
     add("--seed", type=int, default=0, help="sample i depends on the seed and i alone")
@@ -164,13 +155,22 @@ def generate(args: argparse.Namespace) -> np.ndarray:
     """
     if args.per_class < 1 or args.batch_size < 1:
         raise InputError("--per_class and --batch_size must be at least 1")
-    labels = np.repeat(parse_labels(args.labels), args.per_class)
+    names = _class_names(args.flowar or args.generator)
+    labels = np.repeat(parse_labels(args.labels, names), args.per_class)
     make = generate_flowar if args.flowar else generate_detailflow
     images, progressive = make(args, labels)
     if jax.process_index() == 0:
         columns, single = args.per_class, args.single
         write_outputs(args.out, labels, images, progressive, columns=columns, single=single)
     return images
+
+
+def _class_names(model: str) -> tuple[str, ...]:
+    """The class names of a model that was trained here; none of other checkpoints."""
+    try:
+        return class_names(model) if epath.Path(model).is_dir() else ()
+    except ConfigError:
+        return ()
 
 
 def generate_detailflow(args: argparse.Namespace, labels: np.ndarray):

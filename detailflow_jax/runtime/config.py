@@ -20,7 +20,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from absl import flags
+from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 # Fields that a resumed run may change: they do not change what it computes.
 MAY_DIFFER = (
+    "class_names",  # of the data; written by `write_config`, no field of config files
     "log_every",
     "figures_every",
     "checkpoint_every",
@@ -70,6 +71,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     config = _run_config_file(spec)
     upgrade.check_names(config)
     config.lock()
+    # Beside the fields, not among them; a copy of the configuration does not have it.
+    object.__setattr__(config, "_defaults", flatten(_as_json(config)))
     for override in overrides:
         _apply_override(config, override)
     return config
@@ -284,15 +287,23 @@ def check_fields(config: ConfigDict, expected: Mapping[str, type | tuple[type, .
 # ---------------------------------------------------------------------------------- in the workdir
 
 
-def write_config(config: ConfigDict, workdir: str | os.PathLike) -> None:
+def write_config(
+    config: ConfigDict, workdir: str | os.PathLike, class_names: Sequence[str] = ()
+) -> None:
     """Writes the resolved configuration to WORKDIR/config.json, atomically.
+
+    Args:
+        config: of the run.
+        workdir: made if missing.
+        class_names: those of the labels, where they are known; written as one more field.
 
     Raises:
         ConfigError: the workdir cannot be made or written.
     """
     try:
         pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_as_json(config), indent=2) + "\n"
+        names = {"class_names": list(class_names)} if class_names else {}
+        text = json.dumps(_as_json(config) | names, indent=2) + "\n"
         write_atomically(pathlib.Path(workdir) / "config.json", text.encode())
     except OSError as error:
         raise ConfigError(f"cannot write to the workdir {workdir}: {error}") from error
@@ -321,6 +332,9 @@ def check_same(
 ) -> None:
     """Checks that a workdir was not started with another configuration.
 
+    `total_steps` may grow. A field that the workdir's configuration does not have yet counts there
+    with its default, the value in the config file.
+
     Args:
         config: the configuration to run now.
         workdir: of the run; if it has no config.json there is nothing to compare.
@@ -331,15 +345,26 @@ def check_same(
     """
     if not (pathlib.Path(workdir) / "config.json").exists():
         return
-    old, new = (flatten(_as_json(c)) for c in (read_config(workdir), config))
+    new = flatten(_as_json(config))
+    defaults = getattr(config, "_defaults", new)
+    written = flatten(_as_json(read_config(workdir)))
+    old = {name: defaults[name] for name in new if name in defaults} | written
     absent = object()
-    differences = [
-        f"  {name}: {_shown(old, name)} in the workdir, {_shown(new, name)} now"
-        for name in dict.fromkeys([*old, *new])
+    differing = [
+        name
+        for name in dict.fromkeys([*written, *new])
         if old.get(name, absent) != new.get(name, absent)
         and not any(name == free or name.startswith(f"{free}.") for free in may_differ)
     ]
-    if differences:
+    before, now = old.get("total_steps"), new.get("total_steps")
+    if "total_steps" in differing and isinstance(before, int) and before < now:
+        differing.remove("total_steps")
+        logging.warning("total_steps grows from %d to %d, and schedules follow it", before, now)
+    if differing:
+        differences = [
+            f"  {name}: {_shown(old, name)} in the workdir, {_shown(new, name)} now"
+            for name in differing
+        ]
         raise ConfigError(
             "\n".join([f"{workdir} was started with another configuration:", *differences])
             + "\nGive the run another --workdir (or delete this one), or resume it with its own "

@@ -1,11 +1,12 @@
 """Files that are written whole or not at all, and the lock on a workdir."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -13,59 +14,70 @@ from absl import logging
 
 from detailflow_jax.runtime.errors import ConfigError, FileError, UserError
 
+# What mounts (buckets, Windows shares, FUSE) answer to what they cannot do.
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
+_UNSUPPORTED |= {errno.EACCES, errno.EEXIST}
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A temporary path to write to, beside `path`; it becomes `path` when the block ends well.
 
     So a file is at every moment absent, the old one or the new one, also after a power cut. A
-    process that is killed leaves the temporary file, see `remove_partial`.
+    process that is killed leaves the temporary file, see `remove_partial`. It needs no more of the
+    file system than to make, rename and remove files.
 
     Raises:
         FileError: the folder is missing or cannot be written, or the disk is full.
     """
-    path, temporary = pathlib.Path(path), None
+    path = pathlib.Path(path)
+    temporary = _partial(path)
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-        os.close(descriptor)
-        temporary = pathlib.Path(name)
+        temporary.open("xb").close()
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's files are for their owner only.
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(temporary)
+        replace(temporary, path)
+        sync(path.parent)
     except BaseException as error:
-        if temporary:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, UserError):
             raise FileError(f"cannot write {path}: {error}") from error
         raise
 
 
+def replace(new: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Renames `new` to `path`, over an existing file, which some mounts allow only once removed."""
+    try:
+        os.replace(new, path)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or not pathlib.Path(path).is_file():
+            raise
+        os.unlink(path)
+        os.rename(new, path)
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """As `atomic_path`, an empty folder to fill; a folder that is at `path` is replaced whole."""
-    path, made = pathlib.Path(path), []
+    path = pathlib.Path(path)
+    new, old = _partial(path), _partial(path)
+    made = [new]
     try:
-        for _ in range(2):
-            name = tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent)
-            made.append(pathlib.Path(name))
-        new, old = made
+        new.mkdir()
         yield new
-        new.chmod(0o755)  # mkdtemp's folders are for their owner only.
         for inside in (*new.rglob("*"), new):
-            sync_folder(inside)
+            sync(inside)
         if replaced := path.exists():
-            os.replace(path, old)
+            os.rename(path, old)
         try:
-            os.replace(new, path)
+            os.rename(new, path)
         except OSError:
             if replaced:
-                made.remove(old)  # Until it is back in its place, it is the only copy.
-                os.replace(old, path)
+                os.rename(old, path)
             raise
-        sync_folder(path.parent)
+        made.append(old)  # Not before: until then it may be the only copy.
+        sync(path.parent)
     except OSError as error:
         if isinstance(error, UserError):
             raise
@@ -73,6 +85,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     finally:
         for left in made:
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _partial(path: pathlib.Path) -> pathlib.Path:
+    """A name beside `path` that is not taken."""
+    return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
 
 
 @contextlib.contextmanager
@@ -94,13 +111,17 @@ def remove_partial(folder: str | os.PathLike, name: str = "*") -> None:
         left.unlink(missing_ok=True)
 
 
-def sync_folder(folder: str | os.PathLike) -> None:
-    """Makes the names in a folder, or the content of a file, safe on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: str | os.PathLike) -> None:
+    """Makes a file, or the names in a folder, safe on the disk if the file system can do that."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 @contextlib.contextmanager
@@ -122,10 +143,11 @@ def hold_workdir(workdir: str | os.PathLike) -> Iterator[None]:
         try:
             # A POSIX lock: unlike flock's, it is not inherited by the data workers.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ConfigError(
-                f"another process is at work in {workdir}: stop it, or take another workdir"
-            ) from error
-        except OSError as error:  # Some network file systems have no locks.
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(
+                    f"another process is at work in {workdir}: stop it, or take another workdir"
+                ) from error
+            # Some network file systems have no locks.
             logging.warning("%s cannot be locked: %s", workdir, error)
         yield

@@ -1,0 +1,103 @@
+"""Class names, in the order of the labels: those of images, and those a trained model has learned.
+
+    detailflow classes runs/gen
+
+They travel from the images to the manifest of codes or latents, and from there, or from the images
+themselves, to the configuration of a run (`class_names` in WORKDIR/config.json).
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+
+from etils import epath
+
+from detailflow_jax.data.errors import did_you_mean, printable
+from detailflow_jax.data.shards import read_json
+from detailflow_jax.data.sources import SOURCE_KINDS, make_source
+from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.config import read_config
+from detailflow_jax.runtime.errors import ConfigError, UserError
+
+
+def class_names(place: str) -> tuple[str, ...]:
+    """Returns the class names of a run, of codes or latents, or of images, in label order.
+
+    Args:
+        place: a workdir, a folder of codes or latents, a folder of images, or a source of images
+            such as "digits" or "tfds:cifar10".
+
+    Raises:
+        ConfigError: nothing of these, or a run that has no class names.
+    """
+    if place.partition(":")[0] in SOURCE_KINDS:
+        return tuple(make_source(place).class_names)
+    path = re.sub("^(codes|latents):", "", place)
+    folder = epath.Path(path).expanduser()
+    if (folder / "config.json").exists():
+        if names := read_config(folder).get("class_names"):
+            return tuple(names)
+        raise ConfigError(
+            f"{path} has no class names: its data had none, or it was trained before they were "
+            "kept; ask its data, such as detailflow classes runs/codes"
+        )
+    if (manifest := folder / "manifest.json").exists():
+        return tuple(read_json(manifest)["class_names"])
+    return tuple(make_source(f"folder:{path}").class_names)
+
+
+def parse_labels(text: str, names: Sequence[str] = ()) -> list[int]:
+    """Returns the labels that a text lists: numbers and ranges of them, and class names.
+
+    Args:
+        text: such as "0-9", "3,1,4" or "dog,cat". A number is a label, also where it is the name
+            of another class.
+        names: of the classes, in label order; none where they are not known.
+
+    Raises:
+        ConfigError: a name that is not one of them; the text suggests the closest names.
+    """
+    if text in names and not re.fullmatch(r"[\d,\s-]+", text):
+        return [list(names).index(text)]  # A name with a comma in it.
+    labels = []
+    for part in map(str.strip, text.split(",")):
+        if match := re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part):
+            labels.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+        elif part in names:
+            labels.append(list(names).index(part))
+        elif names:
+            raise ConfigError(
+                f"cannot read labels {text!r}: there is no class {part!r} among "
+                f"{shown(names)}{did_you_mean(part, names)}"
+            )
+        else:
+            raise ConfigError(
+                f"cannot read labels {text!r}: expected numbers as in 0-9 or 3,1,4 (names such as "
+                "dog,cat need a model that was trained here on data with class names)"
+            )
+    return labels
+
+
+def shown(names: Sequence[str], most: int = 10) -> str:
+    """Returns the first labels with their names, on one line."""
+    rest = f", ... ({len(names)} classes)" if len(names) > most else ""
+    return ", ".join(f"{i} {printable(name)}" for i, name in enumerate(names[:most])) + rest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog=program_name("classes"),
+        description="List the classes: the label and the name of each, tab-separated.",
+        epilog="Labels follow the names of the class folders, numbers in them by value, or the "
+        "lines of classes.txt beside the folders.",
+        allow_abbrev=False,
+    )
+    help_text = "a workdir, a folder of codes, latents or images, or a source such as digits"
+    parser.add_argument("place", metavar="DIR", help=help_text)
+    try:
+        names = class_names(parser.parse_args(argv).place)
+    except UserError as error:
+        return error.report()
+    print("\n".join(f"{label}\t{printable(name)}" for label, name in enumerate(names)))
+    return 0
