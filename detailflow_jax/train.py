@@ -35,6 +35,7 @@ from ml_collections import ConfigDict
 
 from detailflow_jax.convert.start import load_into
 from detailflow_jax.data import make_iterator
+from detailflow_jax.data.classes import check_same_classes, shown
 from detailflow_jax.data.pipeline import batch_sizes
 from detailflow_jax.evaluate.training import Scorer, make_scorer
 from detailflow_jax.runtime import distributed, sharding
@@ -127,8 +128,10 @@ def train(
         own = task is None
         task, iterator = _task_and_data(config, task, iterator, mesh)
         feed = stack.enter_context(Feed(iterator, mesh))
+        names = tuple(getattr(iterator, "class_names", ()))
+        check_same_classes(names, workdir)
         if jax.process_index() == 0:
-            write_config(config, workdir)
+            write_config(config, workdir, names)
 
         # ------------------------------------------------- state: the newest checkpoint's or new
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
@@ -143,7 +146,7 @@ def train(
         else:
             step, clock = 0, {"seconds": 0.0, "averages": {}}
             state = sharding.create_sharded(task.init, key, mesh)
-        _log_start(config, mesh, state, step)
+        _log_start(config, mesh, state, step, names)
         if step >= config.total_steps:
             logging.info("this run is finished: nothing is left to do in %s", workdir)
             return state
@@ -172,6 +175,8 @@ def train(
         except Diverged as error:
             raise Diverged(f"{error}; {_last_good(checkpoints)}") from error
         logging.info("finished %d steps in %.0f s", config.total_steps, progress.seconds)
+        if skipped := feed.skipped:
+            logging.warning("unreadable images were skipped %d times, named above", skipped)
     return state
 
 
@@ -325,7 +330,9 @@ def _to_save(state: TrainState) -> TrainState:
     return state.replace(frozen={})  # `task.init` makes these again.
 
 
-def _log_start(config: ConfigDict, mesh: Mesh, state: TrainState, step: int) -> None:
+def _log_start(
+    config: ConfigDict, mesh: Mesh, state: TrainState, step: int, names: Sequence[str]
+) -> None:
     logging.debug("configuration:\n%s", config)
     logging.info(
         "%d x %s in %d process(es), mesh %s",
@@ -346,6 +353,9 @@ def _log_start(config: ConfigDict, mesh: Mesh, state: TrainState, step: int) -> 
             sum(whole.values()) / 2**20,
             max(whole, key=whole.get),
         )
+    if names:
+        logging.info("classes: %s", shown(names))
+        logging.debug("all classes: %s", shown(names, len(names)))
     if step:
         logging.info("resuming after step %d of %d", step, config.total_steps)
 

@@ -9,6 +9,7 @@ transforms.py   crops for training and for encoding
 pipeline.py     batches as a pure function of (seed, step), with Grain
 shards.py       writing what is derived from a data set, restartably
 shard_source.py reading it
+classes.py      the class names of images and of models, a command
 codes.py        records of codes, for the generator
 latents.py      records of latents, for FlowAR
 """

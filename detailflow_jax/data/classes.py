@@ -78,6 +78,19 @@ def parse_labels(text: str, names: Sequence[str] = ()) -> list[int]:
     return labels
 
 
+def check_same_classes(names: Sequence[str], workdir: str) -> None:
+    """Raises ConfigError if a run was started with other class names, or another order of them."""
+    if not (epath.Path(workdir) / "config.json").exists():
+        return
+    before = read_config(workdir).get("class_names", ())
+    if before and names and tuple(before) != tuple(names):
+        raise ConfigError(
+            f"{workdir} was trained with the classes {shown(before)}; the data have "
+            f"{shown(names)}: give the run another --workdir, or the data their order with a "
+            "classes.txt beside the class folders"
+        )
+
+
 def shown(names: Sequence[str], most: int = 10) -> str:
     """Returns the first labels with their names, on one line."""
     rest = f", ... ({len(names)} classes)" if len(names) > most else ""

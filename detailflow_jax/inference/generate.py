@@ -12,6 +12,7 @@ image, and with several token counts `progressive.png`: the same samples from fe
 import argparse
 import io
 import pathlib
+import re
 from collections.abc import Sequence
 
 import jax
@@ -107,11 +108,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", required=True, help="folder for the pictures and samples.npz")
-    add(
-        "--labels",
-        required=True,
-        help="classes, as 0-9 or 3,1,4 or dog,cat; see detailflow classes",
-    )
+    add("--labels", required=True, help="classes, as 0-9 or dog,cat; see detailflow classes")
     add("--per_class", type=int, default=8, help="samples per class")
     add("--cfg_scale", type=float, help="guidance >= 1; 1 means none (default: 1.5, FlowAR 2.4)")
     add("--seed", type=int, default=0, help="sample i depends on the seed and i alone")
@@ -155,7 +152,8 @@ def generate(args: argparse.Namespace) -> np.ndarray:
     """
     if args.per_class < 1 or args.batch_size < 1:
         raise InputError("--per_class and --batch_size must be at least 1")
-    names = _class_names(args.flowar or args.generator)
+    by_name = re.search(r"[^0-9,\s-]", args.labels)
+    names = _class_names(args.flowar or args.generator) if by_name else ()
     labels = np.repeat(parse_labels(args.labels, names), args.per_class)
     make = generate_flowar if args.flowar else generate_detailflow
     images, progressive = make(args, labels)
@@ -166,7 +164,7 @@ def generate(args: argparse.Namespace) -> np.ndarray:
 
 
 def _class_names(model: str) -> tuple[str, ...]:
-    """The class names of a model that was trained here; none of other checkpoints."""
+    """The class names that a workdir keeps; none of other checkpoints."""
     try:
         return class_names(model) if epath.Path(model).is_dir() else ()
     except ConfigError:
