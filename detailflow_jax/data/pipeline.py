@@ -88,7 +88,8 @@ class _ProcessBlock(grain.MapDataset):
         self._block = batch_size // process_count
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * self._block
+        # Endless is `sys.maxsize` to Grain, which a batch of one image would round up beyond it.
+        return len(self._parent) // 2 // self._batch_size * self._block
 
     def __getitem__(self, index):
         if isinstance(index, slice):

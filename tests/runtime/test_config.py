@@ -187,10 +187,29 @@ def test_workdir_of_another_configuration_is_refused(spec, tmp_path):
     assert "log_every" not in str(error.value)
 
     fields = json.loads((workdir / "config.json").read_text())
-    del fields["model"]["inner"]
+    fields["model"]["gone"] = 1
     (workdir / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ConfigError, match=r"model\.inner\.depth: absent in the workdir, 2 now"):
+    with pytest.raises(ConfigError, match=r"model\.gone: 1 in the workdir, absent now"):
         config_lib.check_same(config, workdir)
+
+
+def test_a_field_that_an_older_workdir_lacks_counts_as_its_default(spec, tmp_path):
+    config_lib.write_config(config_lib.load_config(spec), tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["model"]["inner"], fields["flip"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config_lib.check_same(config_lib.load_config(spec), tmp_path)
+    other = config_lib.load_config(spec, ["--config.model.inner.depth=3"])
+    with pytest.raises(ConfigError, match=r"model\.inner\.depth: 2 in the workdir, 3 now"):
+        config_lib.check_same(other, tmp_path)
+
+
+def test_a_resumed_run_may_be_longer_not_shorter(tmp_path):
+    steps = lambda n: ConfigDict({"total_steps": n, "seed": 0})  # noqa: E731
+    config_lib.write_config(steps(10), tmp_path)
+    config_lib.check_same(steps(20), tmp_path)
+    with pytest.raises(ConfigError, match="total_steps: 10 in the workdir, 9 now"):
+        config_lib.check_same(steps(9), tmp_path)
 
 
 def test_unusable_workdir_is_an_error_with_its_name(spec, tmp_path):

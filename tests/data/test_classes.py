@@ -1,0 +1,78 @@
+"""Class names: listed by the command, kept with a run, and used to choose labels."""
+
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from detailflow_jax.data import classes, make_iterator
+from detailflow_jax.data.classes import check_same_classes, class_names, parse_labels
+from detailflow_jax.runtime.config import check_same, read_config, write_config
+from detailflow_jax.runtime.errors import ConfigError
+
+NAMES = ("cat", "dog", "7", "Hot dog, mustard", "x-1")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("2", "10", "1"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "images" / name / "a.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0-2,4", [0, 1, 2, 4]),
+        ("dog,cat", [1, 0]),
+        (" dog , 3,cat", [1, 3, 0]),
+        ("7", [7]),  # A number is a label, not a name.
+        ("Hot dog, mustard", [3]),
+        ("x-1,0-1", [4, 0, 1]),
+    ],
+)
+def test_labels_are_numbers_or_names(text, expected):
+    assert parse_labels(text, NAMES) == expected
+
+
+def test_unknown_labels_suggest_names():
+    with pytest.raises(ConfigError, match=r"no class 'dgo'.*did you mean 'dog'"):
+        parse_labels("cat,dgo", NAMES)
+    for text in ("dog", "", "1,,2", "1-", "²"):
+        with pytest.raises(ConfigError, match="expected numbers as in 0-9"):
+            parse_labels(text)
+
+
+def test_the_command_lists_what_images_and_runs_hold(folder, tmp_path, capsys):
+    data = {"source": f"folder:{folder}", "image_size": 8, "crop": "none"}
+    iterator = make_iterator(data, batch_size=1, seed=0)
+    assert iterator.class_names == ("1", "2", "10")
+    config = ConfigDict({"seed": 0})
+    write_config(config, tmp_path / "run", iterator.class_names)
+    assert read_config(tmp_path / "run").class_names == ("1", "2", "10")
+    check_same(config, tmp_path / "run")
+    for place in (folder, f"folder:{folder}", tmp_path / "run"):
+        assert classes.main([str(place)]) == 0
+        assert capsys.readouterr().out == "0\t1\n1\t2\n2\t10\n"
+    assert class_names("digits") == tuple("0123456789")
+    write_config(config, tmp_path / "old")
+    for place, words in ((tmp_path / "old", "no class names"), (tmp_path / "none", "no image")):
+        assert classes.main([str(place)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_run_keeps_its_classes(tmp_path):
+    check_same_classes(("a", "b"), tmp_path)
+    write_config(ConfigDict({"seed": 0}), tmp_path, ("a", "b"))
+    check_same_classes(("a", "b"), tmp_path)
+    check_same_classes((), tmp_path)
+    with pytest.raises(ConfigError, match=r"the classes 0 a, 1 b; the data have 0 b, 1 a"):
+        check_same_classes(("b", "a"), tmp_path)
+
+
+def test_a_manifest_has_class_names(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"class_names": ["a", "b"]}))
+    assert class_names(f"codes:{tmp_path}") == class_names(str(tmp_path)) == ("a", "b")

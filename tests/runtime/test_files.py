@@ -1,0 +1,75 @@
+"""Files are written whole, also where the file system can do little."""
+
+import errno
+import os
+
+import pytest
+
+from detailflow_jax.runtime import files
+from detailflow_jax.runtime.errors import FileError
+
+
+def unable(number):
+    def call(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize("missing", ["chmod", "link", "symlink", "fchmod", "chown"])
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_mounts_without_permissions_or_links(tmp_path, monkeypatch, missing, number):
+    monkeypatch.setattr(os, missing, unable(number))
+    for content in (b"old", b"new"):
+        files.write_atomically(tmp_path / "file", content)
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.EPERM, errno.EACCES, errno.ENOTSUP])
+def test_mounts_that_do_not_rename_over_a_file(tmp_path, monkeypatch, number):
+    rename = os.rename
+
+    def replace(source, target):
+        if os.path.exists(target):
+            unable(number)()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for content in (b"old", b"new"):
+        files.write_atomically(tmp_path / "file", content)
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EPERM])
+def test_mounts_that_cannot_sync(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "fsync", unable(number))
+    files.write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call, number):
+    files.write_atomically(tmp_path / "file", b"old")
+    monkeypatch.setattr(os, call, unable(number))
+    with pytest.raises(FileError, match="cannot write"):
+        files.write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_new_files_have_the_permissions_of_the_user(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_atomically(tmp_path / "file", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_workdir_without_locks_can_be_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.fcntl, "lockf", unable(errno.ENOLCK))
+    with files.hold_workdir(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
