@@ -3,7 +3,6 @@
 The pictures are scikit-learn's two photographs, cut and scaled to several sizes.
 """
 
-import dataclasses
 import hashlib
 import http.server
 import io
@@ -493,10 +492,10 @@ def test_counts_and_checksums_are_compared_with_the_official_ones(tmp_path, monk
         ("train", 25),
         ("validation", 4),
     ]
-    known[1] = dataclasses.replace(known[1], md5="0" * 32)
+    known[1] = known[1]._replace(md5="0" * 32)
     with pytest.raises(imagenet.TarError, match=r"img_val.tar: MD5 .* official file has 0000"):
         imagenet.index_tars(manual, synsets, md5=True)
-    known[0] = dataclasses.replace(known[0], num_images=26)
+    known[0] = known[0]._replace(num_images=26)
     with pytest.raises(imagenet.TarError, match=r"img_train.tar: 25 images, expected 26"):
         imagenet.index_tars(manual, synsets)
 
