@@ -477,8 +477,7 @@ def test_counts_and_checksums_are_compared_with_the_official_ones(tmp_path, monk
     manual = write_tars(tmp_path, training_files(), validation_files())
     files = [manual / tar.file for tar in imagenet.TARS]
     known = [
-        dataclasses.replace(
-            tar,
+        tar._replace(
             num_bytes=file.stat().st_size,
             num_images=number,
             md5=hashlib.md5(file.read_bytes()).hexdigest(),
