@@ -34,7 +34,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     temporary = _partial(path)
     try:
         temporary.open("xb").close()
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:  # Some libraries make files for their owner only.
+            with contextlib.suppress(OSError):
+                temporary.chmod(mode)
         sync(temporary)
         replace(temporary, path)
         sync(path.parent)
