@@ -73,12 +73,12 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         for inside in (*new.rglob("*"), new):
             sync(inside)
         if replaced := path.exists():
-            os.rename(path, old)
+            os.replace(path, old)
         try:
-            os.rename(new, path)
+            os.replace(new, path)
         except OSError:
             if replaced:
-                os.rename(old, path)
+                os.replace(old, path)
             raise
         made.append(old)  # Not before: until then it may be the only copy.
         sync(path.parent)
