@@ -89,6 +89,14 @@ exit codes: 0 done; 2 not done, the last line says why and nothing partial is le
     )
     add("--allow_missing", action="store_true", help="initialise parameters that the file lacks")
     add("--allow_unused", action="store_true", help="leave out tensors that belong to no parameter")
+    add("--bare", action="store_true", help="to pytorch: a state dict under no key")
+    add(
+        "--keys",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="KEY,KEY",
+        help=f"to pytorch: write these besides model: {', '.join(export.KEYS)}",
+    )
     add("--overwrite", action="store_true", help="replace a checkpoint at --dst")
     group = parser.add_argument_group(
         "overrides", "what shapes cannot tell; default: the configuration beside the weights"
@@ -135,6 +143,9 @@ def convert(args: argparse.Namespace) -> list[str]:
                 found.config,
                 found.params,
                 args.dst,
+                bare=args.bare,
+                keys=args.keys,
+                source=found.source,
                 overwrite=args.overwrite,
                 progress=functools.partial(tqdm, desc="write", unit="tensor"),
             )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,15 @@ import numpy as np
 
 from detailflow_jax.convert import mapping
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.convert.registry import NETWORKS
+from detailflow_jax.convert.load import is_workdir
+from detailflow_jax.convert.readers import read_checkpoint
+from detailflow_jax.convert.registry import NETWORKS, Network
+from detailflow_jax.convert.tables import discriminator
 from detailflow_jax.convert.writers import SAFETENSORS, write_pytorch
+from detailflow_jax.runtime.checkpoint import restore_field
+
+KEYS = ("ema", "discriminator")
+"""What a PyTorch file may hold besides "model"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +46,9 @@ def export(
     params: Mapping[str, Any],
     path: str | os.PathLike[str],
     *,
+    bare: bool = False,
+    keys: Collection[str] = (),
+    source: str = "",
     overwrite: bool = False,
     progress: Callable[[list], Iterable] = iter,
 ) -> Exported:
@@ -53,11 +63,15 @@ def export(
       config: of the network.
       params: nested parameters, scanned or not; those in the host's memory are not copied.
       path: see `write_pytorch`.
+      bare: write a state dict without a key around it, as FlowAR's `eval.py` reads it.
+      keys: what a PyTorch file holds besides "model": "ema", the same weights (once in the file);
+        "discriminator", the trained part of the one that `source` holds.
+      source: the run or published file that the network was read from.
       overwrite: whether a checkpoint at `path` may be replaced.
       progress: wraps the list of what is to be written.
 
     Raises:
-      CheckpointError: see `write_pytorch`.
+      CheckpointError: see `write_pytorch`; or unknown `keys`, or a discriminator that is not there.
     """
     network = NETWORKS[kind]
     if network.describe is None:
@@ -70,14 +84,60 @@ def export(
     buffers = network.buffers(config)
     both, extra, notices = network.describe(config)
     state = weights | buffers
-    average = network.weights == "ema" and not str(path).endswith(SAFETENSORS)
+    if unknown := [key for key in keys if key not in KEYS]:
+        raise CheckpointError(f"keys={unknown[0]!r}", expected=f"one of {', '.join(KEYS)}")
+    if bare and keys:
+        raise CheckpointError(
+            f"a bare state dict has no keys such as {', '.join(keys)}", remedy="Leave out one."
+        )
+    single = bare or str(path).endswith(SAFETENSORS)
+    more: dict[str, Mapping[str, np.ndarray]] = {}
+    if "ema" in keys or (network.weights == "ema" and not single):
+        more[network.ema_key] = state
+    if "discriminator" in keys:
+        more["discriminator"] = _discriminator(source)
     path = write_pytorch(
         state,
         path,
         both,
-        more={network.ema_key: state} if average else {},
+        wrap=None if bare else "model",
+        more=more,
         extra_yaml=extra,
         name=network.file_name(config),
         overwrite=overwrite,
     )
+    if path.suffix != SAFETENSORS:
+        notices = notices + _unwritten(network, bare, more)
     return Exported(path, written, list(buffers), left_out, notices)
+
+
+def _unwritten(network: Network, bare: bool, keys: Collection[str]) -> list[str]:
+    """Notices of what the published scripts read and this file has only on request."""
+    notices = []
+    for key, script in network.wants.items():
+        if key == "bare" and not bare:
+            notices.append(f"the published {script} reads a bare state dict: write one with --bare")
+        elif key != "bare" and key not in keys:
+            notices.append(
+                f"the published {script} reads the key {key!r}: write it with --keys {key}"
+            )
+    return notices
+
+
+def _discriminator(source: str) -> Mapping[str, np.ndarray]:
+    """The trained part of the discriminator of a run or of a published training checkpoint."""
+    if is_workdir(source):
+        extra = restore_field(source, ("extra", "params"))  # No extra: there is no discriminator.
+        if trained := extra.get("discriminator"):
+            variables = {"params": trained["params"], **trained["state"]}
+            return discriminator.published_state(variables)
+    elif source:
+        known = NETWORKS["discriminator"].recognise
+        found = read_checkpoint(source, "discriminator", lambda names: 0 if known(names) else None)
+        if found.taken == "discriminator":
+            return found.tensors
+    raise CheckpointError(
+        f"{source or 'the model'}: holds no discriminator",
+        expected="a run with config.losses.adversarial, or a published training checkpoint",
+        remedy="Leave out the key discriminator.",
+    )

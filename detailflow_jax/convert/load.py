@@ -12,8 +12,8 @@ from etils import epath
 from detailflow_jax.convert import mapping, published
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.published import Loaded
-from detailflow_jax.convert.readers import Weights
 from detailflow_jax.convert.registry import NETWORKS
+from detailflow_jax.convert.select import Weights
 from detailflow_jax.runtime.checkpoint import restore_params
 from detailflow_jax.runtime.config import read_config
 from detailflow_jax.runtime.errors import ConfigError, near_names
@@ -79,8 +79,8 @@ def _load_run(
             expected=f"a {kind}",
             remedy=f"Load it with df.load_{run.task}." if network and network.task else "",
         )
-    notices = []
-    if weights == "ema" and not run.get("ema", {}).get("decay"):
+    notices, averages = [], bool(run.get("ema", {}).get("decay"))
+    if weights == "ema" and not averages:
         notices.append(f"{path}: the run keeps no 'ema' weights; reading 'model'")
     try:
         config = _override(of.from_run(run.model), overrides)
@@ -90,7 +90,9 @@ def _load_run(
     scan = getattr(config, "scan", False)
     _check_shapes(params, of.abstract(config, scan=scan), str(path))
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
-    return Loaded(kind, config, params, mapping.Report(), notices, str(path), tuple(dtypes))
+    taken = "ema" if averages and weights != "model" else "model"
+    report = mapping.Report()
+    return Loaded(kind, config, params, report, notices, str(path), tuple(dtypes), taken)
 
 
 def _check_shapes(params: Any, abstract: Any, source: str) -> None:

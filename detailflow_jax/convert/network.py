@@ -9,7 +9,7 @@ import jax
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry
-from detailflow_jax.convert.readers import Weights
+from detailflow_jax.convert.select import Weights
 from detailflow_jax.convert.settings import Names, Settings
 from detailflow_jax.models import layers
 from detailflow_jax.runtime.weights import fields_of
@@ -43,6 +43,8 @@ class Network:
       file_name: configuration -> name of the weights in a published folder, without suffix.
       weights: the set that the published evaluation takes of a file that holds several.
       ema_key: key of the moving average in a published file.
+      wants: what a published script reads and only a file written so on request has (a key, or
+        "bare" for a state dict under no key) -> the script.
       files: keys of its files in `runtime.weights.WEIGHTS`.
       field: the field that names its file, where `files` has none.
     """
@@ -67,6 +69,7 @@ class Network:
     file_name: Callable[[Any], str] = lambda config: "model"
     weights: Weights = "model"
     ema_key: str = "ema"
+    wants: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: tuple[str, ...] = ()
     field: str = ""
 

@@ -12,8 +12,9 @@ from absl import logging
 
 from detailflow_jax.convert import mapping
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.convert.readers import Weights, check_finite, read_checkpoint
+from detailflow_jax.convert.readers import check_finite, read_checkpoint
 from detailflow_jax.convert.registry import NETWORKS, Network
+from detailflow_jax.convert.select import Weights
 from detailflow_jax.ops import interpolation
 from detailflow_jax.runtime.weights import WEIGHTS
 
@@ -32,6 +33,7 @@ class Loaded:
       notices: what the user should know.
       source: the file read.
       dtypes: types of the tensors read, most frequent first.
+      taken: the set that was read, "model", "ema" or "discriminator".
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Loaded:
     notices: list[str]
     source: str
     dtypes: tuple[str, ...]
+    taken: Weights = "model"
 
 
 def read(
@@ -77,16 +80,22 @@ def read(
         found = name or name_of(names)
         return NETWORKS[found].weights if found else "model"
 
+    def recognise(names: Collection[str]) -> int | None:
+        if name and NETWORKS[name].recognise(names):
+            return 0
+        found = name_of(names)
+        return None if found is None else int(bool(name or not NETWORKS[found].describe))
+
     if name and NETWORKS[name].weights == "discriminator":
         weights = "discriminator"
-    files = [read_checkpoint(path, weights or evaluated) for path in paths]
+    files = [read_checkpoint(path, weights or evaluated, recognise) for path in paths]
     tensors = {label: x for file in files for label, x in file.tensors.items()}
     source = " and ".join(file.source for file in files)
     notices = [notice for file in files for notice in file.notices]
     network = check(name, tensors, source)
     if params is not None:
         done = place(network, tensors, params, source)
-        return dataclasses.replace(done, notices=notices + done.notices)
+        return dataclasses.replace(done, notices=notices + done.notices, taken=files[0].taken)
     published = {key: value for file in files for key, value in file.config.items()}
     config, more = network.infer(tensors, published, overrides or {}, source)
     scan = getattr(config, "scan", True) if scan is None else scan
@@ -102,7 +111,8 @@ def read(
         initial=lambda: initial(jax.random.key(0)),
         progress=progress,
     )
-    return dataclasses.replace(done, config=config, notices=notices + more + done.notices)
+    notices += more + done.notices
+    return dataclasses.replace(done, config=config, notices=notices, taken=files[0].taken)
 
 
 def place(

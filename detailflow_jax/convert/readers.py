@@ -1,7 +1,8 @@
 """Reads published weights: `.pt`, `.pth`, `.ckpt`, `.bin`, `.safetensors`, shards and folders.
 
-Reading never runs code from a file and needs no PyTorch; see `torch_file`. The format
-of a file is recognised by its content, not by its name.
+Reading never runs code from a file and needs no PyTorch; see `torch_file`. The format of a file is
+recognised by its content, not by its name. Which of its tensors are the weights is decided in
+`select`.
 """
 
 from __future__ import annotations
@@ -9,39 +10,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from detailflow_jax.convert import select
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.locate import Located, locate, read_mapping
+from detailflow_jax.convert.select import Preference, Recognise, Weights
 from detailflow_jax.convert.torch_file import (
     PICKLE_MAGIC,
     ZIP_MAGIC,
-    Inert,
     TensorSpec,
+    items_of,
     open_torch,
     read_tensors,
     strided_view,
 )
 
-Weights = Literal["model", "ema", "discriminator"]
-Preference = Weights | Callable[[Collection[str]], Weights] | None
-
-# Keys under which checkpoints keep the trained weights, the first one present being read.
-_MODEL_KEYS = ("model", "module", "state_dict")
-_EMA_KEYS = ("ema", "model_ema")  # of DetailFlow and of FlowAR
-# What torch.compile, FSDP and activation checkpointing put into names, and what
-# DistributedDataParallel and DeepSpeed put before them.
-_WRAPPER = re.compile(
-    r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
-)
-_FRONT = re.compile(r"^(?:module\.)+")
+# Where a training checkpoint keeps its settings, the first one present being read.
+_ARGUMENTS = ("args", "hyper_parameters", "hparams", "config")
 _SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64,
@@ -62,15 +54,31 @@ class Checkpoint:
             empty if there is none.
         source: the file or index read, as the user would name it.
         notices: what the user should know: a fallback, a choice among files, entries left out.
+        taken: "model", "ema" or "discriminator", the set that was read.
     """
 
     tensors: Mapping[str, np.ndarray]
     config: dict[str, Any]
     source: str
     notices: list[str]
+    taken: Weights = "model"
 
 
-def read_checkpoint(path: str | os.PathLike[str], weights: Preference = None) -> Checkpoint:
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """One file: its entries by dotted path, and how to make arrays of some of them."""
+
+    entries: Mapping[str, Any]
+    arrays: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
+    arguments: dict[str, Any]
+    holds: str
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    weights: Preference = None,
+    recognise: Recognise | None = None,
+) -> Checkpoint:
     """Opens a checkpoint; numbers are read when a tensor is used.
 
     Args:
@@ -80,6 +88,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights: Preference = None) ->
             from the tensors' names to one of them. If the file lacks it, the other one is read with
             a notice. "discriminator" is what training checkpoints keep under this name; of any
             other file it is the same as "model".
+        recognise: see `select`. Default: the weights are where training checkpoints keep them.
 
     Raises:
         CheckpointError: nothing readable there, a file that would run code (it is not run), a
@@ -91,12 +100,27 @@ def read_checkpoint(path: str | os.PathLike[str], weights: Preference = None) ->
     with locate(path) as found:
         notices = list(found.notices)
         config = _read_config(found, notices)
-        parts = {}
-        for name, file in found.weights.items():
-            parts[name], args = _read_file(file, name, weights, notices)
-            config = args | config
-    tensors = _merge_shards(found, parts) if found.shard_of else parts.popitem()[1]
-    return Checkpoint(_strip_prefixes(tensors, found.source), config, found.source, notices)
+        files = {name: _read_file(file, name) for name, file in found.weights.items()}
+    for file in files.values():
+        config = file.arguments | config
+    shard_of = found.shard_of or {e: n for n, file in files.items() for e in file.entries}
+    if missing := [entry for entry, shard in shard_of.items() if entry not in files[shard].entries]:
+        raise CheckpointError(
+            f"{found.source}: {len(missing)} tensors are not in the shards it names for them: "
+            f"{', '.join(missing[:5])}",
+            expected="an index and shards of the same checkpoint",
+            remedy="Download the index and its shards again, together.",
+        )
+    entries = {entry: files[shard].entries[entry] for entry, shard in shard_of.items()}
+    is_tensor = {e: isinstance(x, TensorSpec | np.ndarray) for e, x in entries.items()}
+    holds = next(iter(files.values())).holds
+    chosen = select.select(is_tensor, weights, recognise, found.source, holds)
+    tensors: dict[str, np.ndarray] = {}
+    for name, file in files.items():
+        mine = {bare: entries[e] for bare, e in chosen.entries.items() if shard_of[e] == name}
+        tensors |= file.arrays(mine)
+    ordered = {bare: tensors[bare] for bare in chosen.entries}
+    return Checkpoint(ordered, config, found.source, notices + chosen.notices, chosen.taken)
 
 
 def check_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
@@ -114,22 +138,24 @@ def check_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
     return [f"{len(bad)} of {len(tensors)} tensors hold NaN or infinite numbers: {some}"]
 
 
-def _read_file(
-    path: Path, name: str, weights: Preference, notices: list[str]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors of one file, and the arguments pickled beside them."""
+def _read_file(path: Path, name: str) -> _File:
     size = path.stat().st_size
     # numpy cannot map an empty file.
     raw = np.memmap(path, np.uint8, "r").view(np.ndarray) if size else np.empty(0, np.uint8)
     head = raw[:512].tobytes()
     # First, because the length that comes before the header may begin with any byte.
     if head[8:9] == b"{":
-        tensors = _read_safetensors(raw, path, name)
-        if _preferred(weights, tensors) == "ema":
-            notices.append(f"{name}: holds one set of weights; taken as the 'ema' asked for")
-        return tensors, {}
+        return _File(_read_safetensors(raw, path, name), dict, {}, "nothing")
     if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
-        return _read_torch(raw, path, name, weights, notices)
+        tree, spans = open_torch(raw, path, name)
+        top = dict(items_of(tree) or ())
+        settings = next((top[key] for key in _ARGUMENTS if items_of(top.get(key))), None)
+        return _File(
+            select.entries(tree),
+            lambda specs: read_tensors(raw, spans, specs, name),
+            _plain_arguments(settings),
+            select.listed(tree),
+        )
     found, remedy = _foreign(head)
     raise CheckpointError(
         f"{name}: {found}", expected="a file of torch.save or of safetensors", remedy=remedy
@@ -153,70 +179,7 @@ def _foreign(head: bytes) -> tuple[str, str]:
     return f"begins with {head[:16]!r}", "Check that it is the checkpoint, and download it again."
 
 
-def _read_torch(
-    raw: np.ndarray, path: Path, name: str, weights: Preference, notices: list[str]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    tree, spans = open_torch(raw, path, name)
-    state = _choose_state(tree, weights, name, notices)
-    specs = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, TensorSpec)}
-    if other := [_key(k) for k in state if k not in specs]:
-        notices.append(f"{name}: {len(other)} entries are no tensors: {', '.join(other[:5])}")
-    args = tree.get("args") if isinstance(tree, dict) else None
-    return read_tensors(raw, spans, specs, name), _plain_arguments(args)
-
-
-def _choose_state(tree: Any, weights: Preference, name: str, notices: list[str]) -> dict:
-    """The state dict wanted among those of the file: label -> TensorSpec or something else."""
-    top = tree if isinstance(tree, dict) else {}
-    if weights == "discriminator":
-        if (found := _state_in(top.get("discriminator"))) is not None:
-            return found
-        weights = "model"
-    live = next(filter(None, (_state_in(top.get(key)) for key in _MODEL_KEYS)), None)
-    ema = next(filter(None, (_state_in(top.get(key)) for key in _EMA_KEYS)), None)
-    if live is None and ema is None:
-        live = _state_in(tree)
-    sets = {"model": live, "ema": ema}
-    wanted = _preferred(weights, live or ema or {})
-    other = "model" if wanted == "ema" else "ema"
-    if sets[wanted] is not None:
-        return sets[wanted]
-    if sets[other] is not None:
-        notices.append(f"{name}: holds no {wanted!r} weights; reading {other!r}")
-        return sets[other]
-    inside = ", ".join(f"{_key(k)}{_kind(v)}" for k, v in list(top.items())[:10])
-    raise CheckpointError(
-        f"{name}: no weights in it (it holds: {inside or _kind(tree) or type(tree).__name__})",
-        expected="a dict of tensors, or one under 'model', 'module', 'state_dict', 'ema' or "
-        "'model_ema'",
-        remedy="If you trust the file, load it in PyTorch and write "
-        "`torch.save(model.state_dict(), ...)`.",
-    )
-
-
-def _key(key: Any) -> str:
-    return key if isinstance(key, str) else f"a key of type {getattr(key, 'name', 'int')}"
-
-
-def _kind(value: Any) -> str:
-    return f" (the Python object {value.name[:200]})" if isinstance(value, Inert) else ""
-
-
-def _preferred(weights: Preference, names: Collection[Any]) -> Weights:
-    if callable(weights):
-        weights = weights({_bare(name) for name in names if isinstance(name, str)})
-    return weights or "model"
-
-
-def _state_in(value: Any) -> dict | None:
-    """`value` if it is a state dict, or the state dict that it wraps."""
-    for state in (value, *(value.get(key) for key in _MODEL_KEYS if isinstance(value, dict))):
-        if isinstance(state, dict) and any(isinstance(v, TensorSpec) for v in state.values()):
-            return state
-    return None
-
-
-def _plain_arguments(args: Any) -> dict[str, Any]:
+def _plain_arguments(settings: Any) -> dict[str, Any]:
     """Scalars and short lists among pickled arguments.
 
     Nothing deeper: a pickle can share one list a million times, so that walking it never ends.
@@ -231,10 +194,9 @@ def _plain_arguments(args: Any) -> dict[str, Any]:
         small = type(value) is int and abs(value) < 2**63
         return small or isinstance(value, str | float | bool | None)
 
-    items = args.items() if isinstance(args, dict) else ()
     return {
         key: list(value) if isinstance(value, tuple) else value
-        for key, value in items
+        for key, value in items_of(settings) or ()
         if isinstance(key, str) and is_plain(value)
     }
 
@@ -276,35 +238,3 @@ def _read_config(found: Located, notices: list[str]) -> dict[str, Any]:
             notices.append(f"{name}: differs from config.yaml in {', '.join(differ)}; it is used")
         config |= read
     return config
-
-
-def _merge_shards(
-    found: Located, parts: Mapping[str, Mapping[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    missing = [t for t, shard in found.shard_of.items() if t not in parts[shard]]
-    if missing:
-        raise CheckpointError(
-            f"{found.source}: {len(missing)} tensors are not in the shards it names for them: "
-            f"{', '.join(missing[:5])}",
-            expected="an index and shards of the same checkpoint",
-            remedy="Download the index and its shards again, together.",
-        )
-    return {tensor: parts[shard][tensor] for tensor, shard in found.shard_of.items()}
-
-
-def _bare(name: str) -> str:
-    """A tensor's name without the names of wrappers in it."""
-    return _FRONT.sub("", _WRAPPER.sub("", name))
-
-
-def _strip_prefixes(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
-    stripped: dict[str, np.ndarray] = {}
-    for label, array in tensors.items():
-        if (bare := _bare(label)) in stripped:
-            raise CheckpointError(
-                f"{source}: {bare!r} is there twice, with and without a prefix",
-                expected="one tensor a name",
-                remedy="Save the state dict of one module alone.",
-            )
-        stripped[bare] = array
-    return stripped

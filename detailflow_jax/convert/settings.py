@@ -29,6 +29,12 @@ def published_fields(config: Any, names: Names) -> dict[str, Any]:
     return fields
 
 
+def unlike(config: Any, usual: Mapping[str, Any]) -> list[str]:
+    """What a configuration has other than `usual`: ["num_classes=10 (not 1000)", ...]."""
+    values = {name: getattr(config, name) for name in usual}
+    return [f"{n}={x} (not {usual[n]})" for n, x in values.items() if x != usual[n]]
+
+
 class Settings:
     """Collects the fields of a network's configuration; contradictions raise CheckpointError.
 

@@ -1,6 +1,7 @@
 """Training that starts from weights: which file goes into which part of a state.
 
-    config.init_from.model     a whole network: a run of this project or a published checkpoint
+    config.init_from.model     a whole network: a run of this project or a published checkpoint;
+                               PATH#model takes the raw weights, PATH#ema their average
     config.init_from.encoder   SigLIP2 for the tokenizer's encoder: its first layers
     config.init_from.discriminator   the discriminator's trained part
     config.teacher.path        SigLIP2 for the frozen teacher of the alignment loss
@@ -78,12 +79,27 @@ def load_into(
 
 
 def read_whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of a whole network like `params`, but for projections that the file lacks."""
-    if not is_workdir(path):
-        return _told(published.read(kind, path, params=params))
-    run = load(kind, path)
-    tensors = mapping.to_published(NETWORKS[kind].table, run.params)
-    return _told(published.place(NETWORKS[kind], tensors, params, path))
+    """Parameters of a whole network like `params`, but for projections that the file lacks.
+
+    Args:
+      kind: name of the network.
+      path: a run or a published checkpoint; "#model" or "#ema" behind it chooses the weights.
+      params: nested arrays or shapes that are wanted.
+
+    Raises:
+      CheckpointError: it cannot be read, or is another network.
+    """
+    path, _, choice = path.partition("#") if path.endswith(("#model", "#ema")) else (path, "", "")
+    if is_workdir(path):
+        run = load(kind, path, weights=choice or None)
+        tensors = mapping.to_published(NETWORKS[kind].table, run.params)
+        read = published.place(NETWORKS[kind], tensors, params, path)
+        read = dataclasses.replace(read, taken=run.taken, notices=run.notices + read.notices)
+    else:
+        read = published.read(kind, path, params=params, weights=choice or None)
+    names = {"ema": "the average of the weights (ema)", "model": "the raw weights (model)"}
+    logging.info("config.init_from.model: %s of %s", names[read.taken], path)
+    return _told(read)
 
 
 def read_frozen(frozen: Frozen, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -33,9 +34,9 @@ Spans = dict[str, tuple[int, int]]  # first byte and number of bytes of each sto
 
 ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_MAGIC = b"\x80"
-# About 100 bytes describe a tensor, so this leaves room for tens of thousands of them, and bounds
-# what a hostile file can make us allocate.
-MAX_PICKLE_BYTES = 8 << 20
+# About 100 bytes describe a tensor, so this leaves room for tens of thousands of them and for the
+# history of a run, and bounds what a hostile file can make us allocate.
+MAX_PICKLE_BYTES = 32 << 20
 _LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 # Tied weights may be in a file once and be read twice; a file that unfolds to more than this is
 # made to fill the memory.
@@ -48,20 +49,47 @@ _RESAVE = (
 
 
 class Inert:
-    """Stands for a Python object that no weight depends on, by its dotted `name`."""
+    """Stands for a Python object or its class, by its dotted `name`.
 
-    __slots__ = ("name",)
+    Attributes:
+        name: what the file calls the class.
+        parts: attributes and items that the file gives the object.
+    """
+
+    __slots__ = ("name", "parts")
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.parts = name, {}
 
     def __call__(self, *_: Any) -> Inert:
-        return self
+        return Inert(self.name)
 
     def extend(self, _: Any) -> None:
         """Items of a list or set; they are dropped."""
 
     append = extend
+
+
+def items_of(value: Any) -> list[tuple[Any, Any]] | None:
+    """What a dict, a short list or an object holds: (key, value); None of anything else.
+
+    A module holds its parameters, buffers and modules.
+    """
+    if isinstance(value, list | tuple) and not isinstance(value, TensorSpec) and len(value) <= 16:
+        parts = {str(i): x for i, x in enumerate(value)}
+        return list(parts.items()) if any(isinstance(x, dict | Inert) for x in value) else None
+    parts = value.parts if isinstance(value, Inert) else value
+    if not isinstance(parts, dict) or not any(isinstance(key, str) for key in parts):
+        return None
+    if "_parameters" in parts:
+        stores = [parts.get(name) for name in ("_parameters", "_buffers", "_modules")]
+        return [item for store in stores for item in items_of(store) or ()]
+    if isinstance(parts.get("_content"), dict):  # of OmegaConf
+        parts = parts["_content"]
+    plain = {
+        k: x.parts["_val"] for k, x in parts.items() if isinstance(x, Inert) and "_val" in x.parts
+    }
+    return list((parts | plain).items())
 
 
 class Namespace(dict):
@@ -98,7 +126,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> 
 def _set_items(target: Any, pairs: Any) -> None:
     """Sets items of a dict; a key whose hash the file could choose is replaced by a placeholder."""
     if isinstance(target, Inert):
-        return
+        target = target.parts
     for key, value in pairs:
         plain = type(key) in (str, Inert) or (type(key) is int and abs(key) < 2**63)
         dict.__setitem__(target, key if plain else Inert(type(key).__name__), value)
@@ -112,6 +140,22 @@ def _ordered_dict(pairs: Any = ()) -> dict:
 
 def _first(value: Any = None, *_: Any) -> Any:
     return value
+
+
+def _numpy_dtype(code: Any = "", *_: Any) -> Any:
+    plain = isinstance(code, str) and re.fullmatch(r"[fiu][1248]|b1", code)
+    return np.dtype(code) if plain and code != "f1" else Inert("numpy.dtype")
+
+
+def _numpy_scalar(dtype: Any, data: Any = None, *_: Any) -> Any:
+    if isinstance(dtype, np.dtype) and isinstance(data, bytes) and len(data) == dtype.itemsize:
+        return np.frombuffer(data, dtype)[0].item()
+    return Inert("numpy.scalar")
+
+
+def _encoded(text: Any, *_: Any) -> Any:
+    """Bytes, which protocol 2 writes as text."""
+    return text.encode("latin-1", "replace") if isinstance(text, str) else Inert("bytes")
 
 
 _DTYPES = {
@@ -143,6 +187,10 @@ _KNOWN: dict[str, Any] = {
     # their arguments in these.
     "ruamel.yaml.scalarbool.ScalarBoolean": lambda value=False, *_: value != 0,
     "ruamel.yaml.comments.CommentedSeq": lambda *_: [],
+    "numpy.dtype": _numpy_dtype,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+    "_codecs.encode": _encoded,
 }
 _RUAMEL = ("ruamel.yaml.scalarfloat.", "ruamel.yaml.scalarint.", "ruamel.yaml.scalarstring.")
 # What torch.save never writes: text instructions, calls other than REDUCE, references to the
@@ -182,8 +230,11 @@ class _Unpickler(_Base):
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, Namespace) and isinstance(state, dict):
-            target.update(state)
+        if isinstance(target, Namespace | Inert):
+            # Objects with slots have a second dict.
+            for attributes in state if isinstance(state, tuple) else (state,):
+                if isinstance(attributes, dict):
+                    _set_items(target, attributes.items())
 
     def load_setitems(self) -> None:
         items = self.pop_mark()

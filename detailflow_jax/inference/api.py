@@ -11,6 +11,7 @@ images = vae.decode(flow.sample([3, 1, 4], seed=0, cfg_scale=2.4))
 
 import os
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,8 @@ def save_pytorch(
     model: Model,
     path: Path,
     *,
+    bare: bool = False,
+    keys: Collection[str] = (),
     overwrite: bool = False,
 ) -> pathlib.Path:
     """Writes a model in the published layout, which the published code loads with strict=True.
@@ -160,6 +163,9 @@ def save_pytorch(
       model: a loaded model.
       path: a folder to make (config.json, config.yaml, checkpoints/N.pt), or a file ending in
         .pt, .pth, .ckpt, .bin or .safetensors, with the two configurations beside it.
+      bare: write a state dict without a key around it, as FlowAR's `eval.py` reads it.
+      keys: what a PyTorch file holds besides "model": "ema", the same weights; "discriminator", the
+        one of the run or published file that the model was loaded from.
       overwrite: whether a checkpoint at `path` may be replaced.
 
     Returns:
@@ -168,7 +174,16 @@ def save_pytorch(
     Raises:
       CheckpointError: something is at `path`, or PyTorch is missing for a PyTorch file.
     """
-    done = export.export(model.kind, model.config, model.params, path, overwrite=overwrite)
+    done = export.export(
+        model.kind,
+        model.config,
+        model.params,
+        path,
+        bare=bare,
+        keys=keys,
+        source=model.source,
+        overwrite=overwrite,
+    )
     for notice in done.notices:
         logging.warning("%s: %s", done.path, notice)
     return done.path

@@ -228,6 +228,13 @@ def restore_params(
     Raises:
         CheckpointError: no checkpoint, no such step, or none that can be read.
     """
+    return restore_field(workdir, ("ema", "params") if ema else ("params",), step)
+
+
+def restore_field(
+    workdir: str | os.PathLike, names: tuple[str, ...], step: int | None = None
+) -> dict:
+    """The first of the state's fields `names` that holds arrays; see `restore_params`."""
     directory = _directory(workdir)
     steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
     if not steps:
@@ -237,12 +244,12 @@ def restore_params(
     for candidate in reversed(steps) if step is None else [step]:
         path = directory / str(candidate)
         try:
-            params = _read_field(path, ("ema", "params") if ema else ("params",))
+            found = _read_field(path, names)
         except Exception as error:  # As in `Checkpoints.restore`.
             logging.warning("checkpoint %s cannot be read: %s", path, _reason(error))
         else:
-            logging.info("parameters of step %d from %s", candidate, directory)
-            return params
+            logging.info("%s of step %d from %s", names[-1], candidate, directory)
+            return found
     raise CheckpointError(f"no checkpoint in {directory} can be read")
 
 

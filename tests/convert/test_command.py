@@ -296,6 +296,33 @@ def test_a_run_in_a_bucket_is_known(tmp_path, runs, monkeypatch):
     assert tokenizer.fingerprint == df.load_tokenizer(runs["tokenizer"]).fingerprint
 
 
+def test_keys_that_published_scripts_read(tmp_path, runs, folders, capsys):
+    command = ["--to", "pytorch", "--src", runs["tokenizer"], "--dst"]
+    assert run(*command, tmp_path / "a") == 0
+    said = capsys.readouterr().err
+    assert "load_vq_model(ema=True)" in said and "--keys ema" in said
+    assert "--vq-ckpt" in said and "--keys discriminator" in said
+    assert run(*command, tmp_path / "b", "--keys", "ema") == 0
+    assert "--keys ema" not in capsys.readouterr().err
+    content = torch.load(tmp_path / "b" / "checkpoints" / "16.pt", weights_only=True)
+    assert list(content) == ["model", "ema"]
+    assert all(torch.equal(content["ema"][k], x) for k, x in content["model"].items())
+    assert run(*command, tmp_path / "c", "--keys", "discriminator") == 2
+    assert "holds no discriminator" in capsys.readouterr().err
+    assert run(*command, tmp_path / "c", "--keys", "optimizer") == 2
+    assert "expected one of ema, discriminator" in capsys.readouterr().err
+    # What a published training checkpoint holds goes on as it is.
+    state, _ = recorded("tokenizer_a")
+    state = {k: torch.from_numpy(x) for k, x in state.items()}
+    heads = {"heads.0.0.0.weight_orig": torch.ones(3), "heads.0.0.0.bias": torch.zeros(3)}
+    torch.save({"model": state, "discriminator": heads}, tmp_path / "x.pt")
+    command = ["--to", "pytorch", "--src", tmp_path / "x.pt", "--dst", tmp_path / "d.pt", *HEADS]
+    assert run(*command, "--keys", "discriminator,ema", "--group_size=4") == 0
+    content = torch.load(tmp_path / "d.pt", weights_only=True)
+    assert content.keys() == {"model", "ema", "discriminator"}
+    assert content["discriminator"].keys() == heads.keys()
+
+
 def test_run_to_pytorch_by_the_command(tmp_path, runs, capsys):
     assert run("--to", "pytorch", "--src", runs["tokenizer"], "--dst", tmp_path / "out") == 0
     output = capsys.readouterr()

@@ -138,3 +138,37 @@ def test_a_head_without_published_counterpart_says_so():
     _, _, notices = names.describe(dataclasses.replace(names.FlowARConfig(), injection="add"))
     assert "no published counterpart" in notices[0]
     assert json.dumps(names.describe(names.FlowARConfig())[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_classes": 10}, {"head_dim": 32}, {"buffer_size": 4}, {"scales": (1, 4, 16)},
+        {"channels": 4},
+    ],
+)  # fmt: skip
+def test_what_the_published_code_does_not_build_is_said(change):
+    assert names.describe(names.FlowARConfig())[2] == []
+    (notice,) = names.describe(dataclasses.replace(names.FlowARConfig(), **change))[2]
+    ((name, value),) = change.items()
+    assert f"{name}={value} (not " in notice and "fails or samples are wrong" in notice
+    (notice,) = names.describe(dataclasses.replace(names.FlowARConfig(), head_depth=3))[2]
+    assert "none of FlowAR-S, FlowAR-L, FlowAR-H" in notice
+
+
+def test_bare_for_evaluation_and_wrapped_for_training(recorded, tmp_path, capsys):
+    path, state, _ = recorded
+    command = ["--to", "pytorch", "--src", str(path), "--dst"]
+    assert convert([*command, str(tmp_path / "bare" / "x.pth"), "--bare"]) == 0
+    assert "eval.py" not in capsys.readouterr().err
+    assert torch.load(tmp_path / "bare" / "x.pth", weights_only=True).keys() == state.keys()
+    assert convert([*command, str(tmp_path / "wrapped" / "x.pth")]) == 0
+    assert "eval.py reads a bare state dict: write one with --bare" in capsys.readouterr().err
+    wrapped = torch.load(tmp_path / "wrapped" / "x.pth", weights_only=True)
+    assert list(wrapped) == ["model", "model_ema"]
+    model = df.load_flowar(path)
+    df.save_pytorch(model, tmp_path / "again" / "x.pth", bare=True)
+    assert torch.load(tmp_path / "again" / "x.pth", weights_only=True).keys() == state.keys()
+    assert df.load_flowar(tmp_path / "again" / "x.pth").fingerprint == model.fingerprint
+    with pytest.raises(CheckpointError, match="bare state dict has no keys such as ema"):
+        df.save_pytorch(model, tmp_path / "b.pth", bare=True, keys=["ema"])

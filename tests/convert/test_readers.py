@@ -301,6 +301,13 @@ def test_parameters_with_attributes_are_tensors(tmp_path):
     assert tensors["w"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_module_that_was_saved_whole(tmp_path, zipped):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    torch.save(model, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    assert digests(read_checkpoint(tmp_path / "x.pt").tensors) == torch_digests(model.state_dict())
+
+
 def test_tensors_of_another_kind_are_named(tmp_path):
     content = {"w": torch.ones(2), "sparse": torch.eye(2).to_sparse(), "names": {(1, 2): 3}}
     torch.save(content, tmp_path / "x.pt")

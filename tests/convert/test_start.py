@@ -120,6 +120,24 @@ def test_whole_generator(tmp_path):
     )
 
 
+def test_raw_weights_or_their_average(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(start.logging, "info", lambda text, *args: said.append(text % args))
+    path, params = exported(tmp_path, generator())
+    file = tmp_path / "published" / "checkpoints" / "16.pt"
+    content = torch.load(file, weights_only=True)
+    content["ema"] = {name: x + 1 for name, x in content["model"].items()}
+    torch.save(content, file)
+    for choice, shift, name in (("", 1, "average"), ("#ema", 1, "average"), ("#model", 0, "raw")):
+        config = generator(**{"init_from.model": f"{path}{choice}", "ema.decay": 0.5})
+        state = start.load_into(config, new_state(config), make_task(config).frozen, fresh=True)
+        want = jax.tree.map(lambda x, shift=shift: x + np.float32(shift), params)
+        assert_equal(state.params, want)
+        assert_equal(state.ema, want)
+        assert any(name in line and path in line for line in said)
+        said.clear()
+
+
 def test_tables_of_another_grid_are_resized(tmp_path):
     """From 32 pixels to 48: the tables change as the network would resize them on the fly."""
     path, params = exported(tmp_path, digits())

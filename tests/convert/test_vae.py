@@ -124,6 +124,17 @@ def test_the_command_goes_both_ways(kl16, vae, tmp_path, capsys):
     assert df.load_vae(folder).config == read.config
 
 
+@pytest.mark.parametrize(
+    "change", [{"channels": 64}, {"res_blocks": 1}, {"multipliers": (1, 2, 4)}, {"scale_factor": 1}]
+)
+def test_what_the_published_code_does_not_build_is_said(change):
+    describe = NETWORKS["vae"].describe
+    assert describe(VAEConfig())[2] == []
+    (notice,) = describe(VAEConfig(**change))[2]
+    ((name, value),) = change.items()
+    assert f"{name}={value} (not " in notice and "its results are wrong" in notice
+
+
 def test_a_run_starts_from_it(kl16, vae):
     config = load_config("configs/vae.py:kl16:runlocal")
     config.init_from.model = str(kl16)

@@ -304,7 +304,7 @@ def test_missing_weights_stop_a_run(folder, tmp_path, capsys, monkeypatch):
         "dino_deitsmall16_pretrain.pth",
     ):
         assert part in error
-    assert "python -m detailflow_jax.weights" in error and "Traceback" not in error
+    assert "`detailflow weights`" in error and "Traceback" not in error
 
 
 # ------------------------------------------------------------------------------ weights, resuming

@@ -7,8 +7,10 @@ The tables of trained parts are over all variables of a network: `params/...`, `
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.convert.mapping import Entry, conv, counters, linear, norm
+from detailflow_jax.convert.mapping import Entry, conv, counters, linear, norm, to_published
 from detailflow_jax.convert.network import Network, any_of, image
 from detailflow_jax.convert.settings import Settings
 from detailflow_jax.models.discriminator import Dino, DinoConfig, make
@@ -117,6 +119,13 @@ def layout(
     else:
         table = patchgan(sum(name.startswith("conv_") for name in parts) - 1)
     return table, (*counters(table), "dino_proxy.")
+
+
+def published_state(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """All that strict loading of a trained part asks for: its tensors and the batch counters."""
+    table, _ = layout({}, variables, "")
+    zeros = {name: np.zeros((), np.int64) for name in counters(table)}
+    return to_published(table, variables) | zeros
 
 
 DINO_NETWORK = Network(

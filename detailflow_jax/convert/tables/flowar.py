@@ -9,7 +9,7 @@ import numpy as np
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear
 from detailflow_jax.convert.network import Network, any_of
-from detailflow_jax.convert.settings import Settings, published_fields
+from detailflow_jax.convert.settings import Settings, published_fields, unlike
 from detailflow_jax.models.flowar import SIZES, FlowAR, FlowARConfig, example
 from detailflow_jax.ops import rotary
 from detailflow_jax.ops import scales as grids
@@ -84,6 +84,17 @@ SKIPPED = (
     *(f"{name.format(i)}.rope." for name in _ROTARY + _HEAD_ROTARY for i in range(_MOST_BLOCKS)),
 )
 """Derived buffers."""
+
+_BUILT = {
+    "num_classes": 1000,
+    "scales": (1, 2, 4, 8, 16),
+    "channels": 16,
+    "buffer_size": 0,
+    "head_dim": 64,
+}
+"""What the published code builds in every size."""
+
+_PUBLISHED = ("FlowAR-S", "FlowAR-L", "FlowAR-H")
 
 _NAMES = {
     "width": ("encoder_embed_dim", "decoder_embed_dim"),
@@ -199,6 +210,16 @@ def describe(config: FlowARConfig) -> tuple[dict[str, Any], dict[str, Any], list
             f"injection={config.injection!r} has no published counterpart: its tensors are written "
             "under the published names, but the published code cannot build it"
         )
+    if file_name(config) not in _PUBLISHED:
+        notices.append(
+            f"its widths, depths and heads are of none of {', '.join(_PUBLISHED)}, which are all "
+            "that the published scripts offer: build its class with the sizes in config.json"
+        )
+    if other := unlike(config, _BUILT):
+        notices.append(
+            f"the published code builds another network, with which loading fails or samples are "
+            f"wrong: this one has {', '.join(other)}"
+        )
     return both, {}, notices
 
 
@@ -223,4 +244,5 @@ NETWORK = Network(
     file_name=file_name,
     weights="ema",
     ema_key="model_ema",
+    wants={"bare": "eval.py"},
 )

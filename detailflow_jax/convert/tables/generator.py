@@ -128,7 +128,8 @@ def describe(config: GeneratorConfig) -> tuple[dict[str, Any], dict[str, Any], l
         return both, {"gpt_model": name}, []
     notice = (
         f"{config.depth} layers of width {config.width} with {config.num_heads} heads are none of "
-        "the published sizes, so gpt_model is left out and the published code cannot build it"
+        "the published sizes, so gpt_model is left out: the published code builds it with "
+        "Transformer(ModelArgs(**config)) of config.json, not by a name"
     )
     return both, {}, [notice]
 

@@ -137,19 +137,26 @@ def describe(config: TokenizerConfig) -> tuple[dict[str, Any], dict[str, Any], l
         "degradation_power": config.resolution_power,
         "min_image_size": config.image_size,
     }
-    notices = []
+    notices, unnamed = [], []
     for part in ("encoder", "decoder"):
         trunk, short = getattr(config, part), part[:3]
         both |= {f"{short}_type": "siglip2", f"{short}_patch_size": trunk.patch_size}
-        named = _published_name(trunk)
-        if named:
-            both |= {f"{part}_model": named[0], f"{short}_pretrained": named[1]}
-        else:
-            notices.append(
-                f"the {part} ({trunk.depth} layers of width {trunk.width}) is none of the published"
-                f" sizes, so {part}_model is left out and the published code cannot build it"
-            )
         extra[f"{part}_num_heads"] = trunk.num_heads
+        if named := _published_name(trunk):
+            both |= {f"{part}_model": named[0], f"{short}_pretrained": named[1]}
+            continue
+        unnamed.append(dataclasses.replace(trunk, patch_size=0))
+        notices.append(
+            f"the {part} ({trunk.depth} layers of width {trunk.width}) is none of the published "
+            f"sizes, so {part}_model is left out. The published code builds it with "
+            f'{part}_model="siglip2", {short}_pretrained=true and a SigLIP2 of that size in '
+            "$CACHE_DATA_PATH/siglip2-so400m-patch16-naflex"
+        )
+    if len(set(unnamed)) > 1:
+        notices.append(
+            "encoder and decoder are of two sizes, and the published code takes both from one "
+            "SigLIP2: it cannot build this pair without a change"
+        )
     return both, extra, notices
 
 
@@ -186,4 +193,8 @@ NETWORK = Network(
     },
     buffers=lambda config: {_USAGE: np.zeros(_USAGE_LENGTH, np.float32)},
     file_name=lambda config: str(config.num_tokens),
+    wants={
+        "ema": "load_vq_model(ema=True), the default of extraction and sampling,",
+        "discriminator": "--vq-ckpt of tokenizer training",
+    },
 )

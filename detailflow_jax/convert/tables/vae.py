@@ -1,5 +1,6 @@
 """The KL autoencoder in the names of the LDM family and in its published configuration."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv, norm
 from detailflow_jax.convert.network import Network, any_of
-from detailflow_jax.convert.settings import Settings, published_fields
+from detailflow_jax.convert.settings import Settings, published_fields, unlike
 from detailflow_jax.models.vae import VAE, VAEConfig
 from detailflow_jax.tasks import vae as task
 
@@ -115,14 +116,13 @@ def describe(config: VAEConfig) -> tuple[dict[str, Any], dict[str, Any], list[st
     both = published_fields(config, _NAMES) | {"embed_dim": config.latent_channels}
     # What no published autoencoder of this family needs to tell.
     extra = {"norm_groups": config.norm_groups, "shift_factor": config.shift_factor}
-    unusual = [
-        name for name, usual in (("norm_groups", 32), ("shift_factor", 0.0)) if extra[name] != usual
-    ]
-    if not config.quant_conv:
-        unusual.append("quant_conv")
-    notices = [
-        f"{name}={getattr(config, name)} is not what the published code builds" for name in unusual
-    ]
+    notices = []
+    usual = dataclasses.asdict(VAEConfig(dtype=config.dtype))
+    if other := unlike(config, usual):
+        notices.append(
+            "the published autoencoder code builds KL-16 alone, and loads without strictness: with "
+            f"this file loading fails, or its results are wrong, because of {', '.join(other)}"
+        )
     return both, extra, notices
 
 

@@ -1,0 +1,242 @@
+"""Which of the entries of a file are the weights, and under which names.
+
+A file is a tree of dicts, lists and objects. An entry is what has no parts, such as a tensor, under
+its dotted path: "ema.module.encoder.latent_tokens". The weights are the entries under some prefix;
+a function that recognises a network by its tensors' names finds the prefix, whatever it is called.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+
+from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.torch_file import Inert, items_of
+
+Weights = Literal["model", "ema", "discriminator"]
+Preference = Weights | Callable[[Collection[str]], Weights] | None
+Recognise = Callable[[Collection[str]], int | None]
+"""Names of tensors -> 0 if they are of the network wanted, 1 if of another one, else None."""
+
+# Keys under which checkpoints keep the trained weights, the first one present being read.
+_MODEL_KEYS = ("model", "module", "state_dict")
+_AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])|EMA|shadow|averag|(?<![a-z])swa(?![a-z])")
+_DISCRIMINATOR = re.compile(r"disc(riminator)?s?$")
+_COUNTERS = {"n_averaged", "num_updates", "decay", "initted", "step"}  # beside an average
+# What torch.compile, FSDP and activation checkpointing put into names, and what
+# DistributedDataParallel and DeepSpeed put before them.
+_WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
+_WRAPPER = re.compile(rf"(?<![^.])(?:{_WRAPPERS})\.")
+_ANY_WRAPPER = re.compile(rf"(?<![^.])(?:{_WRAPPERS}|module)\.")
+_FRONT = re.compile(r"^(?:module\.)+")
+# A pickle can share one dict a million times; nobody wraps weights deeper than this.
+_MOST_DEPTH, _MOST_ENTRIES = 8, 200_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """The weights of a file.
+
+    Attributes:
+      entries: name of a tensor, without wrappers and prefix -> path of the entry.
+      taken: the set that they are.
+      notices: what the user should know about the choice.
+    """
+
+    entries: dict[str, str]
+    taken: Weights
+    notices: list[str]
+
+
+def entries(tree: Any) -> dict[str, Any]:
+    """Everything in a tree by its dotted path, what is less deep first."""
+    found: dict[str, Any] = {}
+    level, total = [("", tree)], 1
+    for depth in range(_MOST_DEPTH):
+        deeper = []
+        for path, value in level:
+            parts = items_of(value) if depth < _MOST_DEPTH - 1 else None
+            if parts is None or total > _MOST_ENTRIES:
+                found[path] = value
+                continue
+            total += len(parts)
+            for key, part in parts:
+                inner = f"{path}.{key_name(key)}" if path else key_name(key)
+                if isinstance(key, str):
+                    deeper.append((inner, part))
+                else:
+                    found[inner] = None  # No tensor has such a name.
+        level = deeper
+    return found
+
+
+def select(
+    is_tensor: Mapping[str, bool],
+    weights: Preference,
+    recognise: Recognise | None,
+    source: str,
+    holds: str,
+) -> Selected:
+    """Chooses the weights among the entries of a file.
+
+    Args:
+      is_tensor: path of an entry -> whether it is a tensor.
+      weights: the set to take, see `readers.read_checkpoint`.
+      recognise: finds the weights wherever they are. Without it, and where it finds nothing, they
+        are where training checkpoints keep them.
+      source: what messages call the file.
+      holds: what messages say is in the file.
+
+    Raises:
+      CheckpointError: there are none, or one tensor is there under two names.
+    """
+    names = [path for path, tensor in is_tensor.items() if tensor]
+    groups = _recognised(names, recognise) if recognise else []
+    groups = groups or _usual(names)
+    sets = {label: [g for g in groups if g.label == label] for label in ("model", "ema")}
+    if weights == "discriminator":
+        weights = "model"
+        sets["model"] = [g for g in groups if g.label == "discriminator"] or sets["model"]
+    if callable(weights):
+        weights = weights(next((g.names for g in groups), {}))
+    wanted = weights or "model"
+    other = "model" if wanted == "ema" else "ema"
+    notices = []
+    if not sets[wanted] and sets[other]:
+        notices.append(f"{source}: holds no {wanted!r} weights; reading {other!r}")
+        wanted, other = other, wanted
+    if not sets[wanted]:
+        raise CheckpointError(
+            f"{source}: no weights in it (it holds: {holds})",
+            expected="a dict of tensors, or one under 'model', 'module', 'state_dict', 'ema' or "
+            "'model_ema'",
+            remedy="If you trust the file, load it in PyTorch and write "
+            "`torch.save(model.state_dict(), ...)`.",
+        )
+    chosen, *aside = sorted(sets[wanted], key=_rank)
+    if aside:
+        others = ", ".join(repr(group.prefix) for group in aside)
+        notices.append(f"{source}: reading the weights under {chosen.prefix!r}, not {others}")
+    for bare in chosen.twice:
+        raise CheckpointError(
+            f"{source}: {bare!r} is there twice, with and without a prefix",
+            expected="one tensor per name",
+            remedy="Save the state dict of one module alone.",
+        )
+    if rest := _beside(chosen, [path for path, tensor in is_tensor.items() if not tensor]):
+        notices.append(f"{source}: {len(rest)} entries are no tensors: {', '.join(rest[:5])}")
+    names = {
+        bare: path
+        for bare, path in chosen.names.items()
+        if chosen.label != "ema" or bare not in _COUNTERS
+    }
+    taken = chosen.label if chosen.label != "model" else wanted
+    return Selected(names, taken, notices)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Tensors under one prefix.
+
+    Attributes:
+      prefix: dotted path, without names of wrappers.
+      names: name of a tensor -> path of the entry.
+      twice: names that two entries have.
+    """
+
+    prefix: str
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    twice: list[str] = dataclasses.field(default_factory=list)
+
+    def put(self, bare: str, path: str) -> None:
+        if self.names.setdefault(bare, path) != path:
+            self.twice.append(bare)
+
+    @property
+    def label(self) -> Weights:
+        """What the prefix says that the tensors are."""
+        parts = self.prefix.split(".")
+        if any(_DISCRIMINATOR.fullmatch(part) for part in parts):
+            return "discriminator"
+        # A class that keeps an average may keep what is trained beside it.
+        return "ema" if _AVERAGE.search(self.prefix) and "online" not in parts[-1] else "model"
+
+
+def _rank(group: _Group) -> tuple[bool, int]:
+    first = group.prefix.partition(".")[0]
+    known = _MODEL_KEYS.index(first) if first in _MODEL_KEYS else len(_MODEL_KEYS)
+    return bool(_AVERAGE.search(group.prefix)), known
+
+
+def _beside(group: _Group, others: Collection[str]) -> list[str]:
+    """Which of these paths are under the group's prefix, without it."""
+    under = f"{group.prefix}." if group.prefix else ""
+    if all(_ANY_WRAPPER.match(path) for path in group.names.values()):
+        others = [path for path in others if _ANY_WRAPPER.match(path)]
+    bare = [_ANY_WRAPPER.sub("", path) for path in others]
+    return [path.removeprefix(under) for path in bare if path.startswith(under)]
+
+
+def _recognised(names: Collection[str], recognise: Recognise) -> list[_Group]:
+    """The outermost groups whose tensors are of the network wanted, else of one that is known."""
+    groups: dict[str, _Group] = {}
+    for path in names:
+        parts = _ANY_WRAPPER.sub("", path).split(".")
+        for i in range(min(len(parts), _MOST_DEPTH)):
+            prefix = ".".join(parts[:i])
+            groups.setdefault(prefix, _Group(prefix)).put(".".join(parts[i:]), path)
+    found: list[tuple[int, _Group]] = []
+    for prefix in sorted(groups, key=lambda prefix: bool(prefix) + prefix.count(".")):
+        group = groups[prefix]
+        outer = [g for _, g in found if f"{prefix}.".startswith(f"{g.prefix}." if g.prefix else "")]
+        # Inside of a network that is known, only its average or its discriminator is another one.
+        if any(g.label == group.label for g in outer):
+            continue
+        rank = recognise(group.names)
+        if rank is None and group.label == "ema":
+            group = _with_dots(group, [g for _, g in found])
+            rank = recognise(group.names)
+        if rank is not None:
+            found.append((rank, group))
+            inner = set(group.names.values())
+            for g in outer:
+                for bare in [bare for bare, path in g.names.items() if path in inner]:
+                    del g.names[bare]
+    best = min((rank for rank, _ in found), default=0)
+    return [group for rank, group in found if rank == best]
+
+
+def _with_dots(group: _Group, known: list[_Group]) -> _Group:
+    """An average whose names lost their dots, as latent-diffusion's, named as a known group."""
+    named = {bare.replace(".", ""): bare for g in known for bare in g.names}
+    pairs = {named[bare]: path for bare, path in group.names.items() if bare in named}
+    return _Group(group.prefix, pairs)
+
+
+def _usual(names: Collection[str]) -> list[_Group]:
+    """Groups by the keys under which training checkpoints keep weights, the first ones only."""
+    keys = {*_MODEL_KEYS, "ema", "model_ema", "discriminator"}
+    groups: dict[str, _Group] = {}
+    for path in names:
+        parts = _FRONT.sub("", _WRAPPER.sub("", path)).split(".")
+        count = next((i for i, part in enumerate(parts[:-1]) if part not in keys), len(parts) - 1)
+        prefix = ".".join(parts[:count])
+        groups.setdefault(prefix, _Group(prefix)).put(".".join(parts[count:]), path)
+    wrapped = [group for prefix, group in groups.items() if prefix]
+    return wrapped or list(groups.values())
+
+
+def listed(tree: Any) -> str:
+    """What messages say that a file holds."""
+    top = list(tree.items())[:10] if isinstance(tree, dict) else []
+    inside = ", ".join(f"{key_name(key)}{_kind(value)}" for key, value in top)
+    return inside or _kind(tree) or type(tree).__name__
+
+
+def key_name(key: Any) -> str:
+    """A key as messages name it."""
+    return key if isinstance(key, str) else f"a key of type {getattr(key, 'name', 'int')}"
+
+
+def _kind(value: Any) -> str:
+    return f" (the Python object {value.name[:200]})" if isinstance(value, Inert) else ""
