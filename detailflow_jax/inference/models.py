@@ -373,6 +373,8 @@ def _sample(model, sampling, labels, seed, first_index, batch_size, noise=()) ->
     def run(network, params, labels, indices, *noise):
         return sampling(params, labels, seed, indices, noise or None)
 
+    if model.config.class_dropout == 1:  # Trained without classes: only the null class is known.
+        labels = np.full_like(labels, model.config.num_classes)
     indices = first_index + np.arange(len(labels))
     rows = labels.astype(np.int32), indices.astype(np.int32), *noise
     return model.run(run, batch_size, *rows)

@@ -107,6 +107,16 @@ def gen_like(gen, **fields):
     return df.Generator(dataclasses.replace(gen.config, **fields), gen.params)
 
 
+def test_a_model_trained_without_classes_samples_the_null_class(gen):
+    table = dict(gen.params["class_embedding"])
+    (name, rows), *_ = table.items()
+    null = {**gen.params, "class_embedding": {name: rows.at[:3].set(rows[3])}}
+    unconditional = gen_like(gen, class_dropout=1.0)
+    for labels in ([0, 1, 2, 2], [1, 0, 0, 1]):
+        expected = df.Generator(gen.config, null).sample(labels, seed=1, cfg_scale=2.0)
+        np.testing.assert_array_equal(unconditional.sample(labels, seed=1, cfg_scale=2.0), expected)
+
+
 def test_layout_does_not_matter(gen):
     """Scanned or unrolled parameters make the same model, in the layout of this backend."""
     scanned = layers.stack_layers(gen.params)

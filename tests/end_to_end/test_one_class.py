@@ -1,0 +1,44 @@
+"""A generator of one class, or of none, on the codes of one folder of images."""
+
+import json
+
+import numpy as np
+import pytest
+
+import detailflow_jax as df
+from detailflow_jax import data, train
+from detailflow_jax.data.classes import class_names
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    """Made-up codes of 16 images of one class, in the form of the digits' recipe."""
+    folder = tmp_path_factory.mktemp("codes")
+    layout = data.CodeLayout(16, 16, 1, num_tokens=16, codebook_size=256)
+    definition = dict.fromkeys(layout.needed, 0)
+    definition |= {"class_names": ["all"], "num_classes": 1, "image_size": 32, "group_size": 4}
+    data.open_extraction(str(folder), layout, definition | {"causal_num": 4})
+    made = np.random.default_rng(0).integers(0, 256, (16, 1, 16, 3))
+    data.write_shard(str(folder), layout, 0, [(i, 0, made[i]) for i in range(16)], {})
+    data.write_manifest(str(folder), layout)
+    return folder
+
+
+@pytest.mark.parametrize("class_dropout", [0.0, 1.0])
+def test_one_class_and_none(codes, tmp_path, class_dropout):
+    arguments = [
+        "--config=configs/generator.py:digits:runlocal",
+        f"--config.data.source=codes:{codes}",
+        "--config.model.num_classes=1",
+        f"--config.model.class_dropout={class_dropout}",
+        "--config.total_steps=1",
+        "--config.tensorboard=False",
+        f"--workdir={tmp_path}",
+    ]
+    assert train.main(arguments) == 0
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite(line["loss"])
+    assert class_names(str(tmp_path)) == ("all",)
+    generator = df.load_generator(str(tmp_path))
+    sampled = generator.sample([0, 0], seed=0, cfg_scale=1.0)
+    assert sampled.shape == (2, 16) and 0 <= sampled.min() <= sampled.max() < 256
