@@ -11,6 +11,7 @@ of fewer, larger images takes the first of its B positions and passes over the o
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -38,12 +39,13 @@ class ReadableSource:
 
     A broken record is replaced by the next readable one (cyclic). Adds "skipped", the int32
     number of broken records passed over at this position. Raises RuntimeError after 64.
-    `reduce_to` goes to `Source.read`.
+    `reduce_to` goes to `Source.read`. With `quiet` the broken ones are not named, but each example
+    has its "record", an int64 position, from which `report` names them in another process.
     """
 
-    def __init__(self, source: Source, reduce_to: int | None = None):
-        self._source = source
-        self._reduce_to = reduce_to
+    def __init__(self, source: Source, reduce_to: int | None = None, quiet: bool = False):
+        self._source, self._reduce_to, self._quiet = source, reduce_to, quiet
+        self._named: set[int] = set()
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -58,13 +60,26 @@ class ReadableSource:
                 example = self._source.read((index + skipped) % len(self), self._reduce_to)
             except UnreadableImage as error:
                 last = error
-                report_skipped(error)
+                if not self._quiet:
+                    report_skipped(error)
                 continue
-            return {**example, "skipped": np.int32(skipped)}
+            record = {"record": np.int64(index)} if self._quiet else {}
+            return {**example, **record, "skipped": np.int32(skipped)}
         raise RuntimeError(
             f"{self._source.name}: {skipped + 1} records in a row from {index} on are unreadable, "
             f"the last is {last}; check that the data are complete"
         )
+
+    def report(self, records: np.ndarray, skipped: np.ndarray) -> None:
+        """Names the broken records, by reading them once more, of a batch of examples [b]."""
+        for record, count in zip(records.tolist(), skipped.tolist(), strict=True):
+            for index in range(record, record + count):
+                if (index := index % len(self)) not in self._named:
+                    self._named.add(index)
+                    try:
+                        self._source.read(index)
+                    except UnreadableImage as error:
+                        report_skipped(error)
 
 
 class _ProcessBlock(grain.MapDataset):
@@ -117,15 +132,18 @@ class _WorkerIterator(grain.DatasetIterator):
 
     Grain's own state depends on the number of workers. A batch is a function of its index, so this
     state can be resumed with any number of workers, or none; new workers are started for that.
+    Skipped images are named here, for the log of a run is that of this process.
     """
 
     def __init__(
         self,
+        source: Any,
         batches: grain.MapDataset,
         read_options: grain.ReadOptions,
         options: grain.MultiprocessingOptions,
     ):
         super().__init__()
+        self._source = source
         self._batches, self._read_options, self._options = batches, read_options, options
         self._next_index = 0
         self._running: grain.DatasetIterator | None = None
@@ -136,6 +154,8 @@ class _WorkerIterator(grain.DatasetIterator):
             self._running = iter(rest.mp_prefetch(self._options))
         batch = next(self._running)
         self._next_index += 1
+        if "record" in batch:
+            self._source.report(batch.pop("record"), batch["skipped"])
         return batch
 
     def get_state(self) -> dict:
@@ -153,7 +173,8 @@ class _WorkerIterator(grain.DatasetIterator):
 
 def _training_view(example: dict, rng: np.random.Generator, size: int, **crop) -> dict:
     image = training_crop(example["image"], example.get("size", size), rng=rng, **crop)
-    return {"image": image, "label": np.int32(example["label"]), "skipped": example["skipped"]}
+    kept = {name: example[name] for name in ("record", "skipped") if name in example}
+    return {"image": image, "label": np.int32(example["label"]), **kept}
 
 
 def _training_codes(example: dict, rng: np.random.Generator) -> dict:
@@ -205,7 +226,7 @@ def _open(data: Mapping, largest: int | None):
     source = make_source(data["source"], data.get("split"), data.get("data_dir"))
     scaled = data.get("scaled_decode", False)
     reduce_to = longest_short_side(crop, largest, min_scale) if scaled else None
-    return ReadableSource(source, reduce_to), view
+    return ReadableSource(source, reduce_to, quiet=data.get("num_workers", 0) > 0), view
 
 
 def make_iterator(
@@ -256,7 +277,7 @@ def make_iterator(
     dataset = dataset.random_map(random_map, seed=map_seed)
     dataset = _ProcessBlock(dataset, batch_size, process_index, process_count, sizes)
     together = _stack_rows if sizes else None
-    iterator = _start(dataset.batch(batch_size // process_count, batch_fn=together), data)
+    iterator = _start(source, dataset.batch(batch_size // process_count, batch_fn=together), data)
     iterator.class_names = source.class_names
     return iterator
 
@@ -292,7 +313,7 @@ def _check_batches(
     return sizes
 
 
-def _start(batches: grain.MapDataset, data: Mapping) -> grain.DatasetIterator:
+def _start(source: Any, batches: grain.MapDataset, data: Mapping) -> grain.DatasetIterator:
     prefetch, workers = data.get("prefetch", 2), data.get("num_workers", 0)
     read_options = grain.ReadOptions(
         num_threads=data.get("num_threads", 0) or prefetch, prefetch_buffer_size=prefetch
@@ -302,7 +323,7 @@ def _start(batches: grain.MapDataset, data: Mapping) -> grain.DatasetIterator:
     if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags; a library has none.
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(workers, data.get("worker_buffer", 1))
-    return _WorkerIterator(batches, read_options, options)
+    return _WorkerIterator(source, batches, read_options, options)
 
 
 def iterate_crops(

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from detailflow_jax.data import UnreadableImage, iterate_crops, make_iterator, make_source
+from detailflow_jax.data import errors as data_errors
 from detailflow_jax.data.pipeline import ReadableSource
 
 DIGITS = {
@@ -122,16 +123,22 @@ def test_state_goes_through_an_orbax_checkpoint(tmp_path):
     assert_same(take(fresh, 2), expected)
 
 
-def test_worker_processes_change_nothing():
-    plain = take(make_iterator(DIGITS, batch_size=8, seed=1), 6)
-    data = DIGITS | {"num_workers": 2, "worker_buffer": 2, "num_threads": 3}
+def test_worker_processes_change_nothing(tmp_path, caplog):
+    images = numbered_folder(tmp_path, broken=(3, 4)) | {"crop": "random", "flip": True}
+    plain = take(make_iterator(images, batch_size=8, seed=1), 6)
+    data_errors._reported.clear()
+    caplog.clear()
+    data = images | {"num_workers": 2, "worker_buffer": 2, "num_threads": 3}
     with contextlib.closing(make_iterator(data, batch_size=8, seed=1)) as iterator:
         assert_same(take(iterator, 3), plain[:3])
         state = json.loads(json.dumps(iterator.get_state()))
         assert_same(take(iterator, 2), plain[3:5])
         iterator.set_state(state)
         assert_same(take(iterator, 3), plain[3:])
-    alone = make_iterator(DIGITS, batch_size=8, seed=1)
+    said = [record.getMessage() for record in caplog.records]
+    names = [text for text in said if text.startswith("skipping")]  # In this process's log.
+    assert len(names) == 2 and all("only/0" in name for name in names)
+    alone = make_iterator(images, batch_size=8, seed=1)
     alone.set_state(state)  # Another number of workers goes on from it.
     assert_same(take(alone, 3), plain[3:])
 
