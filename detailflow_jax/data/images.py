@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import struct
+import zlib
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -22,7 +23,9 @@ _MAX_PIXELS = 178_956_970  # Pillow's own limit.
 # Only these: some of Pillow's other readers start programs (EPS) or accept almost any bytes.
 _WANTED = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
 _PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_avif": None}  # Used if installed.
-_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # Of PNG.
+_DRAFTED = ("JPEG", "MPO")  # What can be decoded at a fraction of its size.
+_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # Of PNG, and those of them with an orientation:
+_ORIENTED = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 _TURNS = {  # EXIF orientation -> what makes the image upright.
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -130,16 +133,16 @@ def _decode(data: bytes, reduce_to: int | None, upright: bool) -> Picture:
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
         size, reduction = image.size, _too_large(image)
-        if reduction == 1:
-            _check_pixels(image)  # Before the pixels of a PNG are decoded for their orientation.
-        turned = upright and _turn(image) is not None
+        # Only of a JPEG: to tell the orientation, Pillow decodes the pixels of a PNG.
+        turned = upright and image.format in _DRAFTED and _orientation(image) != 1
         if reduce_to is not None and image.format == "JPEG" and not turned:
             reduction = max(reduction, _reduction(size, reduce_to))
         if reduction > 1:
             reduction = _draft(image, reduction)
-            _check_pixels(image)
+        _check_pixels(image)
         image.load()
-        if upright and (turn := _turn(image)) is not None:  # Pillow turns TIFF while it loads.
+        turn = _TURNS.get(_orientation(image)) if upright else None
+        if turn is not None:  # Not of a TIFF, which Pillow has turned while it was loaded.
             # Not ImageOps.exif_transpose: it writes the EXIF again, and fails on malformed tags.
             image = image.transpose(turn)
         if reduction == 1 or turned:
@@ -159,25 +162,26 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in (*_WANTED, "HEIF") if name in Image.OPEN)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes an image upright, by its EXIF; None where it is upright or that is malformed."""
+def _orientation(image: Image.Image) -> object:
+    """The EXIF orientation as it is written; 1, upright, where it is absent or cannot be read."""
     try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION))
+        return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # Broken EXIF raises almost any class.
-        return None
+        return 1
 
 
 def _without_text(data: bytes) -> bytes:
     """A PNG without its texts and its colour profile, which may be larger than Pillow accepts.
 
-    The texts that can hold the orientation stay.
+    The texts that can hold the orientation stay, and so does what is broken, to be noticed.
     """
     kept, start = [data[:8]], 8
     while start + 8 <= len(data):
         length, kind = struct.unpack(">I4s", data[start : start + 8])
         end = start + length + 12
+        is_whole = struct.pack(">I", zlib.crc32(data[start + 4 : end - 4])) == data[end - 4 : end]
         keyword = data[start + 8 : end].partition(b"\0")[0]
-        if kind not in _TEXT or keyword in (b"Raw profile type exif", b"XML:com.adobe.xmp"):
+        if kind not in _TEXT or not is_whole or keyword in _ORIENTED:
             kept.append(data[start:end])
         start = end
     return b"".join(kept)
@@ -202,7 +206,7 @@ def _check_pixels(image: Image.Image) -> None:
 def _too_large(image: Image.Image) -> int:
     """The least reduction with which a JPEG is not too large; 1 where none helps."""
     pixels = image.size[0] * image.size[1] / _max_pixels()
-    possible = (2, 4, _LARGEST_REDUCTION) if image.format in ("JPEG", "MPO") else ()
+    possible = (2, 4, _LARGEST_REDUCTION) if image.format in _DRAFTED else ()
     return next((r for r in (1, *possible) if pixels <= r * r), 1)
 
 

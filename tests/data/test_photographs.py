@@ -168,3 +168,35 @@ def test_heic_is_read_with_the_optional_package(monkeypatch, fresh_formats, tmp_
     (tmp_path / "trip" / "IMG_1.HEIC").write_bytes(HEIC)
     source = make_source(f"folder:{tmp_path}")
     np.testing.assert_array_equal(source[0]["image"], np.asarray(picture()))
+
+
+def plainly(data):
+    """What Pillow itself reads, upright; None where it cannot."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
+def test_damaged_files_are_read_as_pillow_reads_them_or_not_at_all(kind):
+    rng = np.random.default_rng(0)
+    data = encoded(picture(), kind)
+    outcomes = set()
+    for _ in range(80):
+        broken = bytearray(data)
+        for place in rng.integers(len(data) // 4, len(data), 2):
+            broken[place] = rng.integers(256)
+        expected = plainly(bytes(broken))
+        try:
+            found = decode_image(bytes(broken), "x")
+        except UnreadableImage:
+            found = None
+        assert (found is None) == (expected is None)
+        if found is not None:
+            np.testing.assert_array_equal(found, expected)
+        outcomes.add(found is None)
+    assert False in outcomes
