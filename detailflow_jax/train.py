@@ -33,7 +33,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from detailflow_jax.convert.start import load_into
+from detailflow_jax.convert.start import check_encoder, load_into
 from detailflow_jax.data import make_iterator
 from detailflow_jax.data.classes import check_same_classes, shown
 from detailflow_jax.data.pipeline import batch_sizes
@@ -130,8 +130,9 @@ def train(
         feed = stack.enter_context(Feed(iterator, mesh))
         names = tuple(getattr(iterator, "class_names", ()))
         check_same_classes(names, workdir)
+        encoded_by = check_encoder(config, getattr(iterator, "encoded_by", ""), workdir)
         if jax.process_index() == 0:
-            write_config(config, workdir, names)
+            write_config(config, workdir, names, encoded_by)
 
         # ------------------------------------------------- state: the newest checkpoint's or new
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))

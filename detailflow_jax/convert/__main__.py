@@ -146,6 +146,7 @@ def convert(args: argparse.Namespace) -> list[str]:
                 bare=args.bare,
                 keys=args.keys,
                 source=found.source,
+                encoded_by=found.encoded_by,
                 overwrite=args.overwrite,
                 progress=functools.partial(tqdm, desc="write", unit="tensor"),
             )
@@ -163,6 +164,8 @@ def write_jax(found: Loaded, dst: str, *, overwrite: bool = False) -> None:
     """
     written = {"task": found.kind, "source": found.source}
     written["model"] = dataclasses.asdict(found.config)
+    if found.encoded_by:
+        written["encoded_by"] = found.encoded_by
     with folder_for(local_path(dst), _FOLDER, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
         checkpoint.save_params(folder, found.params)

@@ -49,6 +49,7 @@ def export(
     bare: bool = False,
     keys: Collection[str] = (),
     source: str = "",
+    encoded_by: str = "",
     overwrite: bool = False,
     progress: Callable[[list], Iterable] = iter,
 ) -> Exported:
@@ -67,6 +68,7 @@ def export(
       keys: what a PyTorch file holds besides "model": "ema", the same weights (once in the file);
         "discriminator", the trained part of the one that `source` holds.
       source: the run or published file that the network was read from.
+      encoded_by: fingerprint of the encoder that it belongs to, for `config.yaml`.
       overwrite: whether a checkpoint at `path` may be replaced.
       progress: wraps the list of what is to be written.
 
@@ -102,7 +104,7 @@ def export(
         both,
         wrap=None if bare else "model",
         more=more,
-        extra_yaml=extra,
+        extra_yaml=extra | ({"encoded_by": encoded_by} if encoded_by else {}),
         name=network.file_name(config),
         overwrite=overwrite,
     )

@@ -92,7 +92,8 @@ def _load_run(
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
     taken = "ema" if averages and weights != "model" else "model"
     report = mapping.Report()
-    return Loaded(kind, config, params, report, notices, str(path), tuple(dtypes), taken)
+    made = str(run.get("encoded_by") or "")
+    return Loaded(kind, config, params, report, notices, str(path), tuple(dtypes), taken, made)
 
 
 def _check_shapes(params: Any, abstract: Any, source: str) -> None:

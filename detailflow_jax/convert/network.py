@@ -43,6 +43,7 @@ class Network:
       file_name: configuration -> name of the weights in a published folder, without suffix.
       weights: the set that the published evaluation takes of a file that holds several.
       ema_key: key of the moving average in a published file.
+      encoder: top-level names of the parameters that decide the codes or latents of an image.
       wants: what a published script reads and only a file written so on request has (a key, or
         "bare" for a state dict under no key) -> the script.
       files: keys of its files in `runtime.weights.WEIGHTS`.
@@ -69,6 +70,7 @@ class Network:
     file_name: Callable[[Any], str] = lambda config: "model"
     weights: Weights = "model"
     ema_key: str = "ema"
+    encoder: tuple[str, ...] = ()
     wants: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: tuple[str, ...] = ()
     field: str = ""

@@ -34,6 +34,8 @@ class Loaded:
       source: the file read.
       dtypes: types of the tensors read, most frequent first.
       taken: the set that was read, "model", "ema" or "discriminator".
+      encoded_by: fingerprint of the encoder whose codes or latents it was trained on; "" where that
+        is not known.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Loaded:
     source: str
     dtypes: tuple[str, ...]
     taken: Weights = "model"
+    encoded_by: str = ""
 
 
 def read(
@@ -111,8 +114,13 @@ def read(
         initial=lambda: initial(jax.random.key(0)),
         progress=progress,
     )
-    notices += more + done.notices
-    return dataclasses.replace(done, config=config, notices=notices, taken=files[0].taken)
+    return dataclasses.replace(
+        done,
+        config=config,
+        notices=notices + more + done.notices,
+        taken=files[0].taken,
+        encoded_by=str(published.get("encoded_by") or ""),
+    )
 
 
 def place(

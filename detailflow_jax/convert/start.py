@@ -16,6 +16,7 @@ network resizes them (antialiased bilinear); layers beyond the depth wanted are 
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,10 +28,12 @@ from flax import traverse_util
 
 from detailflow_jax.convert import mapping, published
 from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.fingerprint import encoder_fingerprint
 from detailflow_jax.convert.load import is_workdir, load
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.runtime import weights
+from detailflow_jax.runtime.config import read_config
 from detailflow_jax.tasks import TrainState
 from detailflow_jax.tasks.losses import Frozen
 
@@ -102,6 +105,38 @@ def read_whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any
     return _told(read)
 
 
+def check_encoder(config: Any, encoded_by: str, workdir: str | os.PathLike[str]) -> str:
+    """The fingerprint of the encoder whose codes or latents a run is trained on; "" if unknown.
+
+    Args:
+      config: of the run.
+      encoded_by: what the data say.
+      workdir: of the run, which may have begun before.
+
+    Raises:
+      CheckpointError: the autoencoder of `config.vae.path` did not make the latents, or the run
+        has begun on codes or latents of another encoder.
+    """
+    path = (config.get("vae") or {}).get("path")
+    if path:
+        own = encoder_fingerprint("vae", _load_vae(config.vae).params)
+        if encoded_by and own != encoded_by:
+            raise CheckpointError(
+                f"config.vae.path={path} is not the autoencoder that made the latents of "
+                f"{config.data.source}",
+                expected="the same one, or one whose decoder alone was trained on",
+            )
+        encoded_by = own
+    before = read_config(workdir).get("encoded_by", "") if is_workdir(workdir) else ""
+    if before and encoded_by and before != encoded_by:
+        raise CheckpointError(
+            f"{workdir} was started on the codes or latents of another encoder than those of "
+            f"{path or config.data.source}",
+            remedy="Give the run another --workdir, or the data of its own encoder.",
+        )
+    return encoded_by or before
+
+
 def read_frozen(frozen: Frozen, params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of a frozen network of a loss term, from the files named or the usual ones.
 
@@ -130,8 +165,7 @@ def read_vae(fields: Any, params: Mapping[str, Any]) -> dict[str, Any]:
       CheckpointError: it is not there, or not the one that the other fields of `config.vae`
         describe.
     """
-    overrides = {} if is_workdir(fields.path) else {"scale_factor": fields.scale_factor}
-    found = load("vae", fields.path, overrides=overrides)
+    found = _load_vae(fields)
     _check_described(fields.path, found.config, fields, "config.vae")
     have, want = mapping.flatten(found.params), mapping.flatten(params)
     if have.keys() != want.keys():
@@ -141,6 +175,11 @@ def read_vae(fields: Any, params: Mapping[str, Any]) -> dict[str, Any]:
             expected="an autoencoder as config.vae describes it",
         )
     return _told(found)
+
+
+def _load_vae(fields: Any) -> Loaded:
+    overrides = {} if is_workdir(fields.path) else {"scale_factor": fields.scale_factor}
+    return load("vae", fields.path, overrides=overrides)
 
 
 def _check_described(source: str, found: Any, fields: Mapping[str, Any], section: str) -> None:

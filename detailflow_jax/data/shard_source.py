@@ -47,6 +47,7 @@ class ShardSource:
         self.layout = self.layout_class(**{name: self.manifest[name] for name in fields})
         self.name = f"{what}:{directory}"
         self.num_classes = self.manifest["num_classes"]
+        self.encoded_by = self.manifest.get("encoded_by", "")
         self.class_names = tuple(self.manifest["class_names"])
         digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
         self.fingerprint = f"{what}:{digest.hexdigest()[:16]}"

@@ -95,6 +95,8 @@ def open_extraction(directory: str, layout: ShardLayout, definition: Mapping) ->
         _write_json(path, fields)
         return
     begun = read_json(path)
+    if "encoded_by" not in begun:  # It was begun before this was kept beside the whole fingerprint.
+        fields.pop("encoded_by", None)
     differing = [k for k in sorted({*fields, *begun}) if fields.get(k) != begun.get(k)]
     if differing:
         lines = [f"  {k}: {begun.get(k)!r} there, {fields.get(k)!r} asked" for k in differing]

@@ -128,7 +128,7 @@ def _load(
     )
     for notice in found.notices:
         logging.warning("%s", notice)
-    return model(found.config, found.params, found.source)
+    return model(found.config, found.params, found.source, found.encoded_by)
 
 
 def to_uint8(images: Any) -> UInt8[np.ndarray, "*B H W C"]:
@@ -182,6 +182,7 @@ def save_pytorch(
         bare=bare,
         keys=keys,
         source=model.source,
+        encoded_by=model.encoded_by,
         overwrite=overwrite,
     )
     for notice in done.notices:
@@ -190,12 +191,17 @@ def save_pytorch(
 
 
 def check_pair(decoder: Tokenizer | VAE, model: Generator | FlowAR) -> None:
-    """Raises InputError unless the model makes codes, or latents, that the decoder reads."""
+    """Raises InputError unless the model makes codes, or latents, that the decoder reads.
+
+    Sizes have to agree. Where it is known on whose codes or latents the model was trained, the
+    decoder has to be of that tokenizer or autoencoder; its decoder may have been trained on.
+    """
     if isinstance(decoder, VAE) and isinstance(model, FlowAR):
         try:
             check_vae(model.config, decoder.config.latent_channels, decoder.source)
         except ValueError as error:
             raise InputError(str(error)) from error
+        _check_encoder(decoder, model)
         return
     if not (isinstance(decoder, Tokenizer) and isinstance(model, Generator)):
         raise InputError(
@@ -210,3 +216,15 @@ def check_pair(decoder: Tokenizer | VAE, model: Generator | FlowAR) -> None:
                 f"{theirs} in the generator and {ours} in the tokenizer; expected a generator "
                 "trained on the codes of this tokenizer"
             )
+    _check_encoder(decoder, model)
+
+
+def _check_encoder(decoder: Tokenizer | VAE, model: Generator | FlowAR) -> None:
+    if model.encoded_by and model.encoded_by != decoder.encoder_fingerprint:
+        made = "codes" if isinstance(decoder, Tokenizer) else "latents"
+        raise InputError(
+            f"{model.source} and {decoder.source} do not belong together: the {model.kind} was "
+            f"trained on the {made} of an encoder with the fingerprint {model.encoded_by}, this "
+            f"{decoder.kind}'s is {decoder.encoder_fingerprint}; expected the {decoder.kind}, its "
+            f"step and its weights (raw or averaged) that the {made} were extracted with"
+        )

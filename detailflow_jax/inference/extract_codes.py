@@ -75,6 +75,7 @@ def extract(
     definition = {
         "source": source.fingerprint,
         "tokenizer": tokenizer.fingerprint,
+        "encoded_by": tokenizer.encoder_fingerprint,
         "class_names": list(source.class_names),
         "num_classes": source.num_classes,
         "image_size": c.image_size,

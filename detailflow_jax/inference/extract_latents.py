@@ -69,6 +69,7 @@ def extract(
     definition = {
         "source": source.fingerprint,
         "vae": vae.fingerprint,
+        "encoded_by": vae.encoder_fingerprint,
         "scale_factor": c.scale_factor,
         "shift_factor": c.shift_factor,
         "class_names": list(source.class_names),

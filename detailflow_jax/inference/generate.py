@@ -5,12 +5,14 @@
     python -m detailflow_jax.generate --vae runs/vae --flowar runs/flowar --labels 0-9 \\
         --per_class 8 --cfg_scale 2.4 --num_steps 25 --out runs/samples
 
-Writes `samples.npz` (`arr_0` uint8 [B, H, W, 3], and `labels`), `grid.png`, on request one PNG per
-image, and with several token counts `progressive.png`: the same samples from fewer and more tokens.
+Writes `samples.npz` (`arr_0` uint8 [B, H, W, 3], and `labels`), `samples.json` (which models made
+them, with their fingerprints, and the arguments), `grid.png`, on request one PNG per image, and
+with several token counts `progressive.png`: the same samples from fewer and more tokens.
 """
 
 import argparse
 import io
+import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -156,10 +158,13 @@ def generate(args: argparse.Namespace) -> np.ndarray:
     names = _class_names(args.flowar or args.generator) if by_name else ()
     labels = np.repeat(parse_labels(args.labels, names), args.per_class)
     make = generate_flowar if args.flowar else generate_detailflow
-    images, progressive = make(args, labels)
+    images, progressive, models = make(args, labels)
     if jax.process_index() == 0:
         columns, single = args.per_class, args.single
         write_outputs(args.out, labels, images, progressive, columns=columns, single=single)
+        made_by = {m.kind: {"source": m.source, "fingerprint": m.fingerprint} for m in models}
+        text = json.dumps({"made_by": made_by, "arguments": vars(args)}, indent=1)
+        write_atomically(pathlib.Path(args.out) / "samples.json", text.encode())
     return images
 
 
@@ -172,7 +177,7 @@ def _class_names(model: str) -> tuple[str, ...]:
 
 
 def generate_detailflow(args: argparse.Namespace, labels: np.ndarray):
-    """Images uint8 [B, H, W, 3], and the first 16 of them by token count."""
+    """Images uint8 [B, H, W, 3], the first 16 of them by token count, and the models."""
     counts = sorted(set(parse_counts(args.num_tokens)))
     tokenizer = api.load_tokenizer(args.tokenizer)
     generator = api.load_generator(args.generator)
@@ -198,11 +203,11 @@ def generate_detailflow(args: argparse.Namespace, labels: np.ndarray):
         progressive = {
             count: api.to_uint8(decode_enlarged(tokenizer, codes[:16], count)) for count in counts
         }
-    return images, progressive
+    return images, progressive, (tokenizer, generator)
 
 
 def generate_flowar(args: argparse.Namespace, labels: np.ndarray):
-    """Images uint8 [B, H, W, 3], and an empty dict, as FlowAR has no token counts."""
+    """Images uint8 [B, H, W, 3], an empty dict, as FlowAR has no token counts, and the models."""
     steps = parse_counts(args.num_steps, "num_steps")
     vae, flowar = api.load_vae(args.vae), api.load_flowar(args.flowar)
     api.check_pair(vae, flowar)
@@ -216,7 +221,7 @@ def generate_flowar(args: argparse.Namespace, labels: np.ndarray):
         guidance_high=args.guidance_high,
         solver=args.solver,
     )
-    return api.to_uint8(vae.decode(latents)), {}
+    return api.to_uint8(vae.decode(latents)), {}, (vae, flowar)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

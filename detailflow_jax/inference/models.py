@@ -6,7 +6,6 @@ positions, C latent channels, S side of the latent.
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32, Int32
 
+from detailflow_jax.convert.fingerprint import encoder_fingerprint, fingerprint
 from detailflow_jax.convert.registry import NETWORKS, with_scan
 from detailflow_jax.inference import programs
 from detailflow_jax.inference.batching import in_batches
@@ -45,12 +45,20 @@ class Model:
       network: the Linen module.
       params: its parameters, on the devices.
       source: where they come from.
+      encoded_by: fingerprint of the encoder whose codes or latents it was trained on; "" where that
+        is not known.
       mesh: what splits batches; None with one device.
     """
 
     kind: str
 
-    def __init__(self, config: Any, params: Mapping[str, Any], source: str = "memory"):
+    def __init__(
+        self,
+        config: Any,
+        params: Mapping[str, Any],
+        source: str = "memory",
+        encoded_by: str = "",
+    ):
         """Takes parameters in the scanned or the unrolled layout."""
         scan = scans()
         self.config = with_scan(config, scan)
@@ -58,7 +66,7 @@ class Model:
         # Unlike `jnp.asarray`, this takes suitable host memory over without a copy.
         self.params = jax.device_put(params)
         self.network = NETWORKS[self.kind].module(self.config)
-        self.source = source
+        self.source, self.encoded_by = source, encoded_by
         self.mesh: Mesh | None = None
         if jax.local_device_count() > 1:
             self.spread(sharding.make_mesh({}, jax.local_devices()))
@@ -76,12 +84,12 @@ class Model:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the parameters, the same in either layout and on any machine."""
-        digest = hashlib.blake2b(digest_size=16)
-        stacked = layers.stack_layers(self.params)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
-            digest.update(jax.tree_util.keystr(path).encode())
-            digest.update(np.ascontiguousarray(leaf))
-        return digest.hexdigest()
+        return fingerprint(self.params)
+
+    @functools.cached_property
+    def encoder_fingerprint(self) -> str:
+        """A hash of the parameters that decide the codes or latents of an image."""
+        return encoder_fingerprint(self.kind, self.params)
 
     def __repr__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))

@@ -33,6 +33,7 @@ T = TypeVar("T")
 # Fields that a resumed run may change: they do not change what it computes.
 MAY_DIFFER = (
     "class_names",  # of the data; written by `write_config`, no field of config files
+    "encoded_by",  # the same
     "log_every",
     "figures_every",
     "checkpoint_every",
@@ -288,7 +289,10 @@ def check_fields(config: ConfigDict, expected: Mapping[str, type | tuple[type, .
 
 
 def write_config(
-    config: ConfigDict, workdir: str | os.PathLike, class_names: Sequence[str] = ()
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    class_names: Sequence[str] = (),
+    encoded_by: str = "",
 ) -> None:
     """Writes the resolved configuration to WORKDIR/config.json, atomically.
 
@@ -296,14 +300,16 @@ def write_config(
         config: of the run.
         workdir: made if missing.
         class_names: those of the labels, where they are known; written as one more field.
+        encoded_by: fingerprint of the encoder that made the codes or latents; the same.
 
     Raises:
         ConfigError: the workdir cannot be made or written.
     """
     try:
         pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-        names = {"class_names": list(class_names)} if class_names else {}
-        text = json.dumps(_as_json(config) | names, indent=2) + "\n"
+        of_data = {"class_names": list(class_names), "encoded_by": encoded_by}
+        more = {name: value for name, value in of_data.items() if value}
+        text = json.dumps(_as_json(config) | more, indent=2) + "\n"
         write_atomically(pathlib.Path(workdir) / "config.json", text.encode())
     except OSError as error:
         raise ConfigError(f"cannot write to the workdir {workdir}: {error}") from error

@@ -1,5 +1,6 @@
 """The whole chain through its command lines, with real processes that are really killed."""
 
+import json
 import os
 import pathlib
 import random
@@ -138,6 +139,13 @@ def test_generate_writes_pictures_and_arrays(runs, tmp_path, capsys):
     assert stored["arr_0"].shape == (8, 32, 32, 3) and stored["arr_0"].dtype == np.uint8
     assert stored["labels"].tolist() == [0, 0, 1, 1, 2, 2, 7, 7]
     assert len(list((tmp_path / "images").glob("*.png"))) == 8
+    # From the tokenizer to the codes, to the generator, to the samples.
+    tokenizer, generator = df.load_tokenizer(runs / "tok"), df.load_generator(runs / "gen")
+    assert generator.encoded_by == tokenizer.encoder_fingerprint
+    made_by = json.loads((tmp_path / "samples.json").read_text())["made_by"]
+    assert {kind: one["fingerprint"] for kind, one in made_by.items()} == {
+        "tokenizer": tokenizer.fingerprint, "generator": generator.fingerprint
+    }  # fmt: skip
     single = np.asarray(Image.open(tmp_path / "images" / "000006_class0007.png"))
     np.testing.assert_array_equal(single, stored["arr_0"][6])
     for name in ("grid.png", "progressive.png"):

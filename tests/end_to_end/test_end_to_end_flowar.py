@@ -75,6 +75,7 @@ def test_generate_makes_pictures_of_the_doors_numbers(runs, flowar, tmp_path):
     ]
     assert len(list((tmp_path / "images").glob("*.png"))) == 6
     model, vae = df.load_flowar(flowar), df.load_vae(runs / "vae")
+    assert model.encoded_by == vae.encoder_fingerprint
     latents = model.sample([1], first_index=2, cfg_scale=2.0, num_steps=[4, 4, 3, 2])
     assert latents.shape == (1, 8, 8, 4) and latents.dtype == np.float32
     image = np.clip(127.5 * vae.decode(latents)[0] + 128, 0, 255)

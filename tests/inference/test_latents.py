@@ -63,6 +63,7 @@ def test_moments_are_those_of_the_image_and_of_its_mirror(vae, source, finished)
     latents = data.LatentSource(str(finished))
     assert len(latents) == len(source) == 1438
     assert latents.manifest["vae"] == vae.fingerprint
+    assert latents.encoded_by == latents.manifest["encoded_by"] == vae.encoder_fingerprint
     assert latents.manifest["latent_shape"] == [8, 8, 3]
     assert (latents.manifest["scale_factor"], latents.manifest["shift_factor"]) == (0.5, -0.25)
     places = [0, 19, 20, 1437]

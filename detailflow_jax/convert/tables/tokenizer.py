@@ -193,6 +193,7 @@ NETWORK = Network(
     },
     buffers=lambda config: {_USAGE: np.zeros(_USAGE_LENGTH, np.float32)},
     file_name=lambda config: str(config.num_tokens),
+    encoder=("encoder", "quant_conv", "codebook"),
     wants={
         "ema": "load_vq_model(ema=True), the default of extraction and sampling,",
         "discriminator": "--vq-ckpt of tokenizer training",

@@ -142,6 +142,7 @@ NETWORK = Network(
         "scale_factor": (float, "of latents, 1 / their standard deviation"),
         "shift_factor": (float, "of latents, subtracted before they are scaled"),
     },
+    encoder=("encoder", "quant_conv"),
     file_name=lambda config: f"kl{config.stride}",
     files=("kl16",),
 )
