@@ -15,6 +15,8 @@ import tarfile
 import threading
 import urllib.parse
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -22,6 +24,7 @@ from etils import epath
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import detailflow_jax as df
 from detailflow_jax import train
 from detailflow_jax.data import (
     UnreadableImage,
@@ -33,6 +36,9 @@ from detailflow_jax.data import (
 from detailflow_jax.data.images import decode_image
 from detailflow_jax.data.prepare import main as prepare
 from detailflow_jax.inference import extract_codes
+from detailflow_jax.models import siglip
+from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from random_weights import TRUNK, random_like
 
 PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]
 SIZES = [(500, 375), (333, 500), (120, 90), (640, 426), (64, 200)]
@@ -112,7 +118,7 @@ def counted(call, left):
 
 for attempt in itertools.count():
     if (child := os.fork()) == 0:
-        left = [2 * attempt + 1]
+        left = [4 * attempt + 1]
         for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir")):
             setattr(module, name, counted(getattr(module, name), left))
         os._exit(prepare.main(["--data_dir", sys.argv[1], "--partial"]))
@@ -227,28 +233,33 @@ def test_the_broken_image_is_skipped_and_counted_once_an_epoch(data_dir):
     again.close()
 
 
-def test_trains_and_extracts(data_dir, tmp_path):
+def test_the_commands_read_it(data_dir, tmp_path, monkeypatch):
+    """What a run draws from it, and a whole extraction with a small tokenizer."""
+    skipped = []
+
+    def run(config, workdir):
+        batches = make_iterator(config.data, batch_size=config.batch_size, seed=config.seed)
+        skipped.extend(int(next(batches)["skipped"].sum()) for _ in range(4))
+
     arguments = [
         "--config=configs/tokenizer.py:digits:runlocal",
-        "--config.tensorboard=False",
-        "--config.total_steps=4",
-        "--config.full_probability=1.0",  # One decoded size: one program to compile.
-        "--config.model.encoder.depth=1",
-        "--config.model.decoder.depth=1",
-        "--config.model.scan=False",
-        "--config.log_every=1",
         "--config.data.source=tfds:imagenet2012",
         "--config.data.split=train",
         f"--config.data.data_dir={data_dir}",
         f"--workdir={tmp_path / 'tok'}",
     ]
-    assert train.main(arguments) == 0
-    metrics = (tmp_path / "tok" / "metrics.jsonl").read_text().splitlines()
-    last = json.loads(metrics[-1])
-    assert last["step"] == 4 and np.isfinite(last["loss"])
-    assert last["skipped"] == 1  # 4 batches of 8 over 25 images: one epoch and a bit.
+    assert train.main(arguments, run) == 0
+    assert sum(skipped) == 1  # 4 batches of 8 over 25 images: one epoch and a bit.
+    vit = siglip.ViTConfig(**TRUNK)
+    config = TokenizerConfig(
+        image_size=16, num_tokens=8, group_size=2, codebook_size=32, encoder=vit, decoder=vit
+    )
+    init = Tokenizer(config).init
+    abstract = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    tokenizer = df.Tokenizer(config, random_like(abstract)["params"])
+    monkeypatch.setattr(extract_codes.api, "load_tokenizer", {"tok": tokenizer}.get)
     out = tmp_path / "codes"
-    arguments = ["--tokenizer", str(tmp_path / "tok"), "--out", str(out), "--crops", "five"]
+    arguments = ["--tokenizer", "tok", "--out", str(out), "--crops", "five", "--noise_top", "4"]
     arguments += ["--source", "tfds:imagenet2012:train", "--data_dir", data_dir]
     assert extract_codes.main(arguments) == 0
     manifest = json.loads((out / "manifest.json").read_text())
