@@ -258,7 +258,7 @@ class PictureImages:
         """A hash over every file's relative name, size and time of change."""
         digest = hashlib.sha256()
         for file in self._files:
-            stat = file.stat()
+            stat = file.lstat() if not file.exists() else file.stat()  # A link may lead nowhere.
             name = file.relative_to(self._root).as_posix()
             digest.update(os.fsencode(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n"))
         return f"pictures:{digest.hexdigest()[:16]}"

@@ -11,6 +11,7 @@ with several token counts `progressive.png`: the same samples from fewer and mor
 """
 
 import argparse
+import contextlib
 import io
 import json
 import pathlib
@@ -154,9 +155,7 @@ def generate(args: argparse.Namespace) -> np.ndarray:
     """
     if args.per_class < 1 or args.batch_size < 1:
         raise InputError("--per_class and --batch_size must be at least 1")
-    by_name = re.search(r"[^0-9,\s-]", args.labels)
-    names = _class_names(args.flowar or args.generator) if by_name else ()
-    labels = np.repeat(parse_labels(args.labels, names), args.per_class)
+    labels = np.repeat(labels_of(args.labels, args.flowar or args.generator), args.per_class)
     make = generate_flowar if args.flowar else generate_detailflow
     images, progressive, models = make(args, labels)
     if jax.process_index() == 0:
@@ -168,12 +167,13 @@ def generate(args: argparse.Namespace) -> np.ndarray:
     return images
 
 
-def _class_names(model: str) -> tuple[str, ...]:
-    """The class names that a workdir keeps; none of other checkpoints."""
-    try:
-        return class_names(model) if epath.Path(model).is_dir() else ()
-    except ConfigError:
-        return ()
+def labels_of(text: str, model: str) -> list[int]:
+    """Returns the labels that a text lists; names are those that the workdir `model` keeps."""
+    names = ()
+    if re.search(r"[^0-9,\s-]", text) and epath.Path(model).is_dir():
+        with contextlib.suppress(ConfigError):
+            names = class_names(model)
+    return parse_labels(text, names)
 
 
 def generate_detailflow(args: argparse.Namespace, labels: np.ndarray):

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import toy_task
 from detailflow_jax import train
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints, restore_params
+from detailflow_jax.runtime.config import read_config
 from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.runtime.feed import DataError, Feed
 from detailflow_jax.runtime.metrics import Averages, Diverged, MetricWriter
@@ -108,6 +110,18 @@ def test_finished_run_started_again_says_so(finished, capfd):
     assert_same_bits(again, state)
     assert metrics_of(workdir) == before
     assert "finished" in capfd.readouterr().err
+
+
+def test_a_finished_run_can_be_made_longer(finished, tmp_path):
+    workdir, config, _, _, _ = finished
+    shutil.copytree(workdir, tmp_path / "longer")
+    longer = toy_config(**config.to_dict())
+    longer.total_steps += 3
+    toy_task.run(longer, tmp_path / "longer")
+    lines = metrics_of(tmp_path / "longer")
+    assert lines[: len(metrics_of(workdir))] == metrics_of(workdir)
+    assert lines[-1]["step"] == config.total_steps + 3
+    assert read_config(tmp_path / "longer").total_steps == config.total_steps + 3
 
 
 def test_workdir_of_another_configuration_is_refused(finished):
