@@ -9,6 +9,7 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -110,12 +111,14 @@ def decode_picture(
             defined range (32-bit integers beyond 16 bits, floating point).
     """
     try:
-        try:
-            return _decode(data, reduce_to, upright)
-        except ValueError as error:
-            if "MAX_TEXT" not in str(error):
-                raise
-            return _decode(_without_text(data), reduce_to, upright)
+        for kept in (_ORIENTED, ()):
+            try:
+                return _decode(data, reduce_to, upright)
+            except ValueError as error:
+                if "MAX_TEXT" not in str(error):
+                    raise
+                data = _without_text(data, kept)
+        return _decode(data, reduce_to, upright)
     except (MemoryError, ConfigError):
         raise
     except Exception as error:  # On broken bytes Pillow's readers raise almost any class.
@@ -170,10 +173,10 @@ def _orientation(image: Image.Image) -> object:
         return 1
 
 
-def _without_text(data: bytes) -> bytes:
+def _without_text(data: bytes, keywords: Sequence[bytes]) -> bytes:
     """A PNG without its texts and its colour profile, which may be larger than Pillow accepts.
 
-    The texts that can hold the orientation stay, and so does what is broken, to be noticed.
+    Texts of certain keywords stay, and so does what is broken, to be noticed.
     """
     kept, start = [data[:8]], 8
     while start + 8 <= len(data):
@@ -181,7 +184,7 @@ def _without_text(data: bytes) -> bytes:
         end = start + length + 12
         is_whole = struct.pack(">I", zlib.crc32(data[start + 4 : end - 4])) == data[end - 4 : end]
         keyword = data[start + 8 : end].partition(b"\0")[0]
-        if kind not in _TEXT or not is_whole or keyword in _ORIENTED:
+        if kind not in _TEXT or not is_whole or keyword in keywords:
             kept.append(data[start:end])
         start = end
     return b"".join(kept)

@@ -89,6 +89,7 @@ LARGE = b"a" * 2**21
 TEXTS = {
     "zTXt": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(LARGE)),
     "iTXt": chunk(b"iTXt", b"Comment\0\1\0en\0\0" + zlib.compress(LARGE)),
+    "XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(LARGE)),
     "iCCP": chunk(b"iCCP", b"profile\0\0" + zlib.compress(LARGE)),
     "tEXt": chunk(b"tEXt", b"Comment\0" + b"b" * 2**17),  # Many of them, to Pillow.
 }

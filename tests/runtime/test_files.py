@@ -1,10 +1,12 @@
 """Files are written whole, also where the file system can do little."""
 
 import errno
+import json
 import os
 
 import pytest
 
+import toy_task
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.errors import FileError
 
@@ -73,3 +75,25 @@ def test_a_workdir_without_locks_can_be_used(tmp_path, monkeypatch):
     monkeypatch.setattr(files.fcntl, "lockf", unable(errno.ENOLCK))
     with files.hold_workdir(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
+
+
+def test_a_whole_run_on_a_mount_that_can_do_little(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def careful(source, target, **options):
+        if os.path.isfile(target):
+            unable(errno.EEXIST)()
+        rename(source, target)
+
+    for name in ("chmod", "fchmod", "link", "symlink", "chown", "utime"):
+        monkeypatch.setattr(os, name, unable(errno.EPERM))
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, careful)
+    monkeypatch.setattr(files.fcntl, "lockf", unable(errno.ENOTSUP))
+    config = toy_task.get_config()
+    config.update(total_steps=4, checkpoint_every=2, tensorboard=False)
+    toy_task.run(config, tmp_path / "run")
+    config.total_steps = 6
+    toy_task.run(config, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 6
