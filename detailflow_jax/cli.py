@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from detailflow_jax.runtime.errors import near_names
+from detailflow_jax.runtime.errors import closest_names
 
 UNUSABLE = 2  # the exit code of a command line that cannot be used
 
@@ -160,8 +160,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if name in CHOICES:
         run(*_chosen(name, arguments))
     if name not in SHOWN:
-        near = near_names(name, SHOWN)
-        hint = f"closest names: {', '.join(near)}" if near else f"expected {', '.join(SHOWN)}"
+        hint = closest_names(name, SHOWN)
         _unusable(f"unknown command {argv[0]!r}; {hint}; see detailflow --help")
     run(name, arguments)
 

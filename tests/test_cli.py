@@ -67,7 +67,7 @@ def test_help_starts_without_jax():
     [
         ("", 2, ["usage: detailflow COMMAND"]),
         ("trian --config x", 2, ["unknown command 'trian'", "closest names: train"]),
-        ("qqqq", 2, ["unknown command 'qqqq'", "expected train, extract,"]),
+        ("qqqq", 2, ["unknown command 'qqqq'", "expected one of train, extract,"]),
         ("demo-flowar", 2, ["unknown command"]),
         ("extract --source digits", 2, ["expected one of --tokenizer, --vae", "extract-codes"]),
         ("extract --help", 0, ["extract-codes", "extract-latents"]),

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from detailflow_jax.data.errors import did_you_mean, printable
+from detailflow_jax.data.errors import printable
 from detailflow_jax.data.shards import read_json
 from detailflow_jax.data.sources import SOURCE_KINDS, make_source
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import read_config
-from detailflow_jax.runtime.errors import ConfigError, UserError
+from detailflow_jax.runtime.errors import ConfigError, UserError, closest_names
 
 
 def class_names(place: str) -> tuple[str, ...]:
@@ -67,8 +67,8 @@ def parse_labels(text: str, names: Sequence[str] = ()) -> list[int]:
             labels.append(list(names).index(part))
         elif names:
             raise ConfigError(
-                f"cannot read labels {text!r}: there is no class {part!r} among "
-                f"{shown(names)}{did_you_mean(part, names)}"
+                f"cannot read labels {text!r}: there is no class {part!r} among {shown(names)}; "
+                + closest_names(part, names)
             )
         else:
             raise ConfigError(

@@ -1,10 +1,6 @@
 """Errors that every data source raises, and reports, in the same way."""
 
-from collections.abc import Iterable
-
 from absl import logging
-
-from detailflow_jax.runtime.errors import ConfigError, near_names
 
 
 class UnreadableImage(Exception):
@@ -36,16 +32,3 @@ def report_skipped(image: UnreadableImage | str) -> None:
 def printable(name: str) -> str:
     """Returns a file name that can be printed: bytes that are no UTF-8 become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns the end of an error text with the closest names; empty if none is close."""
-    near = near_names(name, known, count=3)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Returns the error for a name that is not in `known`; it suggests the closest names."""
-    known = list(known)
-    expected = f"expected one of {', '.join(known)}"
-    return ConfigError(f"unknown {what} {name!r}: {expected}{did_you_mean(name, known)}")

@@ -18,9 +18,9 @@ import numpy as np
 from absl import flags
 
 from detailflow_jax.data.codes import CodeSource
-from detailflow_jax.data.errors import UnreadableImage, report_skipped, unknown_name
+from detailflow_jax.data.errors import UnreadableImage, report_skipped
 from detailflow_jax.data.latents import LatentSource
-from detailflow_jax.data.sources import SOURCE_KINDS, Source, make_source
+from detailflow_jax.data.sources import SOURCE_KINDS, Source, make_source, unknown_source
 from detailflow_jax.data.transforms import (
     TRAINING_CROPS,
     check_scales,
@@ -29,7 +29,7 @@ from detailflow_jax.data.transforms import (
     training_crop,
 )
 from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, unknown_name
 
 _MAX_SKIPS = 64  # Broken records in a row after which the whole data set is at fault.
 
@@ -209,7 +209,7 @@ def _open(data: Mapping, largest: int | None):
         view = functools.partial(_training_latents, flip=data.get("flip", True), **scaling)
         return source, view
     if kind not in SOURCE_KINDS:
-        raise unknown_name("data source", kind, (*SOURCE_KINDS, "codes", "latents"))
+        raise unknown_source(data["source"], (*SOURCE_KINDS, "codes", "latents"))
     if data["crop"] not in TRAINING_CROPS:
         raise unknown_name("crop", data["crop"], TRAINING_CROPS)
     size, crop = data["image_size"], data["crop"]

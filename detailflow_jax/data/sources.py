@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from detailflow_jax.data.errors import did_you_mean, unknown_name
 from detailflow_jax.data.folders import class_folders
 from detailflow_jax.data.images import Picture, decode_picture, read_file
 from detailflow_jax.runtime import extras
-from detailflow_jax.runtime.errors import ConfigError, NotFoundError
+from detailflow_jax.runtime.errors import ConfigError, NotFoundError, near_names, unknown_name
 
 SOURCE_KINDS = ("digits", "folder", "tfds")
 
@@ -80,7 +79,14 @@ def make_source(spec: str, split: str | None = None, data_dir: str | None = None
         if not match:
             raise ConfigError(f"source {spec!r}: expected tfds:NAME or tfds:NAME:SPLIT")
         return TfdsSource(match[1], match[2] or split or "train", data_dir)
-    raise unknown_name("data source", kind, SOURCE_KINDS)
+    raise unknown_source(spec, SOURCE_KINDS)
+
+
+def unknown_source(spec: str, kinds: Sequence[str]) -> ConfigError:
+    """Returns the error for a source of none of the kinds; a folder needs the word `folder:`."""
+    if os.path.isdir(os.path.expanduser(spec)):
+        return ConfigError(f"data source {spec!r} is a folder: write folder:{spec}")
+    return unknown_name("data source", spec.partition(":")[0], kinds)
 
 
 class DigitsSource(Source):
@@ -237,7 +243,8 @@ def unknown_dataset(name: str, data_dir: str) -> ConfigError:
     """Returns the error for a name that TFDS does not know; it suggests the closest names."""
     import tensorflow_datasets as tfds
 
+    near = near_names(name, tfds.list_builders(with_community_datasets=False))
+    closest = f"; closest names: {', '.join(near)}" if near else ""
     return ConfigError(
-        f"TFDS knows no dataset {name!r} and none is prepared under {data_dir}"
-        + did_you_mean(name, tfds.list_builders(with_community_datasets=False))
+        f"TFDS knows no dataset {name!r} and none is prepared under {data_dir}{closest}"
     )

@@ -11,9 +11,8 @@ import math
 import numpy as np
 from PIL import Image
 
-from detailflow_jax.data.errors import unknown_name
 from detailflow_jax.data.images import Picture
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, unknown_name
 
 TRAINING_CROPS = ("random", "center", "none")
 ENCODING_CROPS = {"ten": 10, "five": 5, "center": 1, "none": 1}  # name -> K

@@ -25,7 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from detailflow_jax.runtime import upgrade
-from detailflow_jax.runtime.errors import ConfigError, near_names
+from detailflow_jax.runtime.errors import ConfigError, unknown_name
 from detailflow_jax.runtime.files import write_atomically
 
 T = TypeVar("T")
@@ -178,7 +178,7 @@ def _apply_override(config: ConfigDict, override: str, shown_as: str = "config."
             raise ConfigError(f"config.{name} is now --config.{new}")
         if any(field.startswith(f"{name}.") for field in fields):
             raise ConfigError(f"config.{name} is a group of fields: override one field of it")
-        raise ConfigError(_unknown(f"config field {name!r}", near_names(name, fields), fields))
+        raise unknown_name("config field", name, fields)
     private_flags = flags.FlagValues()
     try:
         # As `config_flags.DEFINE_config_file` does, but one override at a time, so that an error
@@ -218,12 +218,6 @@ def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
 # ------------------------------------------------------------------------------- names and variants
 
 
-def _unknown(what: str, near: Sequence[str], known: Iterable[str]) -> str:
-    if near:
-        return f"unknown {what}; closest names: {', '.join(near)}"
-    return f"unknown {what}; expected one of {', '.join(known)}"
-
-
 def choose(name: str, options: Mapping[str, T], what: str) -> T:
     """Returns options[name].
 
@@ -236,7 +230,7 @@ def choose(name: str, options: Mapping[str, T], what: str) -> T:
         ConfigError: unknown; the text lists the closest names.
     """
     if name not in options:
-        raise ConfigError(_unknown(f"{what} {name!r}", near_names(name, options), options))
+        raise unknown_name(what, name, options)
     return options[name]
 
 

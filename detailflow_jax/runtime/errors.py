@@ -60,6 +60,20 @@ class Diverged(UserError, RuntimeError):
     label = "diverged"
 
 
+def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Returns the error for a name that is not in `known`, such as "generator size 'GPT-Q'"."""
+    return ConfigError(f"unknown {what} {name!r}; {closest_names(name, known)}")
+
+
+def closest_names(name: str, known: Iterable[str], most: int = 40) -> str:
+    """Returns the end of an error text: the names closest to `name`, or all if none is close."""
+    known = list(known)
+    if near := near_names(name, known):
+        return f"closest names: {', '.join(near)}"
+    rest = " ..." if len(known) > most else ""
+    return f"expected one of {', '.join(known[:most])}{rest}"
+
+
 def near_names(name: str, known: Iterable[str], count: int = 4) -> list[str]:
     """Returns up to `count` names of `known` closest to `name`; "lr" is close to "optim.lr" too."""
 

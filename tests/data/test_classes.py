@@ -39,7 +39,7 @@ def test_labels_are_numbers_or_names(text, expected):
 
 
 def test_unknown_labels_suggest_names():
-    with pytest.raises(ConfigError, match=r"no class 'dgo'.*did you mean 'dog'"):
+    with pytest.raises(ConfigError, match=r"no class 'dgo'.*closest names: dog"):
         parse_labels("cat,dgo", NAMES)
     for text in ("dog", "", "1,,2", "1-", "²"):
         with pytest.raises(ConfigError, match="expected numbers as in 0-9"):

@@ -512,6 +512,6 @@ def test_counts_and_checksums_are_compared_with_the_official_ones(tmp_path, monk
 
 def test_unknown_and_unsuitable_datasets_are_refused(tmp_path, capsys):
     error = refusal(tmp_path, capsys, "--dataset", "imagenet2021")
-    assert "did you mean 'imagenet2012'" in error
+    assert "closest names: imagenet2012" in error
     error = refusal(tmp_path, capsys, "--dataset", "celeb_a")
     assert "not one for image classification" in error

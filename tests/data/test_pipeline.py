@@ -171,10 +171,10 @@ def test_data_that_are_all_broken_stop_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("change", "kwargs", "message"),
     [
-        ({"source": "digit"}, {}, "unknown data source 'digit'.*did you mean 'digits'"),
-        ({"source": "kodes:x"}, {}, "did you mean 'codes'"),
+        ({"source": "digit"}, {}, "unknown data source 'digit'.*closest names: digits"),
+        ({"source": "kodes:x"}, {}, "closest names: codes"),
         ({"min_scale": 0.0, "scaled_decode": True}, {}, "min_scale=0.0"),
-        ({"crop": "centre"}, {}, "unknown crop 'centre'.*did you mean 'center'"),
+        ({"crop": "centre"}, {}, "unknown crop 'centre'.*closest names: center"),
         ({}, {"batch_size": 9, "process_count": 2}, "batch_size=9 .*multiple of the 2 processes"),
         ({}, {"process_index": 2, "process_count": 2}, "process_index=2 of 2"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFile
 from sklearn.datasets import load_digits
 
-from detailflow_jax.data import UnreadableImage, make_source
+from detailflow_jax.data import UnreadableImage, make_iterator, make_source
 from detailflow_jax.data.images import decode_image
 
 
@@ -208,11 +208,17 @@ def test_unusable_folders_are_refused_by_name(folder, tmp_path):
         make_source(f"folder:{folder}/empty")
 
 
+def test_a_folder_without_its_word_is_recognised(folder):
+    for call in (make_source, lambda spec: make_iterator({"source": spec}, batch_size=1, seed=0)):
+        with pytest.raises(ValueError, match=f"write folder:{folder}"):
+            call(str(folder))
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("digit", "unknown data source 'digit'.*did you mean 'digits'"),
-        ("digits:tset", "unknown split of digits 'tset'.*did you mean 'test'"),
+        ("digit", "unknown data source 'digit'.*closest names: digits"),
+        ("digits:tset", "unknown split of digits 'tset'.*closest names: test"),
         ("tfds:", "expected tfds:NAME"),
     ],
 )

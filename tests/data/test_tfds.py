@@ -143,7 +143,7 @@ def test_missing_data_say_how_to_prepare_them(tmp_path):
 
 
 def test_unknown_names_and_unusable_features_are_refused(data_dir):
-    with pytest.raises(ValueError, match=r"no dataset 'tiny_insect' .*did you mean 'tiny_insects'"):
+    with pytest.raises(ValueError, match=r"no dataset 'tiny_insect' .*closest names: tiny_insects"):
         make_source("tfds:tiny_insect", data_dir=data_dir)
     with pytest.raises(ValueError, match=r"test.*validation"):
         make_source("tfds:tiny_insects:test", data_dir=data_dir)
