@@ -35,12 +35,13 @@ def class_names(place: str) -> tuple[str, ...]:
     path = re.sub("^(codes|latents):", "", place)
     folder = epath.Path(path).expanduser()
     if (folder / "config.json").exists():
-        if names := read_config(folder).get("class_names"):
+        config = read_config(folder)
+        if names := config.get("class_names"):
             return tuple(names)
-        raise ConfigError(
-            f"{path} has no class names: its data had none, or it was trained before they were "
-            "kept; ask its data, such as detailflow classes runs/codes"
-        )
+        source = config.get("data", {}).get("source", "")
+        if ":" in source or source in SOURCE_KINDS:  # Trained before runs kept the names.
+            return class_names(source)
+        raise ConfigError(f"{path} has no class names, and no data source to ask for them")
     if (manifest := folder / "manifest.json").exists():
         return tuple(read_json(manifest)["class_names"])
     return tuple(make_source(f"folder:{path}").class_names)
@@ -94,7 +95,7 @@ def check_same_classes(names: Sequence[str], workdir: str) -> None:
 def shown(names: Sequence[str], most: int = 10) -> str:
     """Returns the first labels with their names, on one line."""
     rest = f", ... ({len(names)} classes)" if len(names) > most else ""
-    return ", ".join(f"{i} {printable(name)}" for i, name in enumerate(names[:most])) + rest
+    return ", ".join(f"{i}: {printable(name)}" for i, name in enumerate(names[:most])) + rest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

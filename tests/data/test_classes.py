@@ -59,6 +59,8 @@ def test_the_command_lists_what_images_and_runs_hold(folder, tmp_path, capsys):
         assert capsys.readouterr().out == "0\t1\n1\t2\n2\t10\n"
     assert class_names("digits") == tuple("0123456789")
     write_config(config, tmp_path / "old")
+    write_config(ConfigDict({"data": data}), tmp_path / "older")
+    assert class_names(str(tmp_path / "older")) == ("1", "2", "10")
     for place, words in ((tmp_path / "old", "no class names"), (tmp_path / "none", "no image")):
         assert classes.main([str(place)]) == 2
         assert words in capsys.readouterr().err
@@ -69,7 +71,7 @@ def test_a_run_keeps_its_classes(tmp_path):
     write_config(ConfigDict({"seed": 0}), tmp_path, ("a", "b"))
     check_same_classes(("a", "b"), tmp_path)
     check_same_classes((), tmp_path)
-    with pytest.raises(ConfigError, match=r"the classes 0 a, 1 b; the data have 0 b, 1 a"):
+    with pytest.raises(ConfigError, match=r"the classes 0: a, 1: b; the data have 0: b, 1: a"):
         check_same_classes(("b", "a"), tmp_path)
 
 

@@ -43,7 +43,7 @@ def test_one_class_and_none(codes, tmp_path, class_dropout):
     assert class_names(str(tmp_path)) == ("all",)
     generator = df.load_generator(str(tmp_path))
     assert generate.labels_of("all,0", str(tmp_path)) == [0, 0]
-    with pytest.raises(ConfigError, match="there is no class 'cat' among 0 all"):
+    with pytest.raises(ConfigError, match="there is no class 'cat' among 0: all"):
         generate.labels_of("cat", str(tmp_path))
     sampled = generator.sample([0, 0], seed=0, cfg_scale=1.0)
     assert sampled.shape == (2, 16) and 0 <= sampled.min() <= sampled.max() < 256
