@@ -23,32 +23,25 @@ class CodeLayout(ShardLayout):
     num_tokens: int  # N
     codebook_size: int
 
-    what = "codes"
+    what = field = "codes"
     needed = frozenset(_NEEDED)
+    accepts = np.integer
 
     @property
-    def record_dtype(self) -> np.dtype:
-        """(index, label, codes [K, N, 3]); codes in 2 bytes where they fit."""
+    def value_dtype(self) -> np.dtype:
+        """Codes [K, N, 3], in 2 bytes where they fit."""
         code = "<u2" if self.codebook_size <= 65536 else "<i4"
-        shape = (self.num_crops, self.num_tokens, 3)
-        return np.dtype([("index", "<i8"), ("label", "<i4"), ("codes", code, shape)])
+        return np.dtype((code, (self.num_crops, self.num_tokens, 3)))
 
-    def encode(self, index: int, label: int, value: np.ndarray) -> bytes:
-        shape = (self.num_crops, self.num_tokens, 3)
-        if value.shape != shape or not np.issubdtype(value.dtype, np.integer):
-            raise ValueError(f"codes of {index}: {value.dtype} {value.shape}, not integers {shape}")
+    def check(self, index: int, value: np.ndarray) -> None:
         if value.min() < 0 or value.max() >= self.codebook_size:
             raise ValueError(
                 f"codes of {index} range over [{value.min()}, {value.max()}], "
                 f"outside of [0, {self.codebook_size})"
             )
-        return np.array((index, label, value), self.record_dtype).tobytes()
-
-    def decode(self, record: np.void) -> dict[str, np.ndarray]:
-        return {"codes": record["codes"].astype(np.int32)}
 
 
 class CodeSource(ShardSource):
     """Random access to a finished folder of codes; `source[i]` has "codes", int32 [K, N, 3]."""
 
-    layout_class = CodeLayout
+    layout_class, dtype = CodeLayout, np.int32

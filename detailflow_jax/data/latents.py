@@ -27,8 +27,9 @@ class LatentLayout(ShardLayout):
     latent_shape: tuple[int, int, int]  # h, w, C
     dtype: str  # as stored
 
-    what = "latents"
+    what, field = "latents", "moments"
     needed = frozenset(_NEEDED)
+    accepts = np.float32
 
     def __post_init__(self):
         object.__setattr__(self, "latent_shape", tuple(self.latent_shape))  # JSON has lists.
@@ -39,33 +40,19 @@ class LatentLayout(ShardLayout):
             raise ConfigError(f"LatentLayout.dtype={self.dtype!r}: expected {' or '.join(DTYPES)}")
 
     @property
-    def moments_shape(self) -> tuple[int, int, int, int]:
+    def value_dtype(self) -> np.dtype:
+        """Moments [2, h, w, 2C]."""
         height, width, channels = self.latent_shape
-        return (VIEWS, height, width, 2 * channels)
-
-    @property
-    def record_dtype(self) -> np.dtype:
-        """(index, label, moments [2, h, w, 2C])."""
         number = np.dtype(self.dtype).newbyteorder("<")
-        fields = [("index", "<i8"), ("label", "<i4"), ("moments", number, self.moments_shape)]
-        return np.dtype(fields)
+        return np.dtype((number, (VIEWS, height, width, 2 * channels)))
 
-    def encode(self, index: int, label: int, value: np.ndarray) -> bytes:
-        if value.shape != self.moments_shape or value.dtype != np.float32:
-            raise ValueError(
-                f"moments of {index}: {value.dtype} {value.shape}, not float32 {self.moments_shape}"
-            )
-        with np.errstate(over="ignore"):  # told below
-            record = np.array((index, label, value), self.record_dtype)
-        if not np.isfinite(record["moments"]).all():
-            why = (
-                "NaN or infinite" if not np.isfinite(value).all() else f"too large for {self.dtype}"
-            )
+    def check(self, index: int, value: np.ndarray) -> None:
+        with np.errstate(over="ignore"):  # Reported here.
+            finite = np.isfinite(value.astype(self.dtype)).all()
+        if not finite:
+            too_large = f"too large for {self.dtype}"
+            why = too_large if np.isfinite(value).all() else "NaN or infinite"
             raise ConfigError(f"moments of {index} are {why}")
-        return record.tobytes()
-
-    def decode(self, record: np.void) -> dict[str, np.ndarray]:
-        return {"moments": record["moments"].astype(np.float32)}
 
 
 class LatentSource(ShardSource):
@@ -74,4 +61,4 @@ class LatentSource(ShardSource):
     `manifest` has `scale_factor` and `shift_factor`; they have not been applied to the moments.
     """
 
-    layout_class = LatentLayout
+    layout_class, dtype = LatentLayout, np.float32

@@ -16,8 +16,8 @@ from detailflow_jax.runtime.errors import ConfigError, NotFoundError
 class ShardSource:
     """Random access to a finished folder of shards.
 
-    `source[i]` is what the layout decodes, with "label", an int, and "index", the position in the
-    source of the images. `manifest` is manifest.json as a dict.
+    `source[i]` is the value, under the name `layout.field`, with "label", an int, and "index", the
+    position in the source of the images. `manifest` is manifest.json as a dict.
 
     Raises:
         NotFoundError: no such folder, extraction not finished, or a shard missing.
@@ -25,6 +25,7 @@ class ShardSource:
     """
 
     layout_class: ClassVar[type[ShardLayout]]
+    dtype: ClassVar[type]  # of the values in memory
 
     def __init__(self, directory: str):
         what = self.layout_class.what
@@ -87,5 +88,6 @@ class ShardSource:
                 f"{dtype.itemsize}: the shards are those of another layout"
             )
         record = np.frombuffer(data, dtype)[0]
-        example = self.layout.decode(record)
-        return {**example, "label": int(record["label"]), "index": int(record["index"])}
+        value = record[self.layout.field].astype(self.dtype)
+        label, position = int(record["label"]), int(record["index"])
+        return {self.layout.field: value, "label": label, "index": position}

@@ -15,7 +15,7 @@ import glob
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from array_record.python import array_record_module
@@ -30,8 +30,9 @@ FORMAT_VERSION = 1
 class ShardLayout(abc.ABC):
     """Which source position lies in which shard, and the bytes of one record.
 
-    A subclass adds fields that describe the records, `what` they hold, which names the files, and
-    `needed`, the fields that the definition of an extraction must have beside the layout.
+    A subclass adds the fields that describe a record, and says `what` the records are, which names
+    the files; `needed`, the fields that the definition of an extraction must have beside the
+    layout; `field`, the name of the value in a record; and `accepts`, its type in memory.
     """
 
     num_examples: int  # of the source, readable or not
@@ -39,6 +40,8 @@ class ShardLayout(abc.ABC):
 
     what: ClassVar[str]
     needed: ClassVar[frozenset[str]]
+    field: ClassVar[str]
+    accepts: ClassVar[type]
 
     def __post_init__(self):
         for field, value in dataclasses.asdict(self).items():
@@ -51,16 +54,28 @@ class ShardLayout(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def record_dtype(self) -> np.dtype:
-        """(index, label, ...), little-endian."""
+    def value_dtype(self) -> np.dtype:
+        """Type and shape of one value as it is stored, little-endian."""
 
     @abc.abstractmethod
+    def check(self, index: int, value: np.ndarray) -> None:
+        """Raises ValueError for a value of another range."""
+
+    @property
+    def record_dtype(self) -> np.dtype:
+        """(index, label, value)."""
+        return np.dtype([("index", "<i8"), ("label", "<i4"), (self.field, self.value_dtype)])
+
     def encode(self, index: int, label: int, value: np.ndarray) -> bytes:
         """One record; raises ValueError for a value of another shape, type or range."""
-
-    @abc.abstractmethod
-    def decode(self, record: np.void) -> dict[str, Any]:
-        """The fields of one record for a reader, without label and index."""
+        shape = self.value_dtype.shape
+        if value.shape != shape or not np.issubdtype(value.dtype, self.accepts):
+            raise ValueError(
+                f"{self.field} of {index}: {value.dtype} {value.shape}, "
+                f"not {self.accepts.__name__} {shape}"
+            )
+        self.check(index, value)
+        return np.array((index, label, value), self.record_dtype).tobytes()
 
     def positions(self, shard: int) -> range:
         """The source positions of one shard."""

@@ -199,7 +199,7 @@ LAYOUT = data.LatentLayout(4, 2, (2, 2, 3), "float16")
     ],
 )
 def test_moments_that_cannot_be_stored(change, message):
-    good = np.ones(LAYOUT.moments_shape, np.float32)
+    good = np.ones(LAYOUT.value_dtype.shape, np.float32)
     assert len(LAYOUT.encode(7, 1, good)) == LAYOUT.record_dtype.itemsize
     with pytest.raises(ValueError, match=message):
         LAYOUT.encode(7, 1, change(good))
