@@ -88,7 +88,8 @@ def _load_run(
         raise ConfigError(f"{path}: {error}") from error
     params = restore_params(path, ema=weights != "model", step=step)
     scan = getattr(config, "scan", False)
-    _check_shapes(params, of.abstract(config, scan=scan), str(path))
+    remedy = "Leave out the override of a size, or check config.json there."
+    check_shapes(params, of.abstract(config, scan=scan), str(path), remedy)
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
     taken = "ema" if averages and weights != "model" else "model"
     report = mapping.Report()
@@ -96,7 +97,7 @@ def _load_run(
     return Loaded(kind, config, params, report, notices, str(path), tuple(dtypes), taken, made)
 
 
-def _check_shapes(params: Any, abstract: Any, source: str) -> None:
+def check_shapes(params: Any, abstract: Any, source: str, remedy: str) -> None:
     """Raises CheckpointError unless the parameters have the shapes of the configuration."""
     there, here = mapping.flatten(params), mapping.flatten(abstract)
     for name in dict.fromkeys([*here, *there]):
@@ -105,7 +106,7 @@ def _check_shapes(params: Any, abstract: Any, source: str) -> None:
             raise CheckpointError(
                 f"{source}: parameter {name} is {a}",
                 expected=f"{b} by the configuration",
-                remedy="Leave out the override of a size, or check config.json there.",
+                remedy=remedy,
             )
 
 

@@ -194,7 +194,7 @@ def _recognised(names: Collection[str], recognise: Recognise) -> list[_Group]:
             continue
         rank = recognise(group.names)
         if rank is None and group.label == "ema":
-            group = _with_dots(group, [g for _, g in found])
+            group = _renamed(group, [g for _, g in found])
             rank = recognise(group.names)
         if rank is not None:
             found.append((rank, group))
@@ -206,9 +206,15 @@ def _recognised(names: Collection[str], recognise: Recognise) -> list[_Group]:
     return [group for rank, group in found if rank == best]
 
 
-def _with_dots(group: _Group, known: list[_Group]) -> _Group:
-    """An average whose names lost their dots, as latent-diffusion's, named as a known group."""
-    named = {bare.replace(".", ""): bare for g in known for bare in g.names}
+def _renamed(group: _Group, known: list[_Group]) -> _Group:
+    """An average with the names of a known group.
+
+    Latent-diffusion's names lost their dots; torch_ema's is a list in the order of the parameters.
+    """
+    bares = [bare for g in known[:1] for bare in g.names]
+    named = {bare.replace(".", ""): bare for bare in bares}
+    if len(group.names) == len(bares):
+        named |= {str(i): bare for i, bare in enumerate(bares)}
     pairs = {named[bare]: path for bare, path in group.names.items() if bare in named}
     return _Group(group.prefix, pairs)
 

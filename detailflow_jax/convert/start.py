@@ -29,7 +29,7 @@ from flax import traverse_util
 from detailflow_jax.convert import mapping, published
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.fingerprint import encoder_fingerprint
-from detailflow_jax.convert.load import is_workdir, load
+from detailflow_jax.convert.load import check_shapes, is_workdir, load
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.runtime import weights
@@ -167,13 +167,7 @@ def read_vae(fields: Any, params: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = _load_vae(fields)
     _check_described(fields.path, found.config, fields, "config.vae")
-    have, want = mapping.flatten(found.params), mapping.flatten(params)
-    if have.keys() != want.keys():
-        differing = sorted(have.keys() ^ want.keys())
-        raise CheckpointError(
-            f"{fields.path}: parameters {', '.join(differing[:3])}, ... differ from config.vae",
-            expected="an autoencoder as config.vae describes it",
-        )
+    check_shapes(found.params, params, fields.path, "Set the fields of config.vae as it has them.")
     return _told(found)
 
 

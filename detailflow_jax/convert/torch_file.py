@@ -41,6 +41,7 @@ _LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 # Tied weights may be in a file once and be read twice; a file that unfolds to more than this is
 # made to fill the memory.
 _MAX_UNFOLDING = 4
+_MOST_LISTED = 4096  # Longer lists are no lists of modules or parameters.
 _MAX_SIZE = 1 << 128  # Longer integers cannot be printed in a message.
 _AGAIN = "Download or copy the file again."
 _RESAVE = (
@@ -71,13 +72,14 @@ class Inert:
 
 
 def items_of(value: Any) -> list[tuple[Any, Any]] | None:
-    """What a dict, a short list or an object holds: (key, value); None of anything else.
+    """What a dict, an object or a list of these or of tensors holds: (key, value), else None.
 
     A module holds its parameters, buffers and modules.
     """
-    if isinstance(value, list | tuple) and not isinstance(value, TensorSpec) and len(value) <= 16:
-        parts = {str(i): x for i, x in enumerate(value)}
-        return list(parts.items()) if any(isinstance(x, dict | Inert) for x in value) else None
+    if isinstance(value, list) or type(value) is tuple:
+        held = any(isinstance(x, dict | Inert | TensorSpec) for x in value[:_MOST_LISTED])
+        few = len(value) <= _MOST_LISTED
+        return [(str(i), x) for i, x in enumerate(value)] if held and few else None
     parts = value.parts if isinstance(value, Inert) else value
     if not isinstance(parts, dict) or not any(isinstance(key, str) for key in parts):
         return None

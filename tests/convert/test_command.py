@@ -19,8 +19,9 @@ import detailflow_jax as df
 from convert_models import TOKENIZER_HEADS, published, recorded
 from detailflow_jax import train
 from detailflow_jax.convert import CheckpointError
+from detailflow_jax.convert import published as published_lib
 from detailflow_jax.convert.__main__ import main
-from detailflow_jax.models import layers
+from detailflow_jax.models import discriminator, layers
 from detailflow_jax.runtime import checkpoint
 from detailflow_jax.runtime.checkpoint import restore_params
 from detailflow_jax.runtime.config import load_config
@@ -321,6 +322,25 @@ def test_keys_that_published_scripts_read(tmp_path, runs, folders, capsys):
     content = torch.load(tmp_path / "d.pt", weights_only=True)
     assert content.keys() == {"model", "ema", "discriminator"}
     assert content["discriminator"].keys() == heads.keys()
+
+
+def test_the_discriminator_of_a_run(tmp_path, runs, monkeypatch):
+    """What is written is read again, whole, by what starts a discriminator from a file."""
+    disc = discriminator.make(discriminator.PatchGANConfig(channels=4, num_layers=2))
+    params, state, _ = disc.init(jax.random.key(0), 32)
+    disc_state = {"params": params, "state": state, "opt_state": {}}
+    monkeypatch.setattr(
+        "detailflow_jax.convert.export.restore_field", lambda *_: {"discriminator": disc_state}
+    )
+    tokenizer = df.load_tokenizer(runs["tokenizer"])
+    df.save_pytorch(tokenizer, tmp_path / "x.pt", keys=["discriminator"])
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert list(content) == ["model", "discriminator"]
+    counted = [x for name, x in content["discriminator"].items() if "num_batches" in name]
+    assert len(counted) == 2 and all(x.dtype == torch.int64 for x in counted)
+    want = {"params": params, **state}
+    read = published_lib.read("discriminator", tmp_path / "x.pt", params=want).params
+    jax.tree.map(np.testing.assert_array_equal, read, want)
 
 
 def test_run_to_pytorch_by_the_command(tmp_path, runs, capsys):

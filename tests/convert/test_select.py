@@ -117,6 +117,9 @@ FORMS = {
         "state_dict": prefixed("model.", MODEL) | prefixed("model_ema.", LITEMA)
         | {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)},
     },
+    "list of parameters": {
+        "model": MODEL, "ema": {"decay": 0.9, "shadow_params": list(AVERAGE.values())},
+    },
     "list": [{"model": MODEL, "ema": AVERAGE}, 7],
     "pair": (MODEL, {"ema": AVERAGE}),
     "nested": {"model": nested(MODEL), "ema": nested(AVERAGE)},
