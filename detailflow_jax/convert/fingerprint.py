@@ -12,7 +12,7 @@ from detailflow_jax.models import layers
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
-    """A hash of parameters, the same in the scanned and the unrolled layout and on any machine."""
+    """Returns a hash of parameters, the same in either layout and on any machine."""
     digest = hashlib.blake2b(digest_size=16)
     for path, leaf in jax.tree_util.tree_leaves_with_path(layers.stack_layers(params)):
         digest.update(jax.tree_util.keystr(path).encode())
@@ -21,7 +21,7 @@ def fingerprint(params: Mapping[str, Any]) -> str:
 
 
 def encoder_fingerprint(kind: str, params: Mapping[str, Any]) -> str:
-    """A hash of the parameters that decide the codes or latents of an image.
+    """Returns a hash of the parameters that decide the codes or latents of an image.
 
     It stays the same when the decoder alone is trained on.
     """

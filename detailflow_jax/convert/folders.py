@@ -41,7 +41,7 @@ class Folder:
 def open_folder(
     path: str | os.PathLike[str], stack: contextlib.ExitStack
 ) -> tuple[Folder, str | None]:
-    """The folder that `path` names or lies in, and the file's name there if it names a file.
+    """Returns the folder that `path` names or is in, and the file's name if it names a file.
 
     Args:
         path: a local path, `gs://` or `s3://` path, or `hf:OWNER/NAME[@REVISION][/FILE]`.
@@ -78,7 +78,7 @@ def open_folder(
 
 
 def join(where: str, name: str) -> str:
-    """What messages call a file of a folder."""
+    """Returns what messages call a file of a folder."""
     return f"{where.rstrip('/')}/{name}"
 
 

@@ -20,7 +20,7 @@ from detailflow_jax.runtime.errors import ConfigError, near_names
 
 
 def is_workdir(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is the workdir of a training run, or a folder that `convert` made."""
+    """Returns whether `path` is the workdir of a training run, or a folder that `convert` made."""
     try:
         return "task" in json.loads((epath.Path(path) / "config.json").read_text())
     except Exception:  # Not there, no JSON, or out of reach, which has many exceptions.

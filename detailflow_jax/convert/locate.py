@@ -76,7 +76,7 @@ def locate(path: str | os.PathLike[str]) -> Iterator[Located]:
 
 
 def choose_weights(names: Sequence[str], where: str) -> str:
-    """The file that holds the weights, by the order that the module's docstring gives.
+    """Returns the file that holds the weights, by the order that the module's docstring gives.
 
     Args:
         names: the files of the folder and of `checkpoints/` under it.
@@ -112,7 +112,7 @@ def choose_weights(names: Sequence[str], where: str) -> str:
 
 
 def read_mapping(path: Path, where: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """The mapping that a JSON or YAML file holds.
+    """Returns the mapping that a JSON or YAML file holds.
 
     Args:
         path: the file.

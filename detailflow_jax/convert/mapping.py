@@ -81,7 +81,7 @@ class Report:
 
 
 def linear(name: str, path: str) -> tuple[Entry, Entry]:
-    """A published linear layer (`weight`, `bias`) as a Dense (`kernel`, `bias`)."""
+    """Returns the entries of a linear layer (`weight`, `bias`), here a Dense (`kernel`, `bias`)."""
     return (
         Entry(f"{name}.weight", (f"{path}/kernel",), transpose=True),
         Entry(f"{name}.bias", (f"{path}/bias",)),
@@ -89,18 +89,18 @@ def linear(name: str, path: str) -> tuple[Entry, Entry]:
 
 
 def conv(name: str, path: str, *, use_bias: bool = True) -> tuple[Entry, ...]:
-    """A published 2-D convolution (OIHW `weight`, `bias`) as a Conv (HWIO `kernel`, `bias`)."""
+    """Returns the entries of a 2-D convolution (OIHW `weight`, `bias`), here HWIO `kernel`."""
     kernel = Entry(f"{name}.weight", (f"{path}/kernel",), permute=(2, 3, 1, 0))
     return (kernel, Entry(f"{name}.bias", (f"{path}/bias",))) if use_bias else (kernel,)
 
 
 def norm(name: str, path: str) -> tuple[Entry, Entry]:
-    """A published LayerNorm (`weight`, `bias`) as (`scale`, `bias`)."""
+    """Returns the entries of a published LayerNorm (`weight`, `bias`) as (`scale`, `bias`)."""
     return Entry(f"{name}.weight", (f"{path}/scale",)), Entry(f"{name}.bias", (f"{path}/bias",))
 
 
 def counters(table: Iterable[Entry]) -> tuple[str, ...]:
-    """Names of the batch counters (int64 scalars) beside the running means of batch norms.
+    """Returns the names of the batch counters (int64 scalars) of batch norms.
 
     Nothing needs them, but strict loading asks for them.
     """
@@ -110,7 +110,7 @@ def counters(table: Iterable[Entry]) -> tuple[str, ...]:
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """{"blocks/layers/w1/kernel": leaf, ...} of nested parameters."""
+    """Returns {"blocks/layers/w1/kernel": leaf, ...} of nested parameters."""
     return traverse_util.flatten_dict(params, sep="/")
 
 
@@ -139,13 +139,13 @@ def _places(
 
 
 def published_shapes(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[str, tuple]:
-    """Published name -> shape of everything the table writes for (abstract) parameters."""
+    """Returns published name -> shape of all that the table writes for (abstract) parameters."""
     flat = flatten(params)
     return {tensor.name: tensor.shape(flat) for tensor in _expand(table, flat)}
 
 
 def depth(table: Iterable[Entry], params: Mapping[str, Any]) -> int:
-    """How many layers (abstract) parameters have."""
+    """Returns how many layers (abstract) parameters have."""
     flat = flatten(params)
     layered = next(entry for entry in table if "{}" in entry.name)
     return sum(1 for _ in _expand([layered], flat))
@@ -165,7 +165,7 @@ def from_published(
     progress: Callable[[list], Iterable] = iter,
     dtype: Any = np.float32,
 ) -> tuple[dict[str, Any], Report]:
-    """Published tensors -> nested parameters, each number written once, into its final place.
+    """Returns nested parameters of published tensors; each number is written once, into its place.
 
     Args:
       table: entries of the network.
@@ -195,8 +195,9 @@ def from_published(
     absent = tuple(p for p in optional if not any(name.startswith(p) for name in tensors))
     wanted = [tensor for tensor in wanted if not tensor.name.startswith(absent)]
     names = {tensor.name for tensor in wanted}
-    # A tensor of no numbers needs no parameter to go to.
-    rest = [name for name in tensors if name not in names and 0 not in tensors[name].shape]
+    # No parameter is a tensor of no numbers, or a number beside the modules such as "epoch".
+    rest = [n for n in tensors if n not in names and 0 not in tensors[n].shape]
+    rest = [name for name in rest if tensors[name].shape or "." in name]
     found = [tensor for tensor in wanted if tensor.name in tensors]
     missing = [tensor for tensor in wanted if tensor.name not in tensors]
     report = Report(
@@ -286,7 +287,7 @@ def _fill(missing: list[_Tensor], initial: Mapping[str, Any], out, dtype) -> Non
 
 
 def to_published(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Nested parameters, scanned or not -> published names and arrays, in table order.
+    """Returns published names and arrays of nested parameters, scanned or not, in table order.
 
     The arrays are views of the parameters where these are in the host's memory, but for fused ones.
     """

@@ -32,11 +32,12 @@ class Network:
       optional: prefixes of published names that only training uses. Training that starts from a
         file without them initialises their parameters.
       layout: (names, parameters, source) -> (table, skipped), where files differ in their names.
-      infer_config: what is known of a file -> configuration. None: the network has none, or the
-        caller has to know it.
+      infer_config: what is known of a file -> configuration of the network that its tensors are of.
+        None: the network has none, or the caller has to know it.
       from_run: the `model` part of a run's config -> configuration. None: it is not trained here.
-      describe: configuration -> (config.json, what config.yaml holds beside it, notices), for
-        writing. None: it is read only.
+      describe: configuration -> (config.json, exactly fields that the published code knows; what
+        config.yaml holds besides: what it evaluates with, and what no published field can say;
+        notices of what the published code cannot build). None: it is read only.
       names: our fields in the published configuration.
       options: name of an override -> (text -> value, help), for the `convert` command.
       buffers: configuration -> published name -> array that strict loading asks for besides.
@@ -77,7 +78,7 @@ class Network:
 
     @property
     def task(self) -> str | None:
-        """The task that trains it, or None."""
+        """Name of the task that trains it, or None."""
         return self.name if self.from_run else None
 
     @property
@@ -92,7 +93,7 @@ class Network:
         overrides: Mapping[str, Any],
         source: str,
     ) -> tuple[Any, list[str]]:
-        """The configuration that these tensors are of, and notices about what was assumed.
+        """Returns the configuration that these tensors are of, and notices of what was assumed.
 
         Args:
           tensors: published name -> anything with `.shape`.
@@ -111,7 +112,7 @@ class Network:
         return self.infer_config(settings), settings.notices
 
     def initialize(self, config: Any, *, scan: bool) -> Callable[[jax.Array], dict]:
-        """key -> initial parameters, unboxed, in the scanned or the unrolled layout."""
+        """Returns key -> initial parameters, in the scanned or the unrolled layout."""
         module = self.module(with_scan(config, True))
 
         def init(key: jax.Array) -> dict:
@@ -121,12 +122,12 @@ class Network:
         return init
 
     def abstract(self, config: Any, *, scan: bool) -> dict[str, Any]:
-        """Parameters as shapes, in the scanned or the unrolled layout."""
+        """Returns the parameters as shapes, in the scanned or the unrolled layout."""
         return jax.eval_shape(self.initialize(config, scan=scan), jax.random.key(0))
 
 
 def with_scan(config: Any, scan: bool) -> Any:
-    """The configuration with `scan` set; a network without scanned layers has one layout only."""
+    """Returns the configuration with `scan` set, where the network has layers to scan."""
     return dataclasses.replace(config, scan=scan) if hasattr(config, "scan") else config
 
 
@@ -137,10 +138,10 @@ def _unboxed(params: Any) -> Any:
 
 
 def any_of(signs: Collection[str]) -> Callable[[Collection[str]], bool]:
-    """names -> whether any of `signs` is among them."""
+    """Returns the function names -> whether any of `signs` is among them."""
     return lambda names: any(sign in names for sign in signs)
 
 
 def image(side: int) -> jax.Array:
-    """A black image [1, side, side, 3] to initialise a network with."""
+    """Returns a black image [1, side, side, 3] to initialise a network with."""
     return jax.numpy.zeros((1, side, side, 3))

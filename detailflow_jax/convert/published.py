@@ -188,12 +188,12 @@ def _resized(
 
 
 def name_of(tensors: Collection[str]) -> str | None:
-    """The name in `NETWORKS` of the first network that recognises these names of tensors."""
+    """Returns the name of the first network that recognises these names of tensors, or None."""
     return next((name for name, of in NETWORKS.items() if of.recognise(tensors)), None)
 
 
 def check(name: str | None, tensors: Collection[str], source: str) -> Network:
-    """The network that these tensors are of.
+    """Returns the network that these tensors are of.
 
     Args:
       name: of the network that is expected; None is any that can be loaded and written.

@@ -124,7 +124,7 @@ def read_checkpoint(
 
 
 def check_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """A notice for weights that are NaN or infinite; an empty list if all are finite.
+    """Returns a notice of weights that are NaN or infinite; an empty list if all are finite.
 
     Reads every number, so it is left to the one who is about to use them.
     """

@@ -49,7 +49,7 @@ class Selected:
 
 
 def entries(tree: Any) -> dict[str, Any]:
-    """Everything in a tree by its dotted path, what is less deep first."""
+    """Returns everything in a tree by its dotted path, what is less deep first."""
     found: dict[str, Any] = {}
     level, total = [("", tree)], 1
     for depth in range(_MOST_DEPTH):
@@ -198,7 +198,7 @@ def _recognised(names: Collection[str], recognise: Recognise) -> list[_Group]:
             rank = recognise(group.names)
         if rank is not None:
             found.append((rank, group))
-            inner = set(group.names.values())
+            inner = set(groups[prefix].names.values())
             for g in outer:
                 for bare in [bare for bare, path in g.names.items() if path in inner]:
                     del g.names[bare]
@@ -233,14 +233,14 @@ def _usual(names: Collection[str]) -> list[_Group]:
 
 
 def listed(tree: Any) -> str:
-    """What messages say that a file holds."""
+    """Returns what messages say that a file holds."""
     top = list(tree.items())[:10] if isinstance(tree, dict) else []
     inside = ", ".join(f"{key_name(key)}{_kind(value)}" for key, value in top)
     return inside or _kind(tree) or type(tree).__name__
 
 
 def key_name(key: Any) -> str:
-    """A key as messages name it."""
+    """Returns what messages call a key."""
     return key if isinstance(key, str) else f"a key of type {getattr(key, 'name', 'int')}"
 
 

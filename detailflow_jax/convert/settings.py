@@ -1,4 +1,4 @@
-"""What is known about a network: from its tensors, from the file's configuration, from overrides.
+"""The configuration of a network from its tensors, the file's own settings and overrides.
 
 The tensors' shapes are always right. An override comes before the configuration beside the weights.
 Either raises an error if it contradicts the shapes.
@@ -20,7 +20,7 @@ present counts."""
 
 
 def published_fields(config: Any, names: Names) -> dict[str, Any]:
-    """The fields of a configuration under their (first) published names."""
+    """Returns the fields of a configuration under their (first) published names."""
     fields = {}
     for ours, theirs in names.items():
         value = getattr(config, ours)
@@ -30,7 +30,7 @@ def published_fields(config: Any, names: Names) -> dict[str, Any]:
 
 
 def unlike(config: Any, usual: Mapping[str, Any]) -> list[str]:
-    """What a configuration has other than `usual`: ["num_classes=10 (not 1000)", ...]."""
+    """Returns what differs in a configuration from `usual`: ["num_classes=10 (not 1000)", ...]."""
     values = {name: getattr(config, name) for name in usual}
     return [f"{n}={x} (not {usual[n]})" for n, x in values.items() if x != usual[n]]
 
@@ -62,7 +62,7 @@ class Settings:
         self.notices: list[str] = []
 
     def by_shape(self, name: str, value: Any) -> None:
-        """A field that shapes determine; overrides and the configuration must agree with it."""
+        """Settles a field by shapes; raises CheckpointError if something contradicts them."""
         if name in self.names:
             self.check(name, value)
         given = self.overrides.pop(name, None)
@@ -96,9 +96,18 @@ class Settings:
         )
 
     def told(
-        self, name: str, kind: type, *, default: Any = None, why: str = "", signed: bool = False
+        self,
+        name: str,
+        kind: type,
+        *,
+        default: Any = None,
+        why: str = "",
+        signed: bool = False,
+        needed: str = "",
     ) -> Any:
-        """A field that no shape determines: from the override, the configuration or the default.
+        """Settles and returns a field that no shape determines.
+
+        It comes from the override, else from the configuration, else it is the default.
 
         Args:
           name: of our field.
@@ -106,9 +115,10 @@ class Settings:
           default: None, or a value of this kind.
           why: where a default comes from; if given, a notice says that it was used.
           signed: whether zero and negative numbers are allowed.
+          needed: what the field is, if None is no value for it.
 
         Raises:
-          CheckpointError: a value of another kind.
+          CheckpointError: a value of another kind, or none where one is needed.
         """
         found = [n for n in self._published_names(name) if n in self.published]
         if name in self.overrides:
@@ -117,6 +127,10 @@ class Settings:
             value = self.published[found[0]]
         else:
             value = default
+            if value is None and needed:
+                raise CheckpointError(
+                    f"{self.source}: nothing tells {name}", expected=f"{name}=..., {needed}"
+                )
             if why:
                 self.notices.append(f"{self.source}: nothing tells {name}; {value} taken, {why}")
         if not (value is None and default is None):
@@ -145,7 +159,7 @@ class Settings:
             )
 
     def build(self, config: type) -> Any:
-        """A `config` of the settled fields and of overrides of other fields.
+        """Returns a `config` of the settled fields and of overrides of other fields.
 
         Raises:
           CheckpointError: an unknown override, or values that do not belong together.
@@ -164,7 +178,7 @@ class Settings:
             raise CheckpointError(f"{self.source}: {error}") from error
 
     def size(self, name: str, axis: int, rank: int = 2) -> int:
-        """One dimension of a tensor of `rank` dimensions that every file of this network has.
+        """Returns one dimension of a tensor of `rank` dimensions that every such file has.
 
         Raises:
           CheckpointError: no such tensor, or one of another rank.
@@ -181,12 +195,8 @@ class Settings:
             )
         return int(shape[axis])
 
-    def count(self, prefix: str) -> int:
-        """How many layers there are, their tensors being named PREFIX0.x, PREFIX1.x, ..."""
-        return count_layers(self.tensors, prefix)
-
 
 def count_layers(tensors: Mapping[str, Any], prefix: str) -> int:
-    """How many layers there are, their tensors being named PREFIX0.x, PREFIX1.x, ..."""
+    """Returns how many layers there are, whose tensors are named PREFIX0.x, PREFIX1.x, ..."""
     numbers = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
     return 1 + max((int(n) for n in numbers if n.isdecimal() and len(n) < 4), default=-1)

@@ -41,7 +41,7 @@ from detailflow_jax.tasks.losses import Frozen
 def load_into(
     config: Any, state: TrainState, frozen: Iterable[Frozen], *, fresh: bool
 ) -> TrainState:
-    """The state with the weights that the configuration names in their places.
+    """Returns the state with the weights that the configuration names in their places.
 
     Args:
       config: of the run; `init_from` and `teacher` may be absent.
@@ -82,7 +82,7 @@ def load_into(
 
 
 def read_whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of a whole network like `params`, but for projections that the file lacks.
+    """Returns the parameters of a whole network, but for projections that the file lacks.
 
     Args:
       kind: name of the network.
@@ -106,7 +106,7 @@ def read_whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any
 
 
 def check_encoder(config: Any, encoded_by: str, workdir: str | os.PathLike[str]) -> str:
-    """The fingerprint of the encoder whose codes or latents a run is trained on; "" if unknown.
+    """Returns the fingerprint of the encoder that made a run's codes or latents; "" if unknown.
 
     Args:
       config: of the run.
@@ -138,7 +138,7 @@ def check_encoder(config: Any, encoded_by: str, workdir: str | os.PathLike[str])
 
 
 def read_frozen(frozen: Frozen, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of a frozen network of a loss term, from the files named or the usual ones.
+    """Returns the parameters of a frozen network, from the files named or the usual ones.
 
     Raises:
       WeightsError: a file is not there; the text says where people get it.
@@ -159,7 +159,7 @@ def read_frozen(frozen: Frozen, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_vae(fields: Any, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the autoencoder at `fields.path`, a run or a published checkpoint.
+    """Returns the parameters of the autoencoder at `fields.path`, a run or a published file.
 
     Raises:
       CheckpointError: it is not there, or not the one that the other fields of `config.vae`

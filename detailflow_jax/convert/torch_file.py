@@ -72,7 +72,7 @@ class Inert:
 
 
 def items_of(value: Any) -> list[tuple[Any, Any]] | None:
-    """What a dict, an object or a list of these or of tensors holds: (key, value), else None.
+    """Returns what a dict, an object or a list of these or of tensors holds, else None.
 
     A module holds its parameters, buffers and modules.
     """
@@ -294,7 +294,7 @@ def strided_view(
     shape: tuple[int, ...],
     strides: tuple[int, ...] | None = None,
 ) -> np.ndarray:
-    """A read-only array over mapped bytes.
+    """Returns a read-only array over mapped bytes.
 
     Args:
         raw: uint8 [n], the mapped file.
@@ -316,7 +316,7 @@ def strided_view(
 def read_tensors(
     raw: np.ndarray, spans: Spans, specs: Mapping[str, TensorSpec], name: str
 ) -> dict[str, np.ndarray]:
-    """The arrays that `specs` describe, as views of the file.
+    """Returns the arrays that `specs` describe, as views of the file.
 
     Args:
         raw: uint8 [n], the mapped file.
@@ -383,7 +383,7 @@ def _are_sizes(numbers: Any) -> bool:
 
 
 def open_torch(raw: np.ndarray, path: Path, name: str) -> tuple[Any, Spans]:
-    """The value that `torch.save` wrote, with tensors as `TensorSpec`, and where storages lie.
+    """Returns what `torch.save` wrote, with tensors as `TensorSpec`, and where storages are.
 
     Args:
         raw: uint8 [n], the mapped file.

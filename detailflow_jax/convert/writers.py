@@ -93,7 +93,7 @@ def write_pytorch(
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """The path to write to; raises CheckpointError if it is not a local one."""
+    """Returns the path to write to; raises CheckpointError if it is not a local one."""
     if "://" in os.fspath(path):
         raise CheckpointError(
             f"{os.fspath(path)}: not a local path", remedy="Write here and copy it there."
@@ -102,7 +102,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 
 def is_free(target: Path) -> bool:
-    """Whether nothing is at `target`, or an empty folder."""
+    """Returns whether nothing is at `target`, or an empty folder."""
     if target.is_symlink() or not target.is_dir():
         return not os.path.lexists(target)
     return not any(target.iterdir())
@@ -110,7 +110,7 @@ def is_free(target: Path) -> bool:
 
 @contextlib.contextmanager
 def folder_for(target: Path, ours: set[Path], overwrite: bool) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `target` when the block ends well.
+    """Gives a folder to fill, which takes the place of `target` when the block ends well.
 
     Args:
         target: the folder to write. It is replaced whole, so it may hold only a checkpoint.

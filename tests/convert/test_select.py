@@ -117,6 +117,8 @@ FORMS = {
         "state_dict": prefixed("model.", MODEL) | prefixed("model_ema.", LITEMA)
         | {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)},
     },
+    "no dots, no key": MODEL | prefixed("model_ema.", LITEMA)
+    | {"model_ema.decay": torch.tensor(0.9), "epoch": torch.tensor(3)},
     "list of parameters": {
         "model": MODEL, "ema": {"decay": 0.9, "shadow_params": list(AVERAGE.values())},
     },

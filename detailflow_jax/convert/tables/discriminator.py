@@ -12,7 +12,7 @@ import numpy as np
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv, counters, linear, norm, to_published
 from detailflow_jax.convert.network import Network, any_of, image
-from detailflow_jax.convert.settings import Settings
+from detailflow_jax.convert.settings import Settings, count_layers
 from detailflow_jax.models.discriminator import Dino, DinoConfig, make
 
 _HEAD_DIM = 64  # of an attention head in every published DINO
@@ -44,7 +44,7 @@ DINO_SKIPPED = ("x_scale", "x_shift", "norm.", "head.")
 
 
 def infer_dino(s: Settings) -> DinoConfig:
-    """The DINO that these tensors are of, with heads of 64 where `num_heads` is no override."""
+    """See `Network.infer_config`; heads have a width of 64 unless `num_heads` is an override."""
     width, length = s.size("pos_embed", 2, 3), s.size("pos_embed", 1, 3)
     patch, side = s.size("patch_embed.proj.weight", 3, 4), round((length - 1) ** 0.5)
     num_heads = s.overrides.pop("num_heads", None) or width // _HEAD_DIM
@@ -55,7 +55,7 @@ def infer_dino(s: Settings) -> DinoConfig:
         )
     for name, value in (
         *(("width", width), ("num_heads", num_heads), ("patch_size", patch)),
-        *(("depth", s.count("blocks.")), ("image_size", side * patch)),
+        *(("depth", count_layers(s.tensors, "blocks.")), ("image_size", side * patch)),
     ):
         s.by_shape(name, value)
     return s.build(DinoConfig)
@@ -75,7 +75,7 @@ def _batch_norm(name: str, path: str) -> Iterator[Entry]:
 
 
 def heads(read_points: int, prefix: str = "heads.") -> tuple[Entry, ...]:
-    """The trained heads, under `prefix` as in a whole discriminator or "" as on their own."""
+    """Returns the table of the trained heads, under `prefix`; "" where they are saved alone."""
     table: list[Entry] = []
     for i in range(read_points):
         name, path = f"{prefix}{i}", f"head_{i}"
@@ -88,12 +88,12 @@ def heads(read_points: int, prefix: str = "heads.") -> tuple[Entry, ...]:
 
 
 def heads_prefix(tensors: Collection[str]) -> str | None:
-    """The prefix under which a file keeps such heads, or None."""
+    """Returns the prefix under which a file keeps such heads, or None."""
     return next((p for p in ("heads.", "") if f"{p}0.0.0.weight_orig" in tensors), None)
 
 
 def patchgan(num_layers: int, prefix: str = "main.") -> tuple[Entry, ...]:
-    """PatchGAN as pix2pix and taming-transformers name it."""
+    """Returns the table of PatchGAN, as pix2pix and taming-transformers name it."""
     table = list(conv(f"{prefix}0", "params/conv_0"))
     for i in range(1, num_layers + 1):
         at = 3 * i - 1  # convolution, norm and activation after a first convolution and activation
@@ -103,14 +103,14 @@ def patchgan(num_layers: int, prefix: str = "main.") -> tuple[Entry, ...]:
 
 
 def find(names: Collection[str]) -> bool:
-    """Whether these tensors are the trained part of a discriminator."""
+    """Returns whether these tensors are the trained part of a discriminator."""
     return heads_prefix(names) is not None or "main.0.weight" in names
 
 
 def layout(
     tensors: Mapping[str, Any], variables: Mapping[str, Any], source: str
 ) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
-    """The table of all `variables` of a trained part, and what is left out."""
+    """See `Network.layout`; `variables` are all those of a trained part."""
     del source
     parts = variables["params"]
     if points := sum(name.startswith("head_") for name in parts):
@@ -122,7 +122,7 @@ def layout(
 
 
 def published_state(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """All that strict loading of a trained part asks for: its tensors and the batch counters."""
+    """Returns all that strict loading of a trained part asks for: tensors and batch counters."""
     table, _ = layout({}, variables, "")
     zeros = {name: np.zeros((), np.int64) for name in counters(table)}
     return to_published(table, variables) | zeros

@@ -9,7 +9,7 @@ import numpy as np
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear
 from detailflow_jax.convert.network import Network, any_of
-from detailflow_jax.convert.settings import Settings, published_fields, unlike
+from detailflow_jax.convert.settings import Settings, count_layers, published_fields, unlike
 from detailflow_jax.models.flowar import SIZES, FlowAR, FlowARConfig, example
 from detailflow_jax.ops import rotary
 from detailflow_jax.ops import scales as grids
@@ -111,7 +111,7 @@ _NAMES = {
 
 
 def buffers(config: FlowARConfig) -> dict[str, np.ndarray]:
-    """The derived buffers that strict loading asks for, by published name."""
+    """Returns the derived buffers that strict loading asks for, by published name."""
     found = {"mask": np.where(config.mask(), 0.0, -np.inf).astype(np.float32)[None, None]}
     own, head = (
         rotary.frequencies(dim) for dim in (config.width // config.num_heads, config.head_dim)
@@ -127,14 +127,14 @@ def buffers(config: FlowARConfig) -> dict[str, np.ndarray]:
 
 
 def infer_config(s: Settings) -> FlowARConfig:
-    """The network that these tensors are of."""
+    """See `Network.infer_config`."""
     s.by_shape("width", s.size("class_emb.weight", 1))
     s.by_shape("num_classes", s.size("class_emb.weight", 0) - 1)
     s.by_shape("channels", s.size("z_proj.weight", 1))
-    s.by_shape("first_depth", s.count("encoder_blocks."))
-    s.by_shape("second_depth", s.count("decoder_blocks."))
+    s.by_shape("first_depth", count_layers(s.tensors, "encoder_blocks."))
+    s.by_shape("second_depth", count_layers(s.tensors, "decoder_blocks."))
     s.by_shape("head_width", s.size("flownet.input_proj.weight", 0))
-    s.by_shape("head_depth", s.count("flownet.res_blocks."))
+    s.by_shape("head_depth", count_layers(s.tensors, "flownet.res_blocks."))
     crosses = "flownet.res_blocks.0.crossattn.q.weight" in s.tensors
     s.check("cross", crosses)
     s.by_shape("injection", "spatial_cross" if crosses else "spatial")
@@ -151,12 +151,7 @@ def _heads(s: Settings) -> None:
     else:
         block = (s.fields["first_depth"], s.fields["width"])
         usual = {(x["first_depth"], x["width"]): x["num_heads"] for x in SIZES.values()}
-        if s.told("num_heads", int, default=usual.get(block)) is None:
-            raise CheckpointError(
-                f"{s.source}: nothing tells its number of heads",
-                expected="num_heads=..., a divisor of the width",
-                remedy="Pass num_heads.",
-            )
+        s.told("num_heads", int, default=usual.get(block), needed="a divisor of the width")
     head = s.tensors.get("flownet.res_blocks.0.attn.rope.freqs")
     if head is not None and head.shape:
         s.by_shape("head_dim", 4 * int(head.shape[0]))
@@ -176,8 +171,7 @@ def _scales(s: Settings, positions: int) -> None:
         raise CheckpointError(
             f"{s.source}: its position tables have {positions} rows, and {told}, "
             f"with buffer_size={buffer}",
-            expected="scales=(...) whose squares, with the buffer, add up to the rows",
-            remedy="Pass scales, and buffer_size where there is a buffer.",
+            expected="scales=(...) whose squares, with buffer_size, add up to the rows",
         )
     s.fields |= {"scales": scales, "buffer_size": buffer}
 
@@ -188,17 +182,13 @@ def _sides(text: str) -> tuple[int, ...]:
 
 
 def file_name(config: FlowARConfig) -> str:
-    """The published size of these widths and depths, as files are named by it, or FlowAR."""
+    """Returns the published name of these widths and depths, such as FlowAR-S, or FlowAR."""
     fields = dataclasses.asdict(config).items()
     return next((name for name, size in SIZES.items() if size.items() <= fields), "FlowAR")
 
 
 def describe(config: FlowARConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """The published configuration of a network.
-
-    Returns:
-      `config.json`, what `config.yaml` holds beside it, and notices.
-    """
+    """See `Network.describe`."""
     both = published_fields(config, _NAMES) | {
         "decoder_embed_dim": config.width,
         "decoder_num_heads": config.num_heads,

@@ -8,7 +8,7 @@ import numpy as np
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry
 from detailflow_jax.convert.network import Network, any_of
-from detailflow_jax.convert.settings import Settings, published_fields
+from detailflow_jax.convert.settings import Settings, count_layers, published_fields
 from detailflow_jax.models.generator import SIZES, Generator, GeneratorConfig
 from detailflow_jax.tasks import generator as task
 
@@ -54,14 +54,14 @@ _HEADS = {(size["depth"], size["width"]): size["num_heads"] for size in SIZES.va
 
 
 def infer_config(s: Settings) -> GeneratorConfig:
-    """The network that these tensors are of."""
+    """See `Network.infer_config`."""
     s.only("cls_token_num", 1, "so a class is several positions")
     s.only("model_type", "c2i", "so it is not conditioned on classes")
     s.only("rope_base", 10000, "so its rotary frequencies are others")
     s.only("norm_eps", 1e-5, "so its norms are others")
     s.by_shape("codebook_size", s.size("tok_embeddings.weight", 0))
     s.by_shape("width", s.size("tok_embeddings.weight", 1))
-    s.by_shape("depth", s.count("layers."))
+    s.by_shape("depth", count_layers(s.tensors, "layers."))
     # The last class is the null class.
     s.by_shape("num_classes", s.size("cls_embedding.embedding_table.weight", 0) - 1)
     s.by_shape("group_size", s.size(_SPECIAL, 0) + 1)
@@ -86,7 +86,6 @@ def _heads(s: Settings, rows: int) -> None:
             f"{s.source}: a generator of {depth} layers, width {width} and {heads} heads, with "
             f"{rows} rows of queries, keys and values",
             expected="num_heads=..., a divisor of the width; shapes do not tell it",
-            remedy="Pass num_heads.",
         )
     kv_heads = (rows - width) // (2 * (width // heads))
     if kv_heads < 1 or heads % kv_heads:
@@ -115,12 +114,7 @@ def _hidden(s: Settings, hidden: int) -> None:
 
 
 def describe(config: GeneratorConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """The published configuration of a network.
-
-    Returns:
-      `config.json`, exactly fields that the published code knows; what `config.yaml` holds beside
-      them; notices.
-    """
+    """See `Network.describe`."""
     both = published_fields(config, _NAMES) | {"cls_token_num": 1}
     block = {"depth": config.depth, "num_heads": config.num_heads, "width": config.width}
     name = next((name for name, size in SIZES.items() if size == block), None)

@@ -39,7 +39,7 @@ def _vgg_names(form: str) -> Iterator[str]:
 
 
 def table(form: str) -> tuple[Entry, ...]:
-    """All of LPIPS; `form` is one of FORMS and names VGG16."""
+    """Returns the table of LPIPS; `form` is one of FORMS and names VGG16."""
     vgg = (conv(name, f"vgg/conv_{i}") for i, name in enumerate(_vgg_names(form)))
     linear = (
         Entry(f"lin{i}.model.1.weight", (f"linear_{i}",), permute=(2, 3, 1, 0))
@@ -49,14 +49,14 @@ def table(form: str) -> tuple[Entry, ...]:
 
 
 def find(tensors: Iterable[str]) -> str | None:
-    """The form in which tensors hold VGG16's convolutions, or None."""
+    """Returns the form in which tensors hold VGG16's convolutions, or None."""
     names = set(tensors)
     # The last convolution is named otherwise in each of the three.
     return next((f for f in FORMS if f"{list(_vgg_names(f))[-1]}.weight" in names), None)
 
 
 def recognise(tensors: Iterable[str]) -> bool:
-    """Whether these tensors are of LPIPS or of one of its parts."""
+    """Returns whether these tensors are of LPIPS or of one of its parts."""
     names = set(tensors)
     return find(names) is not None or "lin0.model.1.weight" in names
 
@@ -64,7 +64,7 @@ def recognise(tensors: Iterable[str]) -> bool:
 def layout(
     tensors: Mapping[str, Any], params: Mapping[str, Any], source: str
 ) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
-    """The table of files in any form, and what is left out.
+    """See `Network.layout`.
 
     Raises:
       CheckpointError: VGG16 or the weights over its features are not among the tensors.

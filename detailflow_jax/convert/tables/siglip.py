@@ -16,7 +16,7 @@ HEADS = {1152: 16, 768: 12}
 
 
 def blocks(name: str, path: str) -> tuple[Entry, ...]:
-    """The transformer layers under published `name` and parameter `path`; both may be empty."""
+    """Returns the layers under published `name` and parameter `path`; both may be empty."""
     layer, ours = f"{_under(name)}encoder.layers.{{}}", f"{_under(path, '/')}blocks/layers"
     return (
         *linear(f"{layer}.self_attn.k_proj", f"{ours}/attention/k_proj"),
@@ -31,7 +31,7 @@ def blocks(name: str, path: str) -> tuple[Entry, ...]:
 
 
 def trunk(name: str, path: str, *, patches: bool = True) -> tuple[Entry, ...]:
-    """A whole vision transformer; `patches=False` has no patch embedding (the decoder's)."""
+    """Returns the table of a vision transformer; `patches=False`: without patch embedding."""
     published, ours = _under(name), _under(path, "/")
     embedding = linear(f"{published}embeddings.patch_embedding", f"{ours}patch_embed")
     table = Entry(f"{published}embeddings.position_embedding.weight", (f"{ours}position_table",))
@@ -52,19 +52,19 @@ PREFIXES = ("vision_model", "", "repa_model.visual_model")
 (newer versions of transformers), of a training checkpoint of the tokenizer with its teacher."""
 
 SIGN = "embeddings.patch_embedding.weight"
-"""Under one of the prefixes, the name by which such a checkpoint is known."""
+"""The name by which such a checkpoint is known, under one of the prefixes."""
 
 
 def find(tensors: Collection[str]) -> str | None:
-    """The prefix under which a file keeps a SigLIP2 vision model, or None."""
+    """Returns the prefix under which a file keeps a SigLIP2 vision model, or None."""
     return next((p for p in PREFIXES if _under(p) + SIGN in tensors), None)
 
 
 def layout(
     tensors: Mapping[str, Any], params: Mapping[str, Any], source: str
 ) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
-    """The table of a file, and what is left out: the pooling head, layers beyond those of `params`,
-    and everything outside the vision model.
+    """See `Network.layout`. It leaves out the pooling head, layers beyond those of `params`, and
+    everything outside of the vision model.
     """
     del source
     prefix = find(tensors) or ""
@@ -76,7 +76,7 @@ def layout(
 
 
 def infer_config(s: Settings) -> ViTConfig:
-    """The network that these tensors are of; `num_heads` may be an override."""
+    """See `Network.infer_config`."""
     prefix, heads = find(s.tensors) or "", s.overrides.pop("num_heads", None)
     pixels = s.size(_under(prefix) + SIGN, 1)
     found = infer_trunk(s, prefix, heads, override="num_heads", pixels=pixels)
@@ -88,7 +88,7 @@ def infer_config(s: Settings) -> ViTConfig:
 def infer_trunk(
     s: Settings, name: str, num_heads: int | None, *, override: str, pixels: int
 ) -> ViTConfig:
-    """Sizes of the vision transformer under published `name`.
+    """Returns the sizes of the vision transformer under published `name`.
 
     Args:
       s: of the whole file.
@@ -110,11 +110,10 @@ def infer_trunk(
         raise CheckpointError(
             f"{s.source}: {name} has width {width} and {num_heads} heads",
             expected=f"{override}=..., a divisor of the width; shapes do not tell it",
-            remedy=f"Pass {override}.",
         )
     return ViTConfig(
         width=width,
-        depth=s.count(layers),
+        depth=count_layers(s.tensors, layers),
         num_heads=num_heads,
         mlp_dim=s.size(f"{layers}0.mlp.fc1.weight", 0),
         patch_size=_side(pixels, 3, f"{s.source}: the patches of {name}"),

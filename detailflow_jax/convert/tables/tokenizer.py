@@ -116,12 +116,7 @@ def _trunk(part: str, s: Settings) -> ViTConfig:
 
 
 def describe(config: TokenizerConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """The published configuration of a network.
-
-    Returns:
-      `config.json`, exactly fields that the published code knows; what `config.yaml` holds beside
-      them (what it evaluates with, and what no published field can say); notices.
-    """
+    """See `Network.describe`."""
     both = published_fields(config, _NAMES) | {
         "image_size": config.image_size,
         # Not of this network; the published loader drops these two, and fails without them.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv, norm
 from detailflow_jax.convert.network import Network, any_of
-from detailflow_jax.convert.settings import Settings, published_fields, unlike
+from detailflow_jax.convert.settings import Settings, count_layers, published_fields, unlike
 from detailflow_jax.models.vae import VAE, VAEConfig
 from detailflow_jax.tasks import vae as task
 
@@ -67,7 +67,7 @@ _SCALES = {16: 0.2325, 4: 0.18215}
 
 
 def infer_config(s: Settings) -> VAEConfig:
-    """The network that these tensors are of."""
+    """See `Network.infer_config`."""
     s.by_shape("channels", s.size("encoder.conv_in.weight", 0, 4))
     s.by_shape("image_channels", s.size("encoder.conv_in.weight", 1, 4))
     s.by_shape("latent_channels", s.size("decoder.conv_in.weight", 1, 4))
@@ -83,21 +83,16 @@ def infer_config(s: Settings) -> VAEConfig:
         s.by_shape(f"{part}_attention", tuple(attending))
     usual = _SCALES.get(s.fields["latent_channels"])
     why = f"the usual one of {s.fields['latent_channels']} latent channels; pass scale_factor="
-    s.told("scale_factor", float, default=usual, why=why)
-    if s.fields["scale_factor"] is None:
-        raise CheckpointError(
-            f"{s.source}: nothing tells the scale of its latents",
-            expected="scale_factor=..., 1 / standard deviation of the latents",
-            remedy="Pass scale_factor.",
-        )
+    needed = "1 / standard deviation of the latents"
+    s.told("scale_factor", float, default=usual, why=why, needed=needed)
     s.told("shift_factor", float, default=0.0, signed=True)
     s.told("norm_groups", int, default=32)
     return s.build(VAEConfig)
 
 
 def _count(s: Settings, prefix: str, most: int) -> int:
-    """How many levels or blocks there are; what is made of them must stay bounded."""
-    count = s.count(prefix)
+    """Returns how many levels or blocks there are, of which the table names a few only."""
+    count = count_layers(s.tensors, prefix)
     if not 0 < count <= most:
         raise CheckpointError(
             f"{s.source}: its tensors are numbered {prefix}0 to {prefix}{count - 1}",
@@ -108,11 +103,7 @@ def _count(s: Settings, prefix: str, most: int) -> int:
 
 
 def describe(config: VAEConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """The published configuration of a network.
-
-    Returns:
-      `config.json`, what `config.yaml` holds beside it, and notices.
-    """
+    """See `Network.describe`."""
     both = published_fields(config, _NAMES) | {"embed_dim": config.latent_channels}
     # What no published autoencoder of this family needs to tell.
     extra = {"norm_groups": config.norm_groups, "shift_factor": config.shift_factor}
