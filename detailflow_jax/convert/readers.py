@@ -25,7 +25,6 @@ from detailflow_jax.convert.select import Preference, Recognise, Weights
 from detailflow_jax.convert.torch_file import (
     PICKLE_MAGIC,
     ZIP_MAGIC,
-    TensorSpec,
     items_of,
     open_torch,
     read_tensors,
@@ -112,7 +111,7 @@ def read_checkpoint(
             remedy="Download the index and its shards again, together.",
         )
     entries = {entry: files[shard].entries[entry] for entry, shard in shard_of.items()}
-    is_tensor = {e: isinstance(x, TensorSpec | np.ndarray) for e, x in entries.items()}
+    is_tensor = {e: getattr(x, "known", isinstance(x, np.ndarray)) for e, x in entries.items()}
     holds = next(iter(files.values())).holds
     chosen = select.select(is_tensor, weights, recognise, found.source, holds)
     tensors: dict[str, np.ndarray] = {}

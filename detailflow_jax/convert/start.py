@@ -92,14 +92,14 @@ def read_whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any
     Raises:
       CheckpointError: it cannot be read, or is another network.
     """
-    path, _, choice = path.partition("#") if path.endswith(("#model", "#ema")) else (path, "", "")
+    path, choice = path.rsplit("#", 1) if path.endswith(("#model", "#ema")) else (path, None)
     if is_workdir(path):
-        run = load(kind, path, weights=choice or None)
+        run = load(kind, path, weights=choice)
         tensors = mapping.to_published(NETWORKS[kind].table, run.params)
         read = published.place(NETWORKS[kind], tensors, params, path)
         read = dataclasses.replace(read, taken=run.taken, notices=run.notices + read.notices)
     else:
-        read = published.read(kind, path, params=params, weights=choice or None)
+        read = published.read(kind, path, params=params, weights=choice)
     names = {"ema": "the average of the weights (ema)", "model": "the raw weights (model)"}
     logging.info("config.init_from.model: %s of %s", names[read.taken], path)
     return _told(read)

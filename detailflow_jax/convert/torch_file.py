@@ -38,9 +38,9 @@ PICKLE_MAGIC = b"\x80"
 # history of a run, and bounds what a hostile file can make us allocate.
 MAX_PICKLE_BYTES = 32 << 20
 _LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
-# Tied weights may be in a file once and be read twice; a file that unfolds to more than this is
-# made to fill the memory.
-_MAX_UNFOLDING = 4
+# Tied or expanded weights may be in a file once and be read often. A file whose tensors are larger
+# than this many times its size, and than this many bytes, is made to fill the memory.
+_MAX_UNFOLDING, _ALWAYS_UNFOLDED = 4, 1 << 28
 _MOST_LISTED = 4096  # Longer lists are no lists of modules or parameters.
 _MAX_SIZE = 1 << 128  # Longer integers cannot be printed in a message.
 _AGAIN = "Download or copy the file again."
@@ -116,11 +116,16 @@ class TensorSpec(NamedTuple):
     dtype: Any
     metadata: Any
 
+    @property
+    def known(self) -> bool:
+        """Whether there is a storage, and numbers of a type that NumPy has."""
+        return isinstance(self.storage, Storage) and isinstance(self.dtype, np.dtype)
+
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> TensorSpec:
     """The versions of `_rebuild_tensor`; `more`: gradient, hooks, dtype where given, metadata."""
     dtype, metadata = getattr(storage, "dtype", None), more[2:]
-    if metadata and isinstance(metadata[0], np.dtype):
+    if metadata and isinstance(metadata[0], np.dtype | Inert):
         dtype, metadata = metadata[0], metadata[1:]
     return TensorSpec(storage, offset, shape, strides, dtype, metadata)
 
@@ -333,7 +338,7 @@ def read_tensors(
         problem = _problem(spec, spans)
         if not problem:
             total += math.prod(spec.shape) * spec.dtype.itemsize
-            if total > _MAX_UNFOLDING * len(raw):
+            if total > max(_MAX_UNFOLDING * len(raw), _ALWAYS_UNFOLDED):
                 problem = f"{len(raw)} bytes of file unfold to tensors of {total}"
         if not problem:
             start, itemsize = spans[spec.storage.key][0], spec.dtype.itemsize
@@ -354,8 +359,6 @@ def read_tensors(
 def _problem(spec: TensorSpec, spans: Spans) -> str:
     """What is wrong with a description; empty if it is a plain tensor inside its storage."""
     storage, offset, shape, strides, dtype, metadata = spec
-    if not isinstance(storage, Storage) or not isinstance(dtype, np.dtype):
-        return "it has no storage or no type that is known here"
     if not all(map(_are_sizes, ((offset,), shape, strides))):
         return "its shape or strides are not whole numbers"
     if len(shape) != len(strides) or len(shape) > 64:
@@ -439,8 +442,10 @@ def _members(raw: np.ndarray, path: Path, name: str) -> Spans:
                 archive.open(info).close()  # compares the member's own header with the directory
                 at, member = info.header_offset, info.filename
                 start = at + 30 + sum(struct.unpack("<HH", raw[at + 26 : at + 30].tobytes()))
+                if info.is_dir():
+                    continue
                 if member.startswith("/") or {"..", ""} & set(member.split("/")):
-                    problem = "a name that leads elsewhere, or a folder"
+                    problem = "a name that leads elsewhere"
                 elif (
                     info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size
                 ):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -293,6 +294,14 @@ def test_no_object_beside_the_weights_matters(tmp_path, monkeypatch, protocol, z
         assert read.tensors["w"].tolist() == [0, 1, 2], name
 
 
+def test_expanded_tensors_and_packed_folders(tmp_path):
+    torch.save({"w": torch.arange(3.0)[:, None].expand(3, 10_000)}, tmp_path / "x.pt")
+    assert read_checkpoint(tmp_path / "x.pt").tensors["w"].sum() == 30_000
+    with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:  # as packing by hand leaves it
+        archive.mkdir("x/data")
+    assert read_checkpoint(tmp_path / "x.pt").tensors["w"].shape == (3, 10_000)
+
+
 def test_parameters_with_attributes_are_tensors(tmp_path):
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.tag = {"a": 1}
@@ -313,6 +322,10 @@ def test_tensors_of_another_kind_are_named(tmp_path):
     torch.save(content, tmp_path / "x.pt")
     (notice,) = read_checkpoint(tmp_path / "x.pt").notices
     assert notice.endswith("2 entries are no tensors: sparse, names")
+    newer = torch.ones(2).to(torch.float8_e5m2).view(torch.uint8).view(torch.float8_e4m3fnuz)
+    torch.save({"w": torch.ones(2), "newer": newer}, tmp_path / "x.pt")
+    (notice,) = read_checkpoint(tmp_path / "x.pt").notices
+    assert notice.endswith("1 entries are no tensors: newer")
     torch.save({"w": torch.tensor([1j]).conj()}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="'w': it is stored negated or conjugated"):
         read_checkpoint(tmp_path / "x.pt")
