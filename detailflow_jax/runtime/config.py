@@ -161,7 +161,7 @@ def _modules_in(folders: Iterable[str]) -> dict[str, types.ModuleType]:
     folders = set(folders)
     return {
         name: module
-        for name, module in list(sys.modules.items())
+        for name, module in sys.modules.copy().items()
         if name != "__main__"
         and os.path.dirname(getattr(module, "__dict__", {}).get("__file__") or "") in folders
     }
