@@ -1,5 +1,7 @@
 """A FlowAR of a few hundred parameters, and its samples."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from detailflow_jax.models import flow_sampler
 from detailflow_jax.models.flowar import FlowAR, FlowARConfig, example
 
 TINY = FlowARConfig(
-    width=16, first_depth=1, second_depth=1, num_heads=2, scales=(1, 2, 3), channels=3,
+    width=16, first_depth=1, second_depth=1, num_heads=2, scales=(1, 3), channels=3,
     num_classes=4, head_width=16, head_depth=1, head_dim=8, scan=False,
 )  # fmt: skip
 
@@ -19,6 +21,7 @@ def random_like(tree, seed=0):
     return jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32), tree)
 
 
+@functools.cache
 def network(config):
     model = FlowAR(config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), *example(config))["params"]

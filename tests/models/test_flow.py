@@ -126,7 +126,7 @@ def test_guidance_one_is_the_conditional_half_alone():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"num_steps": (6, 4, 2)},
+        {"num_steps": (6, 3)},
         {"solver": "heun", "grid": "uniform"},
         {"solver": "euler_maruyama", "grid": "sde"},
         {"guidance_low": 0.2, "guidance_high": 0.6},
@@ -174,9 +174,9 @@ def test_samples_on_eight_devices_are_those_of_one():
 
 
 def test_weights_of_scales():
-    np.testing.assert_allclose(task.scale_weights(TINY), np.square([1, 2, 3]) / 9)
-    with pytest.raises(ValueError, match="2 values, expected one for each of the 3 scales"):
-        task.scale_weights(TINY, (1.0, 2.0))
+    np.testing.assert_allclose(task.scale_weights(TINY), np.square([1, 3]) / 9)
+    with pytest.raises(ValueError, match="3 values, expected one for each of the 2 scales"):
+        task.scale_weights(TINY, (1.0, 2.0, 3.0))
 
 
 def test_dropout_acts_only_with_a_key():
