@@ -66,7 +66,7 @@ def load_tokenizer(
 
     Args:
       path: the workdir of a run; or a published folder or file (.pt, .pth, .ckpt, .bin,
-        .safetensors, shards), local or gs://; or hf:OWNER/NAME[@REVISION][/FILE].
+        .safetensors, shards), local or gs://; or `hf:OWNER/NAME[@REVISION][/FILE]`.
       weights: "model" or "ema". Default for a run: the average, if it keeps one. Default for a
         published checkpoint: "ema" for generators and FlowAR, "model" for others. If a file holds
         only the other set, that one is read with a warning.
