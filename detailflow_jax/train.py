@@ -29,7 +29,6 @@ from typing import Any
 
 import jax
 from absl import logging
-from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -51,7 +50,7 @@ from detailflow_jax.runtime.config import (
 from detailflow_jax.runtime.errors import ConfigError, Diverged, UserError
 from detailflow_jax.runtime.feed import Feed
 from detailflow_jax.runtime.files import hold_workdir
-from detailflow_jax.runtime.metrics import Averages, MetricWriter, Progress, run_log
+from detailflow_jax.runtime.metrics import Averages, MetricWriter, Progress, log_start, run_log
 from detailflow_jax.runtime.stop import StopRequest
 from detailflow_jax.runtime.watchdog import Watchdog
 from detailflow_jax.tasks import Task, TrainState, make_task
@@ -147,7 +146,12 @@ def train(
         else:
             step, clock = 0, {"seconds": 0.0, "averages": {}}
             state = sharding.create_sharded(task.init, key, mesh)
-        _log_start(config, mesh, state, step, names)
+        log_start(config, mesh, state)
+        if names:
+            logging.info("classes: %s", shown(names))
+            logging.debug("all classes: %s", shown(names, len(names)))
+        if step:
+            logging.info("resuming after step %d of %d", step, config.total_steps)
         if step >= config.total_steps:
             logging.info("this run is finished: nothing is left to do in %s", workdir)
             return state
@@ -174,7 +178,7 @@ def train(
         try:
             state = run_steps(run, task, train_step, state, step)
         except Diverged as error:
-            raise Diverged(f"{error}; {_last_good(checkpoints)}") from error
+            raise Diverged(f"{error}; {checkpoints.last_good()}") from error
         logging.info("finished %d steps in %.0f s", config.total_steps, progress.seconds)
         if skipped := feed.skipped:
             logging.warning("unreadable images were skipped %d times, named above", skipped)
@@ -329,43 +333,6 @@ def _as_config_error() -> Iterator[None]:
 
 def _to_save(state: TrainState) -> TrainState:
     return state.replace(frozen={})  # `task.init` makes these again.
-
-
-def _log_start(
-    config: ConfigDict, mesh: Mesh, state: TrainState, step: int, names: Sequence[str]
-) -> None:
-    logging.debug("configuration:\n%s", config)
-    logging.info(
-        "%d x %s in %d process(es), mesh %s",
-        jax.device_count(),
-        jax.devices()[0].device_kind,
-        jax.process_count(),
-        dict(mesh.shape),
-    )
-    overview = parameter_overview.get_parameter_overview(state.params, include_stats="sharding")
-    logging.debug("parameters:\n%s", overview)
-    logging.info("%s parameters", f"{parameter_overview.count_parameters(state.params):,}")
-    if whole := sharding.left_whole(state):
-        logging.warning(
-            "config.mesh.fsdp=%d divides no width of %d arrays above 1 MiB: each device holds %.0f "
-            "MiB of them whole, such as %s; another size of the axis would split them",
-            mesh.shape["fsdp"],
-            len(whole),
-            sum(whole.values()) / 2**20,
-            max(whole, key=whole.get),
-        )
-    if names:
-        logging.info("classes: %s", shown(names))
-        logging.debug("all classes: %s", shown(names, len(names)))
-    if step:
-        logging.info("resuming after step %d of %d", step, config.total_steps)
-
-
-def _last_good(checkpoints: Checkpoints) -> str:
-    step = checkpoints.latest()
-    if step is None:
-        return "there is no checkpoint yet"
-    return f"the last good checkpoint is step {step}, in {checkpoints.directory}"
 
 
 # ------------------------------------------------------------------------------- the command line

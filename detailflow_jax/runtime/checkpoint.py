@@ -77,6 +77,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
         return self._manager.latest_step()
 
+    def last_good(self) -> str:
+        """What an error says of the newest complete checkpoint."""
+        step = self.latest()
+        if step is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is step {step}, in {self.directory}"
+
     def save(self, step: int, state: PyTree, data: dict, clock: dict) -> None:
         """Saves the state after `step` updates; returns as soon as the arrays are copied.
 

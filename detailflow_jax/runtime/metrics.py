@@ -19,12 +19,16 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from clu import parameter_overview
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.errors import Diverged
 from detailflow_jax.runtime.event_file import EventFile
 from detailflow_jax.runtime.files import write_atomically
@@ -54,7 +58,8 @@ def run_log(workdir: str | os.PathLike) -> Iterator[None]:
     console.addFilter(lambda record: record.pathname.startswith(_PACKAGE))
     handlers: list[python_logging.Handler] = [console]
     if jax.process_index() == 0:
-        file = python_logging.FileHandler(pathlib.Path(workdir) / "log.txt")
+        path = pathlib.Path(workdir) / "log.txt"
+        file = python_logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         file.addFilter(
             lambda record: (
@@ -78,6 +83,36 @@ def run_log(workdir: str | os.PathLike) -> Iterator[None]:
         logging.set_verbosity(before[2])
         for handler in handlers:
             handler.close()
+
+
+def log_start(config: ConfigDict, mesh: jax.sharding.Mesh, state: Any) -> None:
+    """Logs the devices and the size of the model; the configuration and all arrays to the file.
+
+    Args:
+        config: of the run.
+        mesh: its devices.
+        state: with `params`, placed on the mesh.
+    """
+    logging.debug("configuration:\n%s", config)
+    logging.info(
+        "%d x %s in %d process(es), mesh %s",
+        jax.device_count(),
+        jax.devices()[0].device_kind,
+        jax.process_count(),
+        dict(mesh.shape),
+    )
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats="sharding")
+    logging.debug("parameters:\n%s", overview)
+    logging.info("%s parameters", f"{parameter_overview.count_parameters(state.params):,}")
+    if whole := sharding.left_whole(state):
+        logging.warning(
+            "config.mesh.fsdp=%d divides no width of %d arrays above 1 MiB: each device holds %.0f "
+            "MiB of them whole, such as %s; another size of the axis would split them",
+            mesh.shape["fsdp"],
+            len(whole),
+            sum(whole.values()) / 2**20,
+            max(whole, key=whole.get),
+        )
 
 
 # ------------------------------------------------------------------------------------- the numbers
