@@ -33,8 +33,7 @@ from tqdm import tqdm
 
 from detailflow_jax import data
 from detailflow_jax.evaluate import digits, reconstruction
-from detailflow_jax.evaluate.distances import frechet_distance
-from detailflow_jax.evaluate.moments import Moments
+from detailflow_jax.evaluate.distances import frechet_distance, gaussian
 from detailflow_jax.inference import api, extract_codes, generate
 from detailflow_jax.models.generator import GeneratorConfig
 from detailflow_jax.ops import images as pixels
@@ -201,8 +200,8 @@ def pictures(split: str) -> np.ndarray:
 
 def distance(images: np.ndarray, real: np.ndarray) -> float:
     """Fréchet distance in the classifier's features between two sets uint8 [B, S, S, 3]."""
-    first, second = (Moments.of([digits.to_features(x)]) for x in (images, real))
-    return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+    first, second = (gaussian([digits.to_features(x)]) for x in (images, real))
+    return frechet_distance(*first, *second)
 
 
 # --------------------------------------------------------------------------------------- the table

@@ -3,10 +3,10 @@
     python benchmarks/tpu_pods.py                      # all that is not in docs/tpu_pods.json yet
     python benchmarks/tpu_pods.py --only GPT-3B --again
 
-Each program is compiled by `python -m detailflow_jax.compile_pod` in a process of its own, with its
-published batch. Where it does not fit, the settings of `TRIES` are tried one after the other, and
-the first that fits is in the table. Results are kept in docs/tpu_pods.json after every compile,
-so the command can be stopped and run again.
+Each program is compiled by `detailflow compile-pod` in a process of its own, with its published
+batch. If it does not fit, the settings of `TRIES` are tried one after the other; the table shows
+the first that fits. Results are kept in docs/tpu_pods.json after every compile, so the command can
+be stopped and run again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from detailflow_jax.runtime.files import write_atomically
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TABLE, RESULTS = ROOT / "docs" / "tpu_pods.md", ROOT / "docs" / "tpu_pods.json"
 SLICES = ("v5e-16", "v5e-256", "v6e-256", "v5p-128")
-# Cheapest first: ever less to keep from the forward to the backward pass.
+# Cheapest first; each keeps less from the forward to the backward pass.
 TRIES = {
     "none": ("--mesh=auto",),
     "dots": ("--mesh=auto", "--config.model.remat=dots"),
@@ -92,18 +92,18 @@ def _compile(*arguments: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------ the table
 
-HEADER = """# What TPU pods would make of the published configurations
+HEADER = """# The published configurations on TPU pods
 
 Made by `python benchmarks/tpu_pods.py` with the TPU's own compiler on a CPU; no TPU was at hand, so
 **times are lower bounds, not measurements**: arithmetic at peak, memory traffic and collectives at
-the vendor's bandwidths, perfectly overlapped, no latency, no input. `python -m
-detailflow_jax.compile_pod` gives the same, and more, for any configuration, mesh and slice.
+the vendor's bandwidths, perfectly overlapped, no latency, no input. `detailflow compile-pod` gives
+the same, and more, for any configuration, mesh and slice.
 
-Mesh: data x fsdp x tensor, fsdp as large as leaves the least state on each chip. HBM: the most that
-a chip holds at once, and its share of the chip. FLOPs, memory traffic and bytes sent are of one
-chip and one step. The bound is what takes longest; the share of peak is what arithmetic could
-reach under it. Recipe: all steps of the configuration (for samplers: 50,000 images). Compile:
-seconds (of CPU) and host memory, on a two-core machine that was busy with other work.
+Mesh: data x fsdp x tensor, with the fsdp that leaves the least state on each chip. HBM: the most
+memory in use at once, and its share of the chip's. FLOPs, memory traffic and bytes sent are per
+chip and step. The bound is what takes longest; "of peak" is the share of the peak FLOP/s that it
+allows. Recipe: all steps of the configuration (for samplers: 50,000 images). Compile: seconds (of
+CPU) and host memory, on a two-core machine that was busy with other work.
 """
 COLUMNS = (
     *("slice", "mesh", "remat", "HBM", "TFLOP", "traffic GB", "sent GB", "least step", "bound"),

@@ -3,8 +3,10 @@
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=launch/tpu.sh
+source "$ROOT/launch/tpu.sh"
 
-export USES="RUN_NAME POLL_SECONDS MAX_RESTARTS"
+export USES="$TPU_USES POLL_SECONDS"
 export USAGE="\
 usage: launch/babysit.sh [--with LAUNCHER] [--keep] [LAUNCHER's options] TRAINING-OPTIONS
        launch/babysit.sh [--with LAUNCHER] [--keep] [LAUNCHER's options] -- COMMAND [ARGUMENT ...]
@@ -13,7 +15,7 @@ Starts the run where it does not run, deletes TPUs that were reclaimed or failed
 again, all under one run name, so that the run resumes. Leaves with the run's own exit code when it
 has ended, and deletes the TPUs then. RUNS must be in a bucket (gs://), which tells of the end.
 
-  --with LAUNCHER    queued_resources (default) or tpu_vm; see its --help for its options
+  --with LAUNCHER    queued_resources (default) or tpu_vm
   --keep             do not delete the TPUs when the run has ended
 
 Ctrl-C ends the babysitter alone: stop the run with the launcher's own \`stop\`.
@@ -34,8 +36,14 @@ while true; do
     *) break ;;
   esac
 done
-arguments=("$@")
+[[ $with == tpu_vm ]] || USES+=' NUM_SLICES'
 read_options '' "$@"
+arguments=()
+while (($#)) && [[ $1 != -- && $1 != --config* && $1 != --workdir* ]]; do
+  if [[ $1 == --poll-seconds ]]; then shift; else arguments+=("$1"); fi # Of this launcher alone.
+  shift
+done
+arguments+=("$@")
 need_command
 need_number MAX_RESTARTS POLL_SECONDS
 [[ $RUNS == gs://* ]] || fail "RUNS is '$RUNS': expected gs://BUCKET/PATH"

@@ -74,7 +74,7 @@ read_options() {
 }
 
 read_flags() {
-  local name
+  local name list
   while (($#)); do
     case $1 in
       --help) print_help; exit 0 ;;
@@ -84,15 +84,16 @@ read_flags() {
     esac
     (($# > 1)) || fail "unknown option $1, or it needs a value"
     case $1 in
-      --settings) ;;
-      --env) [[ $2 == [A-Za-z_]*=* ]] || fail "--env $2: expected NAME=VALUE"; ENVIRONMENT+=("$2") ;;
-      --create-option) CREATE_OPTIONS+=("$2") ;;
-      *)
-        name=${1#--}
-        name=${name//-/_}
-        if [[ $1 != --[a-z]* ]] || ! is_setting "${name^^}"; then fail "unknown option $1"; fi
-        printf -v "${name^^}" %s "$2"
-        ;;
+      --settings) shift 2; continue ;;
+      --env) name=ENVIRONMENT; [[ $2 == [A-Za-z_]*=* ]] || fail "--env $2: expected NAME=VALUE" ;;
+      --create-option) name=CREATE_OPTIONS ;;
+      *) name=${1#--} name=${name//-/_} name=${name^^} ;;
+    esac
+    if [[ $1 != --[a-z]* ]] || ! is_setting "$name"; then fail "unknown option $1"; fi
+    [[ " ${USES//$'\n'/ } " == *" $name "* ]] || fail "$1 has no effect: $LAUNCHER does not use it"
+    case $name in
+      ENVIRONMENT | CREATE_OPTIONS) declare -n list=$name; list+=("$2"); unset -n list ;;
+      *) printf -v "$name" %s "$2" ;;
     esac
     shift 2
   done
@@ -187,70 +188,6 @@ declare_settings() {
       printf '%s=%s\n' "$name" "${!name@Q}"
     fi
   done
-}
-
-# ------------------------------------------------------------ TPU VMs: what they get, how they ended
-
-# launch_path NAME: where the launchers of TPU VMs keep NAME beside the run; empty without a bucket.
-launch_path() {
-  if [[ $RUNS == gs://* ]]; then printf '%s/%s.launch/%s' "${RUNS%/}" "$RUN_NAME" "$1"; fi
-}
-
-# Makes what goes to the hosts: BUNDLE, the code as it is here, and WORKER, what to do with it.
-# The arguments are more settings for launch/worker.sh, by name.
-make_bundle() {
-  local folder=$ROOT/build/launch pack script
-  BUNDLE=$folder/$RUN_NAME.tar.gz
-  WORKER=$folder/$RUN_NAME.worker.sh
-  RESULT=$(launch_path exit_code)
-  git -C "$ROOT" rev-parse --git-dir >/dev/null 2>&1 ||
-    fail "$ROOT is not a git checkout: which files to send is what git tells"
-  # shellcheck disable=SC2016  # The words are for sh.
-  pack='cd "$1" && git ls-files -z -c -o --exclude-standard | tar --null -T - -czf "$2"'
-  pack+=' --ignore-failed-read' # Of a file that was deleted since.
-  run mkdir -p "$folder"
-  run sh -c "$pack" pack "$ROOT" "$BUNDLE"
-  script=$(
-    printf '#!/usr/bin/env bash\n'
-    declare_settings RUN_NAME PREPARE INSTALL MAX_RESTARTS MAX_FAILURES GRACE_SECONDS RESULT \
-      "$@" ENVIRONMENT COMMAND
-    sed 1d "$ROOT/launch/worker.sh"
-  )
-  if $DRY_RUN; then
-    printf "cat >%s <<'END_OF_FILE'\n%s\nEND_OF_FILE\n" "$(quote "$WORKER")" "$script"
-  else
-    printf '%s\n' "$script" >"$WORKER"
-  fi
-}
-
-# The exit code that the run ended with for good; fails where it did not end.
-read_result() {
-  local path
-  path=$(launch_path exit_code)
-  [[ -n $path ]] && gcloud storage cat "$path" 2>/dev/null
-}
-
-clear_result() {
-  local path
-  path=$(launch_path exit_code)
-  [[ -n $path ]] || return 0
-  if $DRY_RUN || read_result >/dev/null; then run gcloud storage rm --quiet "$path"; fi
-}
-
-# The state of a TPU as gcloud tells it, or ABSENT; fails, with its words, where gcloud does.
-describe() {
-  local answer errors
-  errors=$(mktemp)
-  if answer=$("$@" 2>"$errors"); then
-    printf '%s' "${answer:-ABSENT}"
-  elif grep -qi -e NOT_FOUND -e 'was not found' "$errors"; then
-    printf ABSENT
-  else
-    cat "$errors" >&2
-    rm -f "$errors"
-    return 1
-  fi
-  rm -f "$errors"
 }
 
 # ----------------------------------------------------------------------------------- Kubernetes

@@ -9,8 +9,8 @@ SERVICE_ACCOUNT QUEUE MAX_FAILURES GRACE_SECONDS LOG_WORKER"
 export USAGE="\
 usage: launch/jobset.sh ACTION [options] [TRAINING-OPTIONS | -- COMMAND [ARGUMENT ...]]
 
-  start     create a JobSet that runs python -m detailflow_jax.train TRAINING-OPTIONS, or COMMAND,
-            on every host; started again whenever it leaves preempted, and MAX_FAILURES times else
+  start     create a JobSet that runs \`detailflow train TRAINING-OPTIONS\`, or COMMAND, on every
+            host; started again whenever it leaves preempted, and MAX_FAILURES times otherwise
   print     print the JobSet alone
   status    the state of the JobSet and its pods
   logs      follow the log of one host

@@ -19,11 +19,11 @@ readonly USAGE="\
 usage: launch/local.sh [options] TRAINING-OPTIONS
        launch/local.sh [options] -- COMMAND [ARGUMENT ...]
 
-Trains (python -m detailflow_jax.train TRAINING-OPTIONS) or runs COMMAND on this machine, and
-starts it again while it leaves with $PREEMPTED: preempted, its state saved.
+Trains (\`detailflow train TRAINING-OPTIONS\`) or runs COMMAND on this machine, and starts it again
+while it leaves with $PREEMPTED: preempted, its state saved.
 
-  -n N                run N processes that form one computation, joined over loopback; their output
-                      comes behind their number
+  -n N                run N processes that form one computation, joined over loopback; each line of
+                      output begins with the number of its process
   --log-dir DIR       append the output of process I to DIR/process_I.log instead (with -n)
   --grace SECONDS     how long processes may go on after one left preempted (default: 300; with -n)
   --venv DIR          virtual environment to activate (default: .venv of this repository, if any)
@@ -37,9 +37,9 @@ example: launch/local.sh --config configs/tokenizer.py:digits --workdir runs/tok
          launch/local.sh -n 2 --cpu-devices 4 --config configs/tokenizer.py:digits --workdir runs/tok
 Ctrl-C or SIGTERM reaches the command, which saves and leaves; it is then not started again.
 
-exit code: the command's. Of several processes, the first one's that failed, when the others are
-stopped; $PREEMPTED only if all left preempted. A wrong command line leaves with 2; so does a
-command that calls its own command line or configuration wrong, and that is not started again."
+exit code: the command's. Of several processes, that of the first that failed, after which the
+others are stopped; $PREEMPTED only if all left preempted. 2 is a wrong command line, here or of the
+command, and is never started again."
 
 processes=
 log_dir=
@@ -50,36 +50,29 @@ max_restarts=1000
 max_failures=0
 
 parse() {
+  local name
   while (($#)); do
     case $1 in
       --help) printf '%s\n' "$USAGE"; exit 0 ;;
-      --dry-run) DRY_RUN=true; shift ;;
-      -n | --log-dir | --grace | --venv | --cpu-devices | --max-restarts | --max-failures)
-        (($# > 1)) || fail "$1 needs a value"
-        option "$1" "$2"
-        shift 2
-        ;;
+      --dry-run) DRY_RUN=true; shift; continue ;;
       --) shift; COMMAND=("$@"); break ;;
       --config | --config=* | --workdir | --workdir=* | --config.*)
         COMMAND=(python -m detailflow_jax.train "$@"); break ;;
+    esac
+    (($# > 1)) || fail "unknown option $1, or it needs a value"
+    name=${1#--} name=${name//-/_}
+    case $1 in
+      -n) name=processes ;&
+      --cpu-devices) [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 $2: expected a number, at least 1" ;;
+      --grace | --max-restarts | --max-failures) [[ $2 =~ ^[0-9]+$ ]] || fail "$1 $2: expected a number" ;;
+      --venv) [[ -f $2/bin/activate ]] || fail "no virtual environment in $2" ;;
+      --log-dir) ;;
       *) fail "unknown option $1" ;;
     esac
+    printf -v "$name" %s "$2"
+    shift 2
   done
   need_command
-}
-
-option() {
-  case $1 in
-    --venv) [[ -f $2/bin/activate ]] || fail "no virtual environment in $2"; venv=$2 ;;
-    --log-dir) log_dir=$2 ;;
-    -n | --cpu-devices) [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 $2: not a number" ;;&
-    --grace | --max-*) [[ $2 =~ ^[0-9]+$ ]] || fail "$1 $2: not a number" ;;&
-    -n) processes=$2 ;;
-    --cpu-devices) cpu_devices=$2 ;;
-    --grace) grace=$2 ;;
-    --max-restarts) max_restarts=$2 ;;
-    --max-failures) max_failures=$2 ;;
-  esac
 }
 
 # The shell commands that come before the command.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a command on the GPUs of a Slurm cluster, a process a GPU.
+# Runs a command on the GPUs of a Slurm cluster, one process per GPU.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -9,8 +9,8 @@ MAX_RESTARTS MAX_FAILURES GRACE_SECONDS"
 export USAGE="\
 usage: launch/slurm.sh ACTION [options] [TRAINING-OPTIONS | -- COMMAND [ARGUMENT ...]]
 
-  start     submit a job that runs python -m detailflow_jax.train TRAINING-OPTIONS, or COMMAND, once
-            a GPU; queued again when it leaves preempted, or its time is over
+  start     submit a job that runs \`detailflow train TRAINING-OPTIONS\`, or COMMAND, once per GPU;
+            queued again when it leaves preempted, or its time is over
   status    the job in the queue
   logs      follow the log
   stop      let the run save and leave; it is not queued again

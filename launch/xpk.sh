@@ -9,8 +9,8 @@ NAMESPACE MAX_RESTARTS GRACE_SECONDS LOG_WORKER"
 export USAGE="\
 usage: launch/xpk.sh ACTION [options] [TRAINING-OPTIONS | -- COMMAND [ARGUMENT ...]]
 
-  start     create a workload that runs python -m detailflow_jax.train TRAINING-OPTIONS, or COMMAND,
-            on every host, and is started again while it leaves preempted
+  start     create a workload that runs \`detailflow train TRAINING-OPTIONS\`, or COMMAND, on every
+            host, and is started again while it leaves preempted
   status    the state of the workload
   logs      follow the log of one host (kubectl must know the cluster)
   stop      let the run save and leave, and delete the workload

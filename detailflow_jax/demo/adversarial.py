@@ -1,34 +1,29 @@
 """The tokenizer of the demo with adversarial and perceptual terms, beside the one without.
 
-    python -m detailflow_jax.demo.adversarial --out runs/demo-adversarial
+    detailflow demo adversarial --out runs/demo-adversarial
 
-Trains on real handwritten digits, without them, with PatchGAN from a third of the run on, and with
-LPIPS as well, whose weights are random, as the published ones need not be at hand. Writes
-report.html with the curves of losses and logits. Every stage resumes.
+Trains on real handwritten digits: without the terms, with PatchGAN from a third of the run on, and
+with LPIPS as well, whose weights are random so that no download is needed. Writes report.html with
+the curves of losses and logits. Every stage resumes.
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
-from detailflow_jax import data
 from detailflow_jax.demo import stages
 from detailflow_jax.evaluate import reconstruction, report
 from detailflow_jax.inference import api
-from detailflow_jax.ops import images as pixels
 from detailflow_jax.runtime import pictures
 from detailflow_jax.runtime.config import load_config
-from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.train import train
 
 _PATCHGAN = ("--config.losses.adversarial.weight=0.1", "--config.discriminator.start_step=224")
 _LPIPS = ("--config.losses.perceptual.weight=0.5", "--config.losses.perceptual.random=True")
 ARMS = {"off": (), "patchgan": _PATCHGAN, "patchgan_lpips": (*_PATCHGAN, *_LPIPS)}
 COMMON = ["loss/mse", "loss/perceptual", "gradient_norm", "codebook_usage"]
-JUDGING = ("patchgan", "patchgan_lpips")
 JUDGED = ["loss/adversarial", "discriminator/loss", "discriminator/real", "discriminator/fake"]
 
 
@@ -39,11 +34,11 @@ def run(out: pathlib.Path) -> dict:
         with clock.stage(f"train {arm}"):
             train(load_config("configs/tokenizer.py:digits", overrides), str(out / arm))
     with clock.stage("evaluate"):
-        held_out = np.stack([x["image"] for x in data.make_source("digits:test")])
+        held_out = stages.held_out_digits()
         models = {arm: api.load_tokenizer(str(out / arm)) for arm in ARMS}
         every = models["off"].config.num_tokens
         lines = {arm: report.read_metrics(out / arm) for arm in ARMS}
-        judged = [line for arm in JUDGING for line in lines[arm]]
+        judged = [line for arm in ARMS if arm != "off" for line in lines[arm]]
         figures = {
             "psnr": {
                 arm: reconstruction.psnr_by_tokens(model, held_out, [every])[every]
@@ -54,13 +49,19 @@ def run(out: pathlib.Path) -> dict:
             "images_per_second": {arm: lines[arm][-1]["images_per_second"] for arm in ARMS},
             "seconds": clock.seconds,
         }
-    write_report(out, figures, lines, draw(models, held_out[:12]))
+    shown = {"reconstructions": ("Reconstructions of held-out digits", draw(models, held_out[:12]))}
+    curves = {
+        "All runs": report.curves(lines, COMMON),
+        "The discriminator": report.curves(lines, JUDGED),
+    }
+    title = "Perceptual and adversarial terms on digits"
+    stages.write_report(out, title, figures, table(figures), shown, curves)
     return figures
 
 
 def draw(models: dict[str, "api.Tokenizer"], images: np.ndarray) -> np.ndarray:
     """Reconstructions of all, and the originals: uint8 [H, W, 3]."""
-    rows = [np.asarray(pixels.to_uint8(x.decode(x.encode(images)))) for x in models.values()]
+    rows = [api.to_uint8(model.decode(model.encode(images))) for model in models.values()]
     return pictures.grid(
         np.concatenate([*rows, images]),
         columns=len(images),
@@ -69,7 +70,7 @@ def draw(models: dict[str, "api.Tokenizer"], images: np.ndarray) -> np.ndarray:
     )
 
 
-def table(figures: dict) -> list[tuple[str, str]]:
+def table(figures: dict) -> stages.Rows:
     """The figures as rows for people."""
     rows = [(f"PSNR of held-out digits, {k}", f"{v:.2f} dB") for k, v in figures["psnr"].items()]
     rows += [
@@ -80,19 +81,6 @@ def table(figures: dict) -> list[tuple[str, str]]:
         ("largest mean logit", f"{figures['largest_mean_logit']:.2f}"),
     ]
     return rows + stages.seconds_table(figures["seconds"])
-
-
-def write_report(out: pathlib.Path, figures: dict, lines: dict, picture: np.ndarray) -> None:
-    """figures.json and report.html, each atomically."""
-    parts = [
-        report.table_html(table(figures)),
-        report.figure_html("Reconstructions of held-out digits", report.png(picture)),
-        report.figure_html("All runs", report.curves(lines, COMMON)),
-        report.figure_html("The discriminator", report.curves(lines, JUDGED)),
-    ]
-    page = report.page("Perceptual and adversarial terms on digits", parts)
-    write_atomically(out / "report.html", page.encode())
-    write_atomically(out / "figures.json", json.dumps(figures, indent=2).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """Scores of generated images and of reconstructions, by the conventions of published tables.
 
-    python -m detailflow_jax.evaluate generation --model runs/gen --decoder runs/tok \\
+    detailflow evaluate generation --model runs/gen --decoder runs/tok \\
         --reference VIRTUAL_imagenet256_labeled.npz --cfg_scale 1.3,1.45,1.6 --out runs/scores
-    python -m detailflow_jax.evaluate generation --samples samples.npz --reference folder:photos
-    python -m detailflow_jax.evaluate reconstruction --model runs/tok \\
+    detailflow evaluate generation --samples samples.npz --reference folder:photos
+    detailflow evaluate reconstruction --model runs/tok \\
         --reference tfds:imagenet2012:validation --num_tokens 16,64,128 --noise_groups 0,4
 
 Run the same command again to resume.
@@ -50,33 +50,33 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_generation(commands)
-    _add_reconstruction(commands)
+    for name, text, add_options in (
+        (
+            "generation",
+            "FID, sFID, inception score, precision and recall of samples",
+            _add_generation,
+        ),
+        ("reconstruction", "rFID, PSNR, SSIM and LPIPS of a tokenizer", _add_reconstruction),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+        add = command.add_argument
+        add("--out", default=f"runs/evaluate/{name}", help="folder for results, also partial ones")
+        add("--inception", help="Inception of FID; default as `detailflow weights` lists it")
+        add("--data_dir", help="where TFDS keeps its data")
+        add("--weights", choices=("model", "ema"), help="which weights of a checkpoint")
+        add("--batch_size", type=int, default=64, help="images per call, on this process's devices")
+        distributed.add_arguments(command)
+        add_options(command)
     return parser.parse_args(argv)
 
 
-def _add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name,
-        help=text,
-        description=text,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = command.add_argument
-    add("--out", default=f"runs/evaluate/{name}", help="folder for results and partial results")
-    add("--inception", help="Inception of FID; default as detailflow_jax.runtime.weights lists it")
-    add("--data_dir", help="where TFDS keeps its data")
-    add("--weights", choices=("model", "ema"), help="which weights of a checkpoint")
-    add("--batch_size", type=int, default=64, help="images per call, over this process's devices")
-    distributed.add_arguments(command)
-    return command
-
-
-def _add_generation(commands) -> None:
-    command = _add_command(
-        commands, "generation", "FID, sFID, inception score, precision and recall of samples"
-    )
+def _add_generation(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--samples", help="score this .npz (arr_0) or folder of pictures; no model is needed")
     add("--model", help="generating model: a workdir or a published checkpoint")
@@ -84,10 +84,15 @@ def _add_generation(commands) -> None:
     add("--kind", default="detailflow", choices=sorted(KINDS), help="of the model")
     add("--reference", required=True, help=".npz, folder of pictures, tfds:NAME:SPLIT, digits:test")
     add("--cache", default=references.CACHE, help="where statistics of references are kept")
-    add("--cfg_scale", default="1.5", help="guidance scales, as 1.3,1.45: the best FID is picked")
+    add(
+        "--cfg_scale",
+        default="1.5",
+        type=_numbers(float),
+        help="guidance scales, such as 1.3,1.45: the best FID is picked",
+    )
     add("--num_samples", type=int, help="default 50000, of --samples all")
     add("--labels", default="balanced", choices=generation.LABELS, help="classes of the samples")
-    add("--seeds", type=int, default=1, help="how many seeds, from 0; means and deviations follow")
+    add("--seeds", type=int, default=1, help="number of seeds, from 0; means and deviations follow")
     add("--npz", action="store_true", help="keep the images of each setting as an .npz")
     add = command.add_argument_group("of --kind flowar").add_argument
     add("--num_steps", type=int, default=25, help="flow steps per scale")
@@ -100,39 +105,34 @@ def _add_generation(commands) -> None:
     add("--top_p", type=float, default=1.0, help="keep the likeliest codes of this probability")
 
 
-def _add_reconstruction(commands) -> None:
-    command = _add_command(commands, "reconstruction", "rFID, PSNR, SSIM and LPIPS of a tokenizer")
+def _add_reconstruction(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", required=True, help="tokenizer or VAE: a workdir or a published checkpoint")
     add("--kind", default="tokenizer", choices=("tokenizer", "vae"), help="of the model")
     add("--reference", required=True, help="images: .npz, folder, tfds:NAME:SPLIT, digits:test")
     add("--image_size", type=int, help="side of the images; default the tokenizer's, of a VAE 256")
     add("--num_images", type=int, help="use only the first N; default all")
-    add("--num_tokens", help="token counts, as 16,64,128; default all tokens")
-    add("--noise_groups", help="groups to perturb, as 0,4: the self-correction test")
+    integers = _numbers(int)
+    add("--num_tokens", type=integers, help="token counts, such as 16,64,128; default all tokens")
+    add(
+        "--noise_groups",
+        type=integers,
+        help="groups to perturb, such as 0,4: the self-correction test",
+    )
     add("--noise_top", type=int, default=50, help="noise picks from this many closest codes")
     add("--seed", type=int, default=0, help="of the noise")
-    add(
-        "--lpips",
-        nargs="+",
-        metavar="FILE",
-        help="LPIPS in one file, or VGG16 and vgg.pth; default as above",
-    )
+    lpips = "LPIPS in one file, or VGG16 and vgg.pth; default as above"
+    add("--lpips", nargs="+", metavar="FILE", help=lpips)
     add("--without", nargs="+", default=[], choices=("rfid", "lpips"), help="metrics to leave out")
 
 
-def numbers(text: str | None, kind: Callable[[str], Any], option: str) -> list:
-    """ "1.3,1.45" -> [1.3, 1.45]; None -> [].
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list]:
+    """A reader of numbers separated by commas, for argparse: "1.3,1.45" -> [1.3, 1.45]."""
 
-    Raises:
-      EvaluationError: not of this form.
-    """
-    try:
-        return [kind(part) for part in text.split(",")] if text else []
-    except ValueError as error:
-        raise EvaluationError(
-            f"cannot read {option} {text!r}: expected numbers separated by commas"
-        ) from error
+    def numbers(text: str) -> list:
+        return [kind(part) for part in text.split(",")]
+
+    return numbers
 
 
 # ------------------------------------------------------------------------------------- the commands
@@ -141,12 +141,11 @@ def numbers(text: str | None, kind: Callable[[str], Any], option: str) -> list:
 def run_generation(args: argparse.Namespace) -> dict[str, Any]:
     """Scores samples of a model, or a set of images; returns what results.json holds."""
     out = pathlib.Path(args.out)
-    scales = numbers(args.cfg_scale, float, "--cfg_scale")
     if bool(args.samples) == bool(args.model):
         raise EvaluationError("give either --samples, or --model with --decoder")
     if args.model and not args.decoder:
         raise EvaluationError("--model needs --decoder, the tokenizer or VAE that makes images")
-    if len(scales) > 1:
+    if len(args.cfg_scale) > 1:
         extras.require("matplotlib.figure")  # Draws the curve after hours of sampling.
     extractor = load_extractor(args.inception, args.batch_size)
     load_reference = functools.partial(
@@ -158,20 +157,25 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
     )
     if args.samples:
         images = open_samples(args.samples)
-        reference = load_reference(image_size=_side(images))
+        height, width = images.shape[:2]
+        if height != width:
+            raise EvaluationError(
+                f"{images.name} holds {width}x{height} px images: expected squares"
+            )
+        reference = load_reference(image_size=height)
         out.mkdir(parents=True, exist_ok=True)
         row = generation.evaluate_images(images, reference, extractor, out, args.num_samples)
         results = {"rows": [row]}
     else:
         sampler = load_sampler(args, extractor.mesh)
-        reference = load_reference(image_size=sampler.image_size)
         sweep = generation.Sweep(
             num_samples=50_000 if args.num_samples is None else args.num_samples,
-            cfg_scales=scales,
+            cfg_scales=args.cfg_scale,
             labels=args.labels,
             seeds=args.seeds,
             keep_images=args.npz,
         )
+        reference = load_reference(image_size=sampler.image_size)
         out.mkdir(parents=True, exist_ok=True)
         rows = generation.evaluate_sweep(sampler, sweep, reference, extractor, out)
         results = {"rows": rows, "summary": generation.summarize(rows)}
@@ -189,17 +193,8 @@ def load_sampler(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Sampler:
     return Sampler(model, decoder, mesh, args.batch_size, options)
 
 
-def _side(images: Any) -> int:
-    height, width = images.shape[:2]
-    if height != width:
-        raise EvaluationError(f"{images.name} holds {width}x{height} px images: expected squares")
-    return height
-
-
 def run_reconstruction(args: argparse.Namespace) -> dict[str, Any]:
     """Scores reconstructions; returns what results.json holds."""
-    counts = numbers(args.num_tokens, int, "--num_tokens")
-    groups = numbers(args.noise_groups, int, "--noise_groups")
     perceptual = None if "lpips" in args.without else load_perceptual(args.lpips)
     extractor = None
     if "rfid" not in args.without:
@@ -219,8 +214,8 @@ def run_reconstruction(args: argparse.Namespace) -> dict[str, Any]:
         reconstructor,
         images,
         pathlib.Path(args.out),
-        counts=counts,
-        groups=groups,
+        counts=args.num_tokens or (),
+        groups=args.noise_groups or (),
         num_images=args.num_images,
         extractor=extractor,
         perceptual=perceptual,
@@ -230,20 +225,18 @@ def run_reconstruction(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as aligned text, one column per field."""
-    shown = [[_shown(value) for value in row.values()] for row in rows]
-    columns = list(zip(list(rows[0]), *shown, strict=True))
+
+    def shown(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    columns = [[name, *(shown(row[name]) for row in rows)] for name in rows[0]]
     widths = [max(map(len, column)) for column in columns]
-    lines = zip(*columns, strict=True)
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
+        for line in zip(*columns, strict=True)
     )
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

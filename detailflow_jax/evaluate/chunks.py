@@ -1,14 +1,13 @@
 """Long work on many images, cut into chunks that survive a kill.
 
 A chunk is a fixed range of `CHUNK` images whatever the batch size and number of processes, and is
-written under its name only once it is whole. Every process makes every P-th chunk; the folder must
-be one that all of them see. What is read back is in the order of the images, so that results do
-not depend on who made which part.
+written under its name only once it is whole. Process i of P makes chunks i, i + P, ...; the folder
+must be one that all of them see. What is read back is in the order of the images, so that results
+do not depend on who made which part.
 """
 
 import json
 import pathlib
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from detailflow_jax.evaluate.errors import EvaluationError
-from detailflow_jax.evaluate.samples import write_npz
+from detailflow_jax.evaluate.samples import readable, write_npz
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.files import write_atomically
 
@@ -36,13 +35,12 @@ class ChunkFolder:
         Args:
           path: the folder.
           total: number of images.
-          definition: what the arrays depend on; compared with that of a folder that is there.
+          definition: what the arrays depend on; compared with that of an existing folder.
 
         Raises:
           EvaluationError: the folder holds other work; the differing fields are named.
         """
         self.path, self.total = path, total
-        self._starts = range(0, total, CHUNK)
         path.mkdir(parents=True, exist_ok=True)
         definition = json.loads(json.dumps({**definition, "total": total, "chunk": CHUNK}))
         file = path / "definition.json"
@@ -57,15 +55,17 @@ class ChunkFolder:
           make: gives every one of `kinds` for a range of images.
           kinds: the files that are needed of each chunk.
           description: for the progress bar.
-          step: images a call of `make` at most, such as a few batches.
+          step: most images per call of `make`, such as a few batches.
         """
-        mine = self._starts[jax.process_index() :: jax.process_count()]
-        missing = [s for s in mine if not all(self._file(kind, s).exists() for kind in kinds)]
+        mine = range(0, self.total, CHUNK)[jax.process_index() :: jax.process_count()]
         sizes = {start: min(CHUNK, self.total - start) for start in mine}
-        done = sum(sizes.values()) - sum(sizes[start] for start in missing)
-        quiet = jax.process_index() != 0
+        missing = [s for s in mine if not all(self._file(kind, s).exists() for kind in kinds)]
         with tqdm(
-            total=sum(sizes.values()), initial=done, unit="image", desc=description, disable=quiet
+            total=sum(sizes.values()),
+            initial=sum(sizes[start] for start in sizes.keys() - set(missing)),
+            unit="image",
+            desc=description,
+            disable=jax.process_index() != 0,
         ) as progress:
             for start in missing:
                 stop, parts = start + sizes[start], []
@@ -73,7 +73,8 @@ class ChunkFolder:
                     parts.append(make(at, min(at + step, stop)))
                     progress.update(min(step, stop - at))
                 for kind in kinds:
-                    write_npz(self._file(kind, start), _joined([part[kind] for part in parts]))
+                    joined = jax.tree.map(lambda *x: np.concatenate(x), *(p[kind] for p in parts))
+                    write_npz(self._file(kind, start), joined)
         sharding.sync_processes(f"{self.path.name}: {description}")
 
     def parts(self, kind: str, name: str) -> Iterator[np.ndarray]:
@@ -82,41 +83,26 @@ class ChunkFolder:
         Raises:
           EvaluationError: a chunk is missing or damaged.
         """
-        for start in self._starts:
+        for start in range(0, self.total, CHUNK):
             file = self._file(kind, start)
-            try:
-                with np.load(file) as arrays:
-                    yield arrays[name]
-            except FileNotFoundError as error:
-                raise EvaluationError(
-                    f"{file} is missing: several processes need one folder that all of them see"
-                ) from error
-            except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
-                raise EvaluationError(
-                    f"{file} is damaged ({error}): remove it and run the same command again"
-                ) from error
+            missing = "missing; several processes need one folder that all of them see"
+            with readable(file, missing, "remove it and run the same command again"):
+                array = np.load(file)[name]
+            yield array
 
     def read(self, kind: str, name: str) -> np.ndarray:
         """One array of all images."""
         return np.concatenate(list(self.parts(kind, name)))
 
-    def remove_kind(self, kind: str) -> None:
-        """Deletes one kind of file, once it is stored elsewhere."""
-        for file in self.path.glob(f"{kind}-*.npz"):
+    def remove(self, kind: str | None = None) -> None:
+        """Deletes one kind of file, or the whole folder, once its content is stored elsewhere."""
+        for file in self.path.glob(f"{kind}-*.npz" if kind else "*"):
             file.unlink()
-
-    def remove(self) -> None:
-        """Deletes the folder's files, once their essence is stored elsewhere."""
-        for file in self.path.iterdir():
-            file.unlink()
-        self.path.rmdir()
+        if kind is None:
+            self.path.rmdir()
 
     def _file(self, kind: str, start: int) -> pathlib.Path:
         return self.path / f"{kind.replace(' ', '_')}-{start // CHUNK:05d}.npz"
-
-
-def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _check_same(path: pathlib.Path, old: dict, new: dict) -> None:

@@ -1,6 +1,6 @@
 """Distances between sets of images by their features, with the conventions of published numbers.
 
-Shapes: N images, D features, K classes. Fréchet distance: Heusel et al. 2017 (FID; on spatial
+Shapes: N, M images, D features, K classes. Fréchet distance: Heusel et al. 2017 (FID; on spatial
 features sFID, Nash et al. 2021). Inception score: Salimans et al. 2016. Precision and recall:
 Kynkäänniemi et al. 2019. The conventions are those of the guided-diffusion evaluator, which nearly
 every published ImageNet table uses.
@@ -8,6 +8,7 @@ every published ImageNet table uses.
 
 import functools
 import typing
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,44 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from detailflow_jax.evaluate.errors import EvaluationError
-from detailflow_jax.inference.batching import split_count
-from detailflow_jax.runtime import sharding
+from detailflow_jax.inference.batching import pad, place, split_count, whole_shares
 
 NEIGHBOUR = 3
 SPLIT_SIZE = 5000
-_ROWS, _COLUMNS = 1024, 1024  # of a block of distances on one device
+_ROWS = 1024  # of a block of distances on one device
+
+
+class Gaussian(typing.NamedTuple):
+    """Mean float64 [D] and covariance float64 [D, D] of features."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+def gaussian(parts: Iterable[np.ndarray]) -> Gaussian:
+    """Mean and covariance, divided by N - 1, of features that come in parts [n, D].
+
+    Parts are merged in float64 by the pairwise update of Chan, Golub and LeVeque (1979). It works
+    on deviations from the mean: nothing is lost where the mean is large and the spread small.
+
+    Raises:
+      EvaluationError: fewer than two rows in all, or values that are not finite.
+    """
+    count, mean, scatter = 0, np.zeros(()), np.zeros(())
+    for part in parts:
+        rows = np.asarray(part, np.float64)
+        if not np.isfinite(rows).all():
+            raise EvaluationError("features hold NaN or infinity: are the images or weights sound?")
+        total, part_mean = count + len(rows), rows.mean(axis=0)
+        delta, rows = part_mean - mean, rows - part_mean
+        scatter = scatter + rows.T @ rows
+        scatter += np.outer(delta, delta * (count * len(rows) / total))
+        mean = mean + delta * (len(rows) / total)
+        count = total
+    if count < 2:
+        raise EvaluationError(f"{count} images have no covariance: at least 2 are needed")
+    return Gaussian(mean, scatter / (count - 1))
+
 
 # ------------------------------------------------------------------------------- Fréchet distance
 
@@ -87,7 +120,7 @@ def inception_score(probabilities: np.ndarray, split_size: int = SPLIT_SIZE) -> 
 
     Args:
       probabilities: float32 [N, K], rows that sum to 1; a zero counts as 0 log 0 = 0.
-      split_size: images a split; the last one may be smaller.
+      split_size: images per split; the last one may be smaller.
 
     Raises:
       EvaluationError: no images, or rows that are not probabilities.
@@ -113,7 +146,7 @@ def inception_score(probabilities: np.ndarray, split_size: int = SPLIT_SIZE) -> 
 def precision_recall(
     reference: np.ndarray, sample: np.ndarray, *, neighbour: int = NEIGHBOUR, mesh=None
 ) -> tuple[float, float]:
-    """Improved precision and recall by k nearest neighbours, computed in blocks.
+    """Improved precision and recall by k nearest neighbours.
 
     The radius of a point is its distance to its k-th neighbour in its own set. Precision is the
     share of samples within the radius of a reference point, recall the share of reference points
@@ -121,7 +154,7 @@ def precision_recall(
     set where that overflows they are float32.
 
     Args:
-      reference: float32 [N, D], samples' features of real images.
+      reference: float32 [N, D], features of real images.
       sample: float32 [M, D].
       neighbour: k.
       mesh: rows are split over its data and fsdp axes; None computes on one device.
@@ -143,24 +176,68 @@ def precision_recall(
             f"reference features have width {reference.shape[1]}, sample features "
             f"{sample.shape[1]}: both must come from the same network"
         )
-    radii = [_radii(x, neighbour, mesh) for x in (reference, sample)]
-    reference_in, sample_in = _inside(reference, sample, *radii, mesh)
-    return float(np.mean(sample_in)), float(np.mean(reference_in))
+    find_radii = functools.partial(_block_radii, neighbour=neighbour)
+    sets = []
+    for features in (reference, sample):
+        points = _Points(features, np.zeros(len(features), np.float32))
+        [radii] = zip(*_over_blocks(find_radii, points, points, mesh), strict=True)
+        sets.append(_Points(features, np.concatenate(radii)[: len(features)]))
+    rows, columns = zip(*_over_blocks(_block_inside, *sets, mesh), strict=True)
+    reference_inside = np.concatenate(rows)[: len(reference)]
+    return float(np.any(columns, axis=0).mean()), float(reference_inside.mean())
 
 
 class _Points(typing.NamedTuple):
-    """Features [N, D] and their squared norms [N], float32 arrays of perhaps float16 values."""
+    """Features [N, D], float32 arrays of perhaps float16 values; [N] squared radii and norms."""
 
     features: np.ndarray
-    norms: np.ndarray
+    radii: np.ndarray
+    norms: np.ndarray | None = None
+
+    def rounded(self, half: bool) -> "_Points":
+        """With norms, in float16 if `half`."""
+        # Rounded here by numpy, for compilers keep more digits than asked where they fuse.
+        with np.errstate(over="ignore"):  # What overflows is found, and computed in float32.
+            kept = np.asarray(self.features).astype(np.float16 if half else np.float32)
+            norms = np.square(kept).sum(axis=1, dtype=np.float32).astype(kept.dtype)
+        return _Points(kept.astype(np.float32), self.radii, norms.astype(np.float32))
 
 
-def _points(features: np.ndarray, half: bool) -> _Points:
-    # Rounded here by numpy, for compilers keep more digits than asked where they fuse.
-    with np.errstate(over="ignore"):  # What overflows is found, and computed in float32.
-        kept = np.asarray(features).astype(np.float16 if half else np.float32)
-        norms = np.square(kept).sum(axis=1, dtype=np.float32).astype(kept.dtype)
-    return _Points(kept.astype(np.float32), norms.astype(np.float32))
+def _over_blocks(
+    compare: Callable, rows: _Points, columns: _Points, mesh: Mesh | None, half: bool = True
+) -> list[list[np.ndarray]]:
+    """Arrays that `compare` makes of each block of rows and all columns.
+
+    The last block is filled up with its last row.
+    """
+    size = whole_shares(min(_ROWS * split_count(mesh), len(rows.features)), mesh)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    placed, found = jax.device_put(columns.rounded(half), everywhere), []
+    rounded = rows.rounded(half)
+    for start in range(0, len(rows.features), size):
+        block = [place(pad(x[start : start + size], size), mesh) for x in rounded]
+        *results, finite = compare(_Points(*block), placed, half=half)
+        if half and not finite:
+            return _over_blocks(compare, rows, columns, mesh, half=False)
+        found.append([np.asarray(x) for x in results])
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("neighbour", "half"))
+def _block_radii(rows: _Points, columns: _Points, *, neighbour: int, half: bool):
+    """Squared radii of rows [b]; and whether no distance overflowed."""
+    distances = _squared_distances(rows, columns, half)
+    nearest = -jax.lax.top_k(-distances, neighbour + 1)[0]
+    return nearest[:, neighbour], jnp.isfinite(distances).all()
+
+
+@functools.partial(jax.jit, static_argnames="half")
+def _block_inside(rows: _Points, columns: _Points, *, half: bool):
+    """Which rows lie within a column's radius [b], and which columns within a row's [M]."""
+    distances = _squared_distances(rows, columns, half)
+    rows_in = (distances <= columns.radii).any(axis=1)
+    columns_in = (distances <= rows.radii[:, None]).any(axis=0)
+    return rows_in, columns_in, jnp.isfinite(distances).all()
 
 
 def _squared_distances(u: _Points, v: _Points, half: bool) -> jax.Array:
@@ -172,97 +249,3 @@ def _squared_distances(u: _Points, v: _Points, half: bool) -> jax.Array:
     products = jnp.matmul(u.features, v.features.T, precision=jax.lax.Precision.HIGHEST)
     half_way = rounded(u.norms[:, None] - rounded(2.0 * products))
     return jnp.maximum(rounded(half_way + v.norms), 0.0)
-
-
-@functools.partial(jax.jit, static_argnames=("neighbour", "half"))
-def _block_radii(rows: _Points, columns: _Points, valid: jax.Array, neighbour: int, half: bool):
-    """Radii of rows [b] over column blocks [blocks, c]; and whether no distance overflowed."""
-
-    def step(carry, block):
-        nearest, finite = carry
-        points, is_valid = block
-        distances = _squared_distances(rows, points, half)
-        finite &= jnp.isfinite(distances).all()
-        distances = jnp.where(is_valid, distances, jnp.inf)
-        joined = jnp.concatenate([nearest, distances], axis=1)
-        return (-jax.lax.top_k(-joined, neighbour + 1)[0], finite), None
-
-    nearest = jnp.full((len(rows.norms), neighbour + 1), jnp.inf)
-    (nearest, finite), _ = jax.lax.scan(step, (nearest, jnp.array(True)), (columns, valid))
-    return nearest[:, neighbour], finite
-
-
-@functools.partial(jax.jit, static_argnames="half")
-def _block_inside(rows: _Points, row_radii, columns: _Points, column_radii, half: bool):
-    """Which rows lie within a column's radius [b], and which columns within a row's [blocks, c]."""
-
-    def step(carry, block):
-        row_in, finite = carry
-        points, radii = block
-        distances = _squared_distances(rows, points, half)
-        finite &= jnp.isfinite(distances).all()
-        row_in |= (distances <= radii).any(axis=1)
-        return (row_in, finite), (distances <= row_radii[:, None]).any(axis=0)
-
-    start = jnp.zeros(len(row_radii), bool), jnp.array(True)
-    (row_in, finite), column_in = jax.lax.scan(step, start, (columns, column_radii))
-    return row_in, column_in, finite
-
-
-def _radii(features: np.ndarray, neighbour: int, mesh: Mesh | None, half: bool = True):
-    points = _points(features, half)
-    columns = _replicated(_column_blocks(points), mesh)
-    valid = _column_blocks(np.ones(len(features), bool))
-    radii = []
-    for rows in _row_blocks(points, mesh):
-        part, finite = _block_radii(rows, columns, valid, neighbour, half)
-        if half and not finite:
-            return _radii(features, neighbour, mesh, half=False)
-        radii.append(np.asarray(part))
-    return np.concatenate(radii)[: len(features)]
-
-
-def _inside(reference, sample, reference_radii, sample_radii, mesh, half: bool = True):
-    """(bool [N] reference points within a sample's radius, bool [M] the reverse)."""
-    columns = _replicated(_column_blocks(_points(sample, half)), mesh)
-    # A radius of -1 lets nothing in, so what pads a block counts nowhere.
-    column_radii = _column_blocks(sample_radii, -1.0)
-    row_in, column_in = [], np.zeros(column_radii.shape, bool)
-    row_radii = _row_blocks(reference_radii, mesh, -1.0)
-    for rows, radii in zip(_row_blocks(_points(reference, half), mesh), row_radii, strict=True):
-        part, columns_in, finite = _block_inside(rows, radii, columns, column_radii, half)
-        if half and not finite:
-            return _inside(reference, sample, reference_radii, sample_radii, mesh, half=False)
-        row_in.append(np.asarray(part))
-        column_in |= np.asarray(columns_in)
-    return np.concatenate(row_in)[: len(reference)], column_in.reshape(-1)[: len(sample)]
-
-
-def _blocks(tree, size: int, fill: float = 0.0):
-    """Arrays [N, ...] padded and cut into [blocks, size, ...]."""
-
-    def cut(x: np.ndarray) -> np.ndarray:
-        widths = [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1)
-        padded = np.pad(x, widths, constant_values=False if x.dtype == bool else fill)
-        return padded.reshape(-1, size, *x.shape[1:])
-
-    return jax.tree.map(cut, tree)
-
-
-def _column_blocks(tree, fill: float = 0.0):
-    return _blocks(tree, min(_COLUMNS, len(jax.tree.leaves(tree)[0])), fill)
-
-
-def _row_blocks(tree, mesh: Mesh | None, fill: float = 0.0):
-    """Blocks of rows one after the other, each split over the mesh."""
-    parts = 1 if mesh is None else split_count(mesh)
-    share = min(_ROWS, -(-len(jax.tree.leaves(tree)[0]) // parts))
-    blocks = _blocks(tree, share * parts, fill)
-    for i in range(len(jax.tree.leaves(blocks)[0])):
-        block = jax.tree.map(lambda x, i=i: x[i], blocks)
-        where = None if mesh is None else NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-        yield jax.device_put(block, where)
-
-
-def _replicated(tree, mesh: Mesh | None):
-    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))

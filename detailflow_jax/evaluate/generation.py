@@ -1,35 +1,35 @@
 """Scores generated images: FID, sFID, inception score, precision and recall, over a sweep.
 
-A setting is a guidance scale and a seed. Its samples are made chunk by chunk, so a killed run goes
-on where it was; its features stay, so that another reference costs no new samples.
+A setting is a guidance scale and a seed. Its samples are made chunk by chunk, so that a killed run
+resumes; its features are kept, so that another reference needs no new samples.
 """
 
 import dataclasses
-import io
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import scipy.special
 
+from detailflow_jax.evaluate import report
 from detailflow_jax.evaluate.chunks import ChunkFolder
 from detailflow_jax.evaluate.distances import (
     NEIGHBOUR,
     frechet_distance,
+    gaussian,
     inception_score,
     precision_recall,
 )
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor
 from detailflow_jax.evaluate.models import Sampler
-from detailflow_jax.evaluate.moments import Moments
 from detailflow_jax.evaluate.references import Reference
-from detailflow_jax.evaluate.samples import write_samples
-from detailflow_jax.runtime import extras, pictures, sharding
+from detailflow_jax.evaluate.samples import Images, write_samples
+from detailflow_jax.runtime import pictures, sharding
 from detailflow_jax.runtime.files import write_atomically
 
 LABELS = ("balanced", "random")
@@ -76,16 +76,10 @@ def score(parts: Parts, reference: Reference, mesh: jax.sharding.Mesh) -> dict[s
     Raises:
       EvaluationError: features of another network, or too few images.
     """
-    pool = Moments.of(parts("pool"))
     values = dict.fromkeys(METRICS)
-    values["fid"] = frechet_distance(
-        reference.pool.mean, reference.pool.covariance, pool.mean, pool.covariance
-    )
+    values["fid"] = frechet_distance(*reference.pool, *gaussian(parts("pool")))
     if reference.spatial:
-        spatial = Moments.of(parts("spatial"))
-        values["sfid"] = frechet_distance(
-            reference.spatial.mean, reference.spatial.covariance, spatial.mean, spatial.covariance
-        )
+        values["sfid"] = frechet_distance(*reference.spatial, *gaussian(parts("spatial")))
     probabilities = [scipy.special.softmax(part, axis=1) for part in parts("logits")]
     values["inception_score"] = inception_score(np.concatenate(probabilities))
     if reference.features is not None:
@@ -107,17 +101,17 @@ def score_images(
 
 
 def evaluate_images(
-    images: Any,
+    images: Images,
     reference: Reference,
     extractor: FeatureExtractor,
     out: pathlib.Path,
     num_samples: int | None = None,
 ) -> dict[str, Any]:
-    """Scores a set of images (`samples.py`), such as an `.npz`, without any model.
+    """Scores a set of images, such as an `.npz`, without any model.
 
     Args:
       images: the set.
-      reference: what to hold it against.
+      reference: what it is compared with.
       extractor: the features.
       out: folder for partial results.
       num_samples: only the first ones; default all.
@@ -142,7 +136,7 @@ def evaluate_images(
 
     folder.fill(make, ["features"], "features", extractor.step)
     row = {"name": images.name, "num_samples": total}
-    return row | score(_features(folder), reference, extractor.mesh)
+    return row | score(lambda name: folder.parts("features", name), reference, extractor.mesh)
 
 
 def evaluate_sweep(
@@ -157,46 +151,40 @@ def evaluate_sweep(
     With `keep_images`, the images of a setting are left as `samples-SETTING.npz`.
 
     Returns:
-      one row a setting: `cfg_scale`, `seed`, `labels`, `num_samples`, METRICS and `seconds` (of
+      one row per setting: `cfg_scale`, `seed`, `labels`, `num_samples`, METRICS and `seconds` (of
       this run, sampling included).
     """
     rows = []
     for cfg_scale in sweep.cfg_scales:
         for seed in range(sweep.seeds):
             start = time.perf_counter()
-            folder = sample_setting(sampler, sweep, cfg_scale, seed, extractor, out)
-            row = {
-                "cfg_scale": cfg_scale,
-                "seed": seed,
-                "labels": sweep.labels,
-                "num_samples": sweep.num_samples,
-            }
-            row |= score(_features(folder), reference, extractor.mesh)
+            setting = {"cfg_scale": cfg_scale, "seed": seed, "labels": sweep.labels}
+            folder = sample_setting(sampler, sweep, setting, extractor, out)
+            row = setting | {"num_samples": sweep.num_samples}
+            row |= score(
+                lambda name, folder=folder: folder.parts("features", name),
+                reference,
+                extractor.mesh,
+            )
             rows.append(row | {"seconds": round(time.perf_counter() - start, 1)})
     return rows
-
-
-def _features(folder: ChunkFolder) -> Parts:
-    return lambda name: folder.parts("features", name)
 
 
 def sample_setting(
     sampler: Sampler,
     sweep: Sweep,
-    cfg_scale: float,
-    seed: int,
+    setting: dict[str, Any],
     extractor: FeatureExtractor,
     out: pathlib.Path,
 ) -> ChunkFolder:
     """The features of one setting's samples, its preview, and on request its `.npz`."""
+    cfg_scale, seed = setting["cfg_scale"], setting["seed"]
     name = f"cfg{cfg_scale:g}-seed{seed}"
     definition = {
         "model": sampler.fingerprint,
         "network": extractor.fingerprint,
         "options": dict(sampler.options),
-        "cfg_scale": cfg_scale,
-        "seed": seed,
-        "labels": sweep.labels,
+        **setting,
     }
     folder = ChunkFolder(out / name, sweep.num_samples, definition)
     labels = class_labels(sweep.labels, sweep.num_samples, sampler.num_classes, seed)
@@ -218,7 +206,7 @@ def sample_setting(
             side = sampler.image_size
             shape = (sweep.num_samples, side, side, 3)
             write_samples(archive, shape, folder.parts("images", "arr_0"))
-            folder.remove_kind("images")
+            folder.remove("images")
         sharding.sync_processes(archive.name)
     return folder
 
@@ -233,10 +221,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
       {"by_cfg_scale": [{"cfg_scale", "seeds", METRIC, METRIC_std}, ...], "best_cfg_scale": s}; a
       deviation (divided by n - 1) is None with one seed.
     """
-    scales = sorted({row["cfg_scale"] for row in rows})
-    groups = [list(_of_scale(rows, scale)) for scale in scales]
     summary = []
-    for scale, group in zip(scales, groups, strict=True):
+    for scale in sorted({row["cfg_scale"] for row in rows}):
+        group = [row for row in rows if row["cfg_scale"] == scale]
         line: dict[str, Any] = {"cfg_scale": scale, "seeds": len(group)}
         for metric in METRICS:
             values = [row[metric] for row in group if row[metric] is not None]
@@ -247,25 +234,21 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"by_cfg_scale": summary, "best_cfg_scale": best["cfg_scale"]}
 
 
-def _of_scale(rows: Sequence[dict[str, Any]], scale: float) -> Iterator[dict[str, Any]]:
-    return (row for row in rows if row["cfg_scale"] == scale)
-
-
 def curve(summary: dict[str, Any]) -> bytes:
     """FID and inception score over the guidance scale, seeds as error bars: PNG bytes."""
     lines = summary["by_cfg_scale"]
     scales = [line["cfg_scale"] for line in lines]
-    figure = extras.require("matplotlib.figure").Figure(figsize=(9, 3.5), layout="constrained")
-    for i, (metric, title) in enumerate((("fid", "FID"), ("inception_score", "Inception score"))):
-        axes = figure.add_subplot(1, 2, i + 1, title=title, xlabel="guidance scale")
+
+    def draw(axes, metric: str) -> None:
         spread = [line[f"{metric}_std"] or 0.0 for line in lines]
         axes.errorbar(scales, [line[metric] for line in lines], spread, marker="o", capsize=3)
         axes.axvline(summary["best_cfg_scale"], color="grey", linestyle=":", label="lowest FID")
         axes.legend()
-        axes.grid(alpha=0.3)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=120)
-    return stream.getvalue()
+
+    titles = {"FID": "fid", "Inception score": "inception_score"}
+    return report.panels(
+        list(titles), lambda axes, title: draw(axes, titles[title]), "guidance scale"
+    )
 
 
 def write_results(out: pathlib.Path, results: dict[str, Any]) -> None:

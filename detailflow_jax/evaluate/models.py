@@ -5,9 +5,10 @@ Shapes: B images or samples, H x W pixels, R the model's image side, N tokens.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -64,15 +65,9 @@ class Sampler:
             samples = setting(self.model.params, labels, seed, indices)
             return programs.decode_whole(self.decoder.network, self.decoder.params, samples)
 
-        return in_batches(
-            make,
-            self.batch_size,
-            labels.astype(np.int32),
-            _indices(first_index, labels),
-            mesh=self.mesh,
-            whole=True,
-            finish=functools.partial(as_uint8, what=f"samples from {first_index} on"),
-        )
+        rows = labels.astype(np.int32), _indices(first_index, labels)
+        what = f"samples from {first_index} on"
+        return images_of(make, self.batch_size, *rows, mesh=self.mesh, what=what)
 
 
 @dataclasses.dataclass
@@ -112,19 +107,9 @@ class Reconstructor:
           first_index: index of the first image, which its noise depends on.
         """
 
-        def finish(found):
-            where = f"images from {first_index} on"
-            return {name: as_uint8(x, f"{name}, {where}") for name, x in found.items()}
-
-        return in_batches(
-            functools.partial(self._reconstruct, counts=counts, groups=groups),
-            self.batch_size,
-            images,
-            _indices(first_index, images),
-            mesh=self.mesh,
-            whole=True,
-            finish=finish,
-        )
+        make = functools.partial(self._reconstruct, counts=counts, groups=groups)
+        rows, what = (images, _indices(first_index, images)), f"images from {first_index} on"
+        return images_of(make, self.batch_size, *rows, mesh=self.mesh, what=what)
 
     def names(self, counts: Sequence[int], groups: Sequence[int]) -> list[str]:
         """Names of the reconstructions that a call gives."""
@@ -164,16 +149,23 @@ def image_size(config: Any, decoder: Any) -> int:
     return getattr(decoder, "image_size", None) or config.scales[-1] * decoder.stride
 
 
-def as_uint8(images: np.ndarray, what: str) -> np.ndarray:
-    """`df.to_uint8` of images that are named `what` in the error.
+def images_of(
+    function: Callable[..., Any], batch_size: int, *rows: np.ndarray, mesh: Mesh, what: str
+) -> Any:
+    """The uint8 images, or a tree of them, that `function` makes of rows, in batches over a mesh.
 
     Raises:
-      EvaluationError: NaN or infinity.
+      EvaluationError: NaN or infinity; the text names the images by `what`.
     """
-    try:
-        return api.to_uint8(images)
-    except InputError as error:
-        raise EvaluationError(f"{what}: {error}") from error
+
+    def finish(images: np.ndarray) -> UInt8[np.ndarray, "B R R 3"]:
+        try:
+            return api.to_uint8(images)
+        except InputError as error:
+            raise EvaluationError(f"{what}: {error}") from error
+
+    finish_all = functools.partial(jax.tree.map, finish)
+    return in_batches(function, batch_size, *rows, mesh=mesh, whole=True, finish=finish_all)
 
 
 def _indices(first: int, rows: np.ndarray) -> np.ndarray:

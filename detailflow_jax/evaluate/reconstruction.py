@@ -10,11 +10,11 @@ import numpy as np
 
 from detailflow_jax.evaluate import image_quality
 from detailflow_jax.evaluate.chunks import ChunkFolder
-from detailflow_jax.evaluate.distances import frechet_distance
+from detailflow_jax.evaluate.distances import frechet_distance, gaussian
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor
 from detailflow_jax.evaluate.models import Reconstructor
-from detailflow_jax.evaluate.moments import Moments
+from detailflow_jax.evaluate.samples import Images
 from detailflow_jax.inference.batching import in_batches
 from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.ops import images as pixels
@@ -49,7 +49,7 @@ def psnr_by_tokens(tokenizer, images: np.ndarray, counts: Sequence[int]) -> dict
 
 def evaluate(
     reconstructor: Reconstructor,
-    images: Any,
+    images: Images,
     out: pathlib.Path,
     *,
     counts: Sequence[int] = (),
@@ -104,7 +104,17 @@ def evaluate(
     names = reconstructor.names(counts, groups)
     kinds = [*names, *(["originals"] if extractor else [])]
     folder.fill(make, kinds, "reconstruct", reconstructor.batch_size)
-    return _rows(folder, names, extractor is not None, perceptual is not None)
+    metrics = ["psnr", "ssim", "ssim_range_2", *(["lpips"] if perceptual else [])]
+    originals = gaussian(folder.parts("originals", "pool")) if extractor else None
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {"name": name, "images": total}
+        if originals:
+            row["rfid"] = frechet_distance(*originals, *gaussian(folder.parts(name, "pool")))
+        for metric in metrics:
+            row[metric] = float(np.mean(folder.read(name, metric), dtype=np.float64))
+        rows.append(row)
+    return rows
 
 
 def _compare(images, originals, size: int, perceptual: Perceptual | None) -> dict[str, np.ndarray]:
@@ -123,24 +133,7 @@ def _compare(images, originals, size: int, perceptual: Perceptual | None) -> dic
     return in_batches(compare, size, images, originals, whole=True)
 
 
-def _rows(folder: ChunkFolder, kinds, with_rfid: bool, with_lpips: bool) -> list[dict[str, Any]]:
-    metrics = ["psnr", "ssim", "ssim_range_2", *(["lpips"] if with_lpips else [])]
-    originals = Moments.of(folder.parts("originals", "pool")) if with_rfid else None
-    rows = []
-    for kind in kinds:
-        row: dict[str, Any] = {"name": kind, "images": folder.total}
-        if originals:
-            made = Moments.of(folder.parts(kind, "pool"))
-            row["rfid"] = frechet_distance(
-                originals.mean, originals.covariance, made.mean, made.covariance
-            )
-        for metric in metrics:
-            row[metric] = float(np.mean(folder.read(kind, metric), dtype=np.float64))
-        rows.append(row)
-    return rows
-
-
-def _check_images(images: Any, num_images: int | None, size: int) -> int:
+def _check_images(images: Images, num_images: int | None, size: int) -> int:
     """How many images to take; they must be of the model's size."""
     if images.shape[:2] != (size, size):
         raise EvaluationError(

@@ -5,8 +5,8 @@
     PATH, folder:PATH   a folder of pictures, with or without subfolders
     tfds:NAME:SPLIT     and whatever else `detailflow_jax.data.make_source` opens
 
-Images are reduced and centre-cropped to the side of the samples. What had to be computed is kept in
-a cache under a hash of the images, the network and the side.
+Images are reduced and centre-cropped to the side of the samples. Computed statistics are kept in a
+cache under a hash of the images, the network and the side.
 """
 
 import dataclasses
@@ -21,15 +21,14 @@ from absl import logging
 
 from detailflow_jax import data
 from detailflow_jax.evaluate.chunks import ChunkFolder
-from detailflow_jax.evaluate.distances import NEIGHBOUR
+from detailflow_jax.evaluate.distances import NEIGHBOUR, Gaussian, gaussian
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor
-from detailflow_jax.evaluate.moments import Moments
 from detailflow_jax.evaluate.samples import (
+    Images,
     NpzImages,
-    PictureImages,
+    PictureSource,
     SourceImages,
-    array_names,
     hash_file,
     read_arrays,
     write_npz,
@@ -43,26 +42,18 @@ _STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistics:
-    """Mean float64 [D] and covariance float64 [D, D] of features."""
-
-    mean: np.ndarray
-    covariance: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
 class Reference:
     """A set of real images as the metrics need it.
 
     `pool` gives FID, `spatial` sFID (None: not in the file), `features` float32 [n, D] of some of
-    the images precision and recall (None: the file holds statistics only). `count` is how many
-    images were seen here, 0 where the file does not tell.
+    the images precision and recall (None: the file holds statistics only). `count` is the number
+    of images seen here, 0 if the file holds none.
     """
 
     name: str
     fingerprint: str
-    pool: Statistics
-    spatial: Statistics | None
+    pool: Gaussian
+    spatial: Gaussian | None
     features: np.ndarray | None
     count: int
 
@@ -81,24 +72,46 @@ def load_reference(
       spec: an `.npz`, a folder, or a data source.
       extractor: the features to compute; those in an `.npz` are of the 2015 Inception.
       image_size: side of the samples.
-      cache: folder for what is computed; with several processes one that all of them see.
+      cache: folder for computed statistics; with several processes one that all of them see.
       data_dir: where TFDS keeps its data.
 
     Raises:
       EvaluationError: a file that is truncated or holds something else, images of another
         resolution, too few, or values that are not finite.
-      ValueError, FileNotFoundError: a data source that does not exist.
+      ConfigError: a data source that does not exist.
     """
-    if str(spec).endswith(".npz"):
-        return _from_npz(str(spec), extractor, image_size, cache)
-    images = open_images(str(spec), image_size, data_dir)
-    arrays = _measured(images, extractor, cache)
-    return _reference(images.name, images.fingerprint, arrays, len(images))
+    spec, given, names = str(spec), {}, ["arr_0"]
+    if spec.endswith(".npz"):
+        given, names = read_arrays(spec, _STATISTICS)
+        pairs = [[name in given for name in pair] for pair in (_STATISTICS[:2], _STATISTICS[2:])]
+        if any(first != second for first, second in pairs) or not (
+            "mu" in given or "arr_0" in names
+        ):
+            raise EvaluationError(
+                f"{spec} holds {', '.join(names) or 'nothing'}: expected mu with sigma and mu_s "
+                "with sigma_s, or images as arr_0"
+            )
+    images, arrays = None, {}
+    if "arr_0" in names:
+        images = open_images(spec, image_size, data_dir)
+        arrays = _measured(images, extractor, cache)
+        if "mu" in given:  # Of the whole set, of which the images are a part.
+            arrays = {"features": arrays["features"]}
+    arrays |= given
+    for key in _STATISTICS:
+        if key in arrays and not np.isfinite(arrays[key]).all():
+            raise EvaluationError(f"{spec}: {key} holds NaN or infinity: the file is damaged")
+    return Reference(
+        name=images.name if images else spec,
+        fingerprint=images.fingerprint if images else hash_file(spec),
+        pool=Gaussian(arrays["mu"], arrays["sigma"]),
+        spatial=Gaussian(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None,
+        features=arrays.get("features"),
+        count=len(images) if images else 0,
+    )
 
 
-def open_images(
-    spec: str, image_size: int, data_dir: str | None = None
-) -> NpzImages | PictureImages | SourceImages:
+def open_images(spec: str, image_size: int, data_dir: str | None = None) -> Images:
     """The images of an `.npz`, a folder or a data source, as image_size x image_size.
 
     Raises:
@@ -106,66 +119,28 @@ def open_images(
     """
     if spec.endswith(".npz"):
         images = NpzImages(spec)
-        _check_side(images, image_size)
+        height, width = images.shape[:2]
+        if (height, width) != (image_size, image_size):
+            raise EvaluationError(
+                f"{spec} holds images of {width}x{height} px, the samples are {image_size}x"
+                f"{image_size}: choose the reference of this resolution"
+            )
         return images
     kind, colon, path = spec.partition(":")
     if colon and kind != "folder":
         return SourceImages(data.make_source(spec, data_dir=data_dir), image_size)
-    pictures = PictureImages(path if colon else spec, image_size)
+    images = SourceImages(PictureSource(path if colon else spec), image_size)
     # A few small pictures are enlarged, as in published references; a set of them is a mistake.
-    largest = max(min(pictures.original(i).shape[:2]) for i in range(min(len(pictures), 8)))
+    largest = max(min(images.original(i).shape[:2]) for i in range(min(len(images), 8)))
     if largest < image_size:
         raise EvaluationError(
             f"{spec}: pictures have a short side of {largest} px, the samples are {image_size}x"
             f"{image_size}: enlarged pictures are no reference; choose one of this resolution"
         )
-    return pictures
+    return images
 
 
-def _check_side(images: NpzImages, image_size: int) -> None:
-    if images.shape[:2] != (image_size, image_size):
-        height, width = images.shape[:2]
-        raise EvaluationError(
-            f"{images.name} holds images of {width}x{height} px, the samples are "
-            f"{image_size}x{image_size}: choose the reference of this resolution"
-        )
-
-
-def _from_npz(path: str, extractor: FeatureExtractor, image_size: int, cache) -> Reference:
-    arrays = read_arrays(path, _STATISTICS)
-    missing = [name for name in ("mu", "sigma") if name not in arrays]
-    if (missing and len(missing) < 2) or ("mu_s" in arrays) != ("sigma_s" in arrays):
-        raise EvaluationError(
-            f"{path} holds {', '.join(arrays)}: expected mu with sigma and mu_s with sigma_s"
-        )
-    count, fingerprint, names = 0, hash_file(path), array_names(path)
-    if missing and "arr_0" not in names:
-        raise EvaluationError(
-            f"{path} holds {', '.join(names) or 'nothing'}: expected mu and sigma, or images as "
-            "arr_0"
-        )
-    if "arr_0" in names:
-        images = NpzImages(path)
-        _check_side(images, image_size)
-        measured = _measured(images, extractor, cache, fingerprint)
-        count = len(images)
-        # The statistics in the file are of the whole set, the images a part of it.
-        arrays = (measured if missing else {"features": measured["features"]}) | arrays
-    return _reference(path, fingerprint, arrays, count)
-
-
-def _reference(name: str, fingerprint: str, arrays: dict, count: int) -> Reference:
-    for key in _STATISTICS:
-        if key in arrays and not np.isfinite(arrays[key]).all():
-            raise EvaluationError(f"{name}: {key} holds NaN or infinity: the file is damaged")
-    spatial = Statistics(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None
-    pool = Statistics(arrays["mu"], arrays["sigma"])
-    return Reference(name, fingerprint, pool, spatial, arrays.get("features"), count)
-
-
-def _measured(
-    images, extractor: FeatureExtractor, cache, fingerprint: str | None = None
-) -> dict[str, np.ndarray]:
+def _measured(images: Images, extractor: FeatureExtractor, cache) -> dict[str, np.ndarray]:
     """Statistics and features of images, from the cache if they were measured before."""
     if len(images) <= NEIGHBOUR:
         raise EvaluationError(
@@ -173,7 +148,7 @@ def _measured(
             "tens of thousands for figures to compare"
         )
     definition = {
-        "images": fingerprint or images.fingerprint,
+        "images": images.fingerprint,
         "shape": list(images.shape),
         "network": extractor.fingerprint,
         "neighbours": MOST_NEIGHBOURS,
@@ -181,12 +156,11 @@ def _measured(
     key = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:20]
     folder = pathlib.Path(cache).expanduser()
     file = folder / f"{key}.npz"
-    names = (*_STATISTICS, "features")
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         parts = ChunkFolder(folder / f"{key}.parts", len(images), definition)
         _measure(images, extractor, parts, file)
-    arrays = read_arrays(file, names)
+    arrays, _ = read_arrays(file, (*_STATISTICS, "features"))
     width = arrays["features"].shape[1]
     if len(images) <= width:
         logging.warning(
@@ -199,7 +173,7 @@ def _measured(
     return arrays
 
 
-def _measure(images, extractor, parts: ChunkFolder, file: pathlib.Path) -> None:
+def _measure(images: Images, extractor, parts: ChunkFolder, file: pathlib.Path) -> None:
     """Writes the statistics and features of images to `file`; resumable through `parts`."""
 
     def make(start: int, stop: int) -> dict:
@@ -208,21 +182,15 @@ def _measure(images, extractor, parts: ChunkFolder, file: pathlib.Path) -> None:
     name = f"reference {pathlib.Path(images.name).name}"
     parts.fill(make, ["features"], name, extractor.step)
     if jax.process_index() == 0:
-        pool = Moments.of(parts.parts("features", "pool"))
-        spatial = Moments.of(parts.parts("features", "spatial"))
+        pool = gaussian(parts.parts("features", "pool"))
+        spatial = gaussian(parts.parts("features", "spatial"))
         chosen = np.linspace(0, len(images) - 1, min(len(images), MOST_NEIGHBOURS)).round()
-        features = np.concatenate(_rows(parts.parts("features", "pool"), chosen.astype(int)))
-        arrays = {"mu": pool.mean, "sigma": pool.covariance, "features": features}
+        features, start = [], 0
+        for part in parts.parts("features", "pool"):
+            inside = (chosen >= start) & (chosen < start + len(part))
+            features.append(part[chosen[inside].astype(int) - start])
+            start += len(part)
+        arrays = {"mu": pool.mean, "sigma": pool.covariance, "features": np.concatenate(features)}
         write_npz(file, arrays | {"mu_s": spatial.mean, "sigma_s": spatial.covariance})
         parts.remove()
     sharding.sync_processes(file.name)
-
-
-def _rows(parts, chosen: np.ndarray):
-    """The chosen rows (ascending) of an array that comes in parts."""
-    found, start = [], 0
-    for part in parts:
-        stop = start + len(part)
-        found.append(part[chosen[(chosen >= start) & (chosen < stop)] - start])
-        start = stop
-    return found

@@ -5,7 +5,8 @@ import html
 import io
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,23 +27,31 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
+def panels(titles: Sequence[str], draw: Callable[[Any, str], None], xlabel: str) -> bytes:
+    """Plots side by side, as PNG bytes; `draw(axes, title)` fills each."""
+    size = (4 * len(titles), 3)
+    figure = extras.require("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    for i, title in enumerate(titles):
+        axes = figure.add_subplot(1, len(titles), i + 1, title=title, xlabel=xlabel)
+        draw(axes, title)
+        axes.grid(alpha=0.3)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=100)
+    return stream.getvalue()
+
+
 def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], names: Sequence[str]) -> bytes:
-    """Line plots of the metrics `names`, one panel a metric and one line a run: PNG bytes."""
-    figure = extras.require("matplotlib.figure").Figure(
-        figsize=(4 * len(names), 3), layout="constrained"
-    )
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(1, len(names), i + 1, title=name, xlabel="step")
+    """Line plots of the metrics `names`, one panel per metric, one line per run: PNG bytes."""
+
+    def draw(axes, name: str) -> None:
         for k, (run, lines) in enumerate(runs.items()):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:
                 axes.plot(*zip(*points, strict=True), label=run, color=f"C{k}")
         if len(runs) > 1:
             axes.legend()
-        axes.grid(alpha=0.3)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=100)
-    return stream.getvalue()
+
+    return panels(names, draw, "step")
 
 
 def png(picture: np.ndarray) -> bytes:

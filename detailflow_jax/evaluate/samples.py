@@ -5,6 +5,7 @@ read and written as a stream.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -16,18 +17,13 @@ import numpy as np
 
 from detailflow_jax.data.errors import UnreadableImage
 from detailflow_jax.data.folders import find_images
-from detailflow_jax.data.images import decode_image, read_file
+from detailflow_jax.data.images import decode_picture, read_file
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import Source
-from detailflow_jax.data.transforms import center_crop
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.runtime.files import atomic_file
 
-_BLOCK = 1 << 24  # bytes hashed at a time
-_WHY_ALL = "replace or remove it, for the score of the others would not be the score of the set"
-
-
-# ------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------------ .npz files
 
 
 def write_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
@@ -67,14 +63,46 @@ def write_samples(
             raise EvaluationError(f"{written} images were given, expected {shape[0]}")
 
 
-# ------------------------------------------------------------------------------------------ reading
+@contextlib.contextmanager
+def readable(
+    name: str | os.PathLike,
+    missing: str = "there is no such file",
+    damaged: str = "it is truncated or not an .npz; copy or make it again",
+) -> Iterator[None]:
+    """Raises EvaluationError where the block finds an `.npz` missing or damaged."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise EvaluationError(f"{name}: {missing}") from error
+    except EvaluationError:
+        raise
+    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, NotImplementedError) as error:
+        raise EvaluationError(f"{name} is damaged ({error}): {damaged}") from error
+
+
+def read_arrays(
+    path: str | os.PathLike, names: Iterable[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Those of the named arrays that an `.npz` holds, and the names of all that it holds.
+
+    Raises:
+      EvaluationError: not an `.npz`, or truncated.
+    """
+    with readable(path), np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in names if name in file.files}, list(file.files)
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """A hash of a file's bytes, such as "file:0123456789abcdef"."""
+    with open(path, "rb") as file:
+        return f"file:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
+# ---------------------------------------------------------------------------------- sets of images
 
 
 class NpzImages:
-    """`arr_0` of an `.npz`, read as a stream.
-
-    `len()` images of `shape` [H, W, 3]; `other` names the further arrays of the file.
-    """
+    """`arr_0` of an `.npz`, read as a stream: `len()` images of `shape` [H, W, 3]."""
 
     def __init__(self, path: str | os.PathLike):
         """Reads the headers.
@@ -83,7 +111,7 @@ class NpzImages:
           EvaluationError: not an `.npz`, truncated, or `arr_0` is missing or not images.
         """
         self.name = str(path)
-        with _readable(self.name), zipfile.ZipFile(path) as archive:
+        with readable(path), zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
             if "arr_0" not in names:
                 raise EvaluationError(
@@ -92,11 +120,10 @@ class NpzImages:
                 )
             with archive.open("arr_0.npy") as member:
                 shape, dtype = _read_header(member)
-                if np.issubdtype(dtype, np.floating):
-                    _refuse_floats(self.name, member, shape, dtype)
         if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or not shape[0]:
             raise EvaluationError(
-                f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3] with N > 0"
+                f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3] with N > 0; "
+                "images in [-1, 1] become uint8 by clip(127.5 * x + 128, 0, 255)"
             )
         self._length, self.shape = shape[0], tuple(shape[1:])
         self._member, self._next = None, 0
@@ -105,13 +132,13 @@ class NpzImages:
         return self._length
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Images start .. stop - 1: uint8 [n, H, W, 3]; quick where calls go forward.
+        """Images start .. stop - 1: uint8 [n, H, W, 3]; fast where calls go forward.
 
         Raises:
           EvaluationError: the file ends early or is damaged.
         """
         size = int(np.prod(self.shape))
-        with _readable(self.name):
+        with readable(self.name):
             # One stream for all calls: to find a place, a member is read from its beginning.
             if self._member is None or start < self._next:
                 self._member = zipfile.ZipFile(self.name).open("arr_0.npy")  # noqa: SIM115
@@ -124,175 +151,136 @@ class NpzImages:
         self._next = stop
         return np.frombuffer(data, np.uint8).reshape(-1, *self.shape)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the whole file."""
         return hash_file(self.name)
 
 
-def read_arrays(path: str | os.PathLike, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that an `.npz` holds.
-
-    Raises:
-      EvaluationError: not an `.npz`, or truncated.
-    """
-    with _readable(str(path)), np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in names if name in file.files}
-
-
-def array_names(path: str | os.PathLike) -> list[str]:
-    """Names of the arrays that an `.npz` holds.
-
-    Raises:
-      EvaluationError: not an `.npz`, or truncated.
-    """
-    with _readable(str(path)), np.load(path, allow_pickle=False) as file:
-        return list(file.files)
-
-
-def hash_file(path: str | os.PathLike) -> str:
-    """A hash of a file's bytes, such as "file:0123456789abcdef"."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return f"file:{digest.hexdigest()[:16]}"
-
-
-@contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Turns what the readers of damaged files raise into one clear error."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise EvaluationError(f"{name}: there is no such file") from error
-    except EvaluationError:
-        raise
-    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, NotImplementedError) as error:
-        raise EvaluationError(
-            f"{name} cannot be read ({error}): it is truncated or not an .npz; copy or make it "
-            "again"
-        ) from error
-
-
 def _read_header(member) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(member)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in read:
+    read = getattr(np.lib.format, f"read_array_header_{version[0]}_0", None)
+    if read is None:
         raise ValueError(f"npy version {version}")
-    shape, fortran_order, dtype = read[version](member)
+    shape, fortran_order, dtype = read(member)
     if fortran_order and len(shape) > 1:
         raise ValueError("arr_0 is in Fortran order")
     return shape, dtype
 
 
-def _refuse_floats(name: str, member, shape: Sequence[int], dtype: np.dtype) -> None:
-    first = np.frombuffer(member.read(int(np.prod(shape[1:])) * dtype.itemsize), dtype)
-    found = "NaN or infinity" if not np.isfinite(first).all() else "floating-point numbers"
-    raise EvaluationError(
-        f"{name}: arr_0 is {dtype} and holds {found}: expected uint8 images in 0..255; convert "
-        "them with clip(127.5 * x + 128, 0, 255) from [-1, 1]"
-    )
+class PictureSource(Source):
+    """Pictures below a folder, with or without subfolders, by their relative names; no labels."""
 
+    class_names = ("",)
 
-class PictureImages:
-    """PNG, JPEG or other picture files below a folder, in the order of their relative names.
-
-    With `size` each picture is reduced and centre-cropped to size x size; without it all must
-    have the size of the first.
-    """
-
-    def __init__(self, path: str | os.PathLike, size: int | None = None):
+    def __init__(self, path: str | os.PathLike):
         """Lists the files.
 
         Raises:
           EvaluationError: no such folder, or no pictures in it.
         """
-        self.name, self._size = str(path), size
-        root = pathlib.Path(path).expanduser()
-        if not root.is_dir():
+        self.name = str(path)
+        self._root = pathlib.Path(path).expanduser()
+        if not self._root.is_dir():
             raise EvaluationError(f"{path}: there is no such folder or .npz file")
-        self._files = [root / file for file in find_images(root)]
-        self._root = root
+        self._files = find_images(self._root)
         if not self._files:
             raise EvaluationError(f"{path} holds no pictures: expected PNG or JPEG files")
-        self.shape = (size, size, 3) if size else self.original(0).shape
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def original(self, index: int) -> np.ndarray:
-        """One picture as it is in the file: uint8 [H, W, 3].
-
-        Raises:
-          EvaluationError: it cannot be read.
-        """
-        file = self._files[index]
+    def read(self, index: int, reduce_to: int | None = None) -> dict:
+        """One picture; raises UnreadableImage where it cannot be read."""
+        file = self._root / self._files[index]
         try:
-            return decode_image(read_file(file), str(file))
-        except (UnreadableImage, OSError) as error:
-            raise EvaluationError(f"cannot read a picture: {error}; {_WHY_ALL}") from error
+            data = read_file(file)
+        except OSError as error:
+            raise UnreadableImage(str(file), str(error)) from error
+        picture = decode_picture(data, str(file), reduce_to=reduce_to)
+        return {"image": picture, "label": 0, "name": str(file)}
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Pictures start .. stop - 1: uint8 [n, H, W, 3].
-
-        Raises:
-          EvaluationError: a picture of another size, or one that cannot be read.
-        """
-        images = []
-        for index in range(start, stop):
-            image = self.original(index)
-            images.append(center_crop(image, self._size) if self._size else image)
-            if images[-1].shape != self.shape:
-                raise EvaluationError(
-                    f"{self._files[index]} is {image.shape[1]}x{image.shape[0]} px, the pictures "
-                    f"before it {self.shape[1]}x{self.shape[0]}: expected one size"
-                )
-        return np.stack(images)
-
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash over every file's relative name, size and time of change."""
         digest = hashlib.sha256()
-        for file in self._files:
-            stat = file.lstat() if not file.exists() else file.stat()  # A link may lead nowhere.
-            name = file.relative_to(self._root).as_posix()
-            digest.update(os.fsencode(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n"))
+        for name in self._files:
+            file = self._root / name
+            stat = file.stat() if file.exists() else file.lstat()  # A link may lead nowhere.
+            line = f"{pathlib.PurePath(name).as_posix()}\t{stat.st_size}\t{stat.st_mtime_ns}\n"
+            digest.update(os.fsencode(line))
         return f"pictures:{digest.hexdigest()[:16]}"
 
 
 class SourceImages:
-    """A labelled data source, each image reduced and centre-cropped to size x size."""
+    """A source of images, each reduced and centre-cropped to size x size.
 
-    def __init__(self, source: Source, size: int):
-        self.name, self.shape, self._source = source.name, (size, size, 3), source
-        self.fingerprint = f"{source.fingerprint}:{size}"
+    Without a size, all must have the size of the first.
+    """
+
+    def __init__(self, source: Source, size: int | None = None):
+        """Looks at the first image.
+
+        Raises:
+          EvaluationError: without a size, if the first image cannot be read.
+        """
+        self.name, self._source, self._size = source.name, source, size
+        self.shape: tuple[int, ...] | None = None
+        self.shape = (size, size, 3) if size else self.original(0).shape
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Images start .. stop - 1: uint8 [n, size, size, 3].
+    def original(self, index: int) -> np.ndarray:
+        """One image as it is stored: uint8 [H, W, 3].
 
         Raises:
-          EvaluationError: an image that cannot be read.
+          EvaluationError: it cannot be read, or has not the size that all must have.
         """
+        try:
+            example = self._source[index]
+        except UnreadableImage as error:
+            raise self._unreadable(index, error) from error
+        image, shape = example["image"], self.shape
+        if not self._size and shape not in (None, image.shape):
+            raise EvaluationError(
+                f"{example.get('name', f'{self.name}: image {index}')} is {image.shape[1]}x"
+                f"{image.shape[0]} px, the first one {shape[1]}x{shape[0]}: expected one size"
+            )
+        return image
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Images start .. stop - 1: uint8 [n, H, W, 3].
+
+        Raises:
+          EvaluationError: an image that cannot be read, or is of another size than the first.
+        """
+        if not self._size:
+            return np.stack([self.original(index) for index in range(start, stop)])
         images = []
-        crops = iterate_crops(self._source, range(start, stop), self.shape[0], "center")
-        for position, example in crops:
-            if isinstance(example, UnreadableImage):
-                raise EvaluationError(
-                    f"{self.name}: cannot read image {position}: {example}; {_WHY_ALL}"
-                )
-            images.append(example["crops"][0])
+        for index, found in iterate_crops(self._source, range(start, stop), self._size, "center"):
+            if isinstance(found, UnreadableImage):
+                raise self._unreadable(index, found)
+            images.append(found["crops"][0])
         return np.stack(images)
 
+    def _unreadable(self, index: int, error: UnreadableImage) -> EvaluationError:
+        return EvaluationError(
+            f"{self.name}: cannot read image {index}: {error}; replace or remove it, since the "
+            "score of the others would not be the score of the set"
+        )
 
-def open_samples(path: str | os.PathLike) -> NpzImages | PictureImages:
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the source, and of the size."""
+        return f"{self._source.fingerprint}:{self._size}"
+
+
+Images = NpzImages | SourceImages
+
+
+def open_samples(path: str | os.PathLike) -> Images:
     """The images of an `.npz` file or of a folder of pictures."""
     if str(path).endswith(".npz") or pathlib.Path(path).is_file():
         return NpzImages(path)
-    return PictureImages(path)
+    return SourceImages(PictureSource(path))

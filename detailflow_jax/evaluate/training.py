@@ -6,7 +6,7 @@ turns into images. It all runs over the mesh of the run, with the parameters whe
 the feature network is copied to every device. Sample i depends on i alone, so scores of different
 steps and runs compare.
 
-FID of a few images is far above that of many: each score bears its number of images in its name.
+FID of a few images is far above that of many: each score has its number of images in its name.
 """
 
 import functools
@@ -22,21 +22,21 @@ from ml_collections import ConfigDict
 from detailflow_jax.convert import load
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.evaluate import generation, image_quality
-from detailflow_jax.evaluate.distances import frechet_distance
+from detailflow_jax.evaluate.distances import frechet_distance, gaussian
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor, local_mesh
-from detailflow_jax.evaluate.models import as_uint8, image_size
-from detailflow_jax.evaluate.moments import Moments
+from detailflow_jax.evaluate.models import image_size, images_of
 from detailflow_jax.evaluate.networks import load_extractor
 from detailflow_jax.evaluate.references import load_reference, open_images
 from detailflow_jax.inference import programs
-from detailflow_jax.inference.batching import in_batches, over_processes, whole_shares
+from detailflow_jax.inference.batching import over_processes, whole_shares
 from detailflow_jax.inference.sampling import DECODERS, sampling_of
 from detailflow_jax.runtime import sharding
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, NotFoundError
 from detailflow_jax.tasks import TrainState
 
-Scores = dict[str, float]
+Measure = Callable[[Any], tuple[Mapping[str, Any], int]]
+"""Parameters -> metrics by name, and of how many images."""
 
 
 def make_scorer(config: ConfigDict, mesh: Mesh, workdir: str) -> "Scorer | None":
@@ -53,31 +53,33 @@ def make_scorer(config: ConfigDict, mesh: Mesh, workdir: str) -> "Scorer | None"
             "config.score.reference is empty: name what to score against (an .npz, a folder of "
             "pictures, tfds:NAME:SPLIT, digits:test), or set config.score.every=0"
         )
-    kind = GenerationScorer if config.task in DECODERS else ReconstructionScorer
     try:
         with sharding.use(local_mesh()):
-            return kind(config, mesh, workdir)
-    except (EvaluationError, FileNotFoundError) as error:
+            return Scorer(config, mesh, workdir)
+    except (EvaluationError, NotFoundError) as error:
         raise ConfigError(f"config.score: {error}") from error
 
 
 class Scorer:
     """State -> {"score/raw/NAME_of_N": value, "score/ema/NAME_of_N": value}."""
 
-    def __init__(self, config: ConfigDict, mesh: Mesh):
+    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: str):
         self.config, self.mesh, s = config, mesh, config.score
         self.local = local_mesh()  # of this process, for what each computes by itself
         self.batch_size = whole_shares(min(s.batch_size, s.num_samples), mesh)
+        samples = config.task in DECODERS
+        if samples and not s.features:
+            raise EvaluationError("config.score.features=False leaves no score for samples")
         self.extractor: FeatureExtractor | None = None
         if s.features:
+            rest = "config.score.features=False, which leaves PSNR and SSIM"
+            without = "config.score.every=0" if samples else rest
             self.extractor = load_extractor(
-                s.inception,
-                s.batch_size,
-                field="config.score.inception",
-                without=self.WITHOUT,
+                s.inception, s.batch_size, field="config.score.inception", without=without
             )
+        self.measure = self._generation(workdir) if samples else self._reconstruction()
 
-    def __call__(self, state: TrainState) -> Scores:
+    def __call__(self, state: TrainState) -> dict[str, float]:
         """Scores the parameters of a state, and their average where there is one.
 
         All processes of a run must call together. Takes no part in the state's randomness.
@@ -85,11 +87,11 @@ class Scorer:
         Raises:
           EvaluationError: the network gives NaN or infinity.
         """
-        found, kinds = {}, {"raw": state.params, "ema": state.ema}
-        for kind, params in kinds.items():
+        found = {}
+        for kind, params in {"raw": state.params, "ema": state.ema}.items():
             if params is not None:
                 with sharding.use(self.local):
-                    values, count = self.score(params)
+                    values, count = self.measure(params)
                 found |= {
                     f"score/{kind}/{name}_of_{count}": float(value)
                     for name, value in values.items()
@@ -97,72 +99,56 @@ class Scorer:
                 }
         return found
 
-    def over_batches(self, function: Callable, *rows: np.ndarray) -> np.ndarray:
-        """The images that `function` makes of rows, which it gets in batches over the mesh."""
-        finish = functools.partial(as_uint8, what="images during training")
-        return in_batches(
-            function, self.batch_size, *rows, mesh=self.mesh, whole=True, finish=finish
-        )
-
-    def features(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Features of the same images in every process, each of which computes its share."""
-        return over_processes(lambda first, own: self.extractor(own), images)
-
-
-class ReconstructionScorer(Scorer):
-    """PSNR and SSIM of reconstructions of the reference's first images, and their rFID."""
-
-    WITHOUT = "config.score.features=False, which leaves PSNR and SSIM"
-
-    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: str):
-        super().__init__(config, mesh)
+    def _reconstruction(self) -> Measure:
+        """PSNR and SSIM of reconstructions of the reference's first images, and their rFID."""
+        config = self.config
         side = config.model.get("image_size", config.data.image_size)
         images = open_images(config.score.reference, side, config.data.get("data_dir"))
         count = min(config.score.num_samples, len(images))
         if count < 2:
             raise EvaluationError(f"{images.name} holds {count} images, expected 2 at least")
-        self.originals = images.read(0, count)
-        self.network = programs.network_of(config)
-        if self.extractor:
-            self.reference = Moments.of([self.features(self.originals)["pool"]])
+        originals, network = images.read(0, count), programs.network_of(config)
+        reference = gaussian([self._features(originals)["pool"]]) if self.extractor else None
 
-    def score(self, params: Any) -> tuple[Mapping[str, Any], int]:
-        """Metrics of one set of parameters, and of how many images."""
-        images = self.over_batches(
-            functools.partial(programs.reconstruct, self.network, params), self.originals
-        )
-        values = {
-            "psnr": np.mean(image_quality.psnr(images, self.originals)),
-            "ssim": np.mean(image_quality.ssim(images, self.originals)),
-        }
-        if self.extractor:
-            made = Moments.of([self.features(images)["pool"]])
-            values["rfid"] = frechet_distance(
-                self.reference.mean, self.reference.covariance, made.mean, made.covariance
-            )
-        return values, len(images)
+        def measure(params: Any) -> tuple[Mapping[str, Any], int]:
+            made = self._images(functools.partial(programs.reconstruct, network, params), originals)
+            values = {
+                "psnr": np.mean(image_quality.psnr(made, originals)),
+                "ssim": np.mean(image_quality.ssim(made, originals)),
+            }
+            if reference:
+                features = self._features(made)["pool"]
+                values["rfid"] = frechet_distance(*reference, *gaussian([features]))
+            return values, count
 
+        return measure
 
-class GenerationScorer(Scorer):
-    """FID and its kin of samples, of every class as many."""
-
-    WITHOUT = "config.score.every=0"
-
-    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: str):
-        s = config.score
-        if not s.features:
-            raise EvaluationError("config.score.features=False leaves no score for samples")
-        super().__init__(config, mesh)
+    def _generation(self, workdir: str) -> Measure:
+        """FID and its kin of samples, equally many of every class."""
+        config, s = self.config, self.config.score
         # Jitted as a whole: the keys of all processes' samples are made on the devices.
-        self.sample = jax.jit(sampling_of(config, s.cfg_scale), static_argnames="seed")
-        self.decoder, self.decoder_params = self._load_decoder()
-        self.reference = load_reference(
+        sample = jax.jit(sampling_of(config, s.cfg_scale), static_argnames="seed")
+        decoder, decoder_params = self._load_decoder()
+        reference = load_reference(
             s.reference,
             self.extractor,
-            image_size=image_size(config.model, self.decoder.config),
+            image_size=image_size(config.model, decoder.config),
             cache=pathlib.Path(workdir) / "references",
             data_dir=config.data.get("data_dir"),
         )
+        labels = generation.class_labels("balanced", s.num_samples, config.model.num_classes, 0)
+
+        def measure(params: Any) -> tuple[Mapping[str, Any], int]:
+            def make(labels, indices):
+                samples = sample(params, labels, seed=0, indices=indices)
+                return programs.decode_whole(decoder, decoder_params, samples)
+
+            indices = np.arange(len(labels), dtype=np.int32)
+            features = self._features(self._images(make, labels, indices))
+            parts = lambda name: [features[name]]  # noqa: E731
+            return generation.score(parts, reference, self.extractor.mesh), len(labels)
+
+        return measure
 
     def _load_decoder(self) -> tuple[Any, Any]:
         """The decoder's network, and its parameters on every device."""
@@ -180,18 +166,11 @@ class GenerationScorer(Scorer):
         )
         return NETWORKS[kind].module(found.config), params
 
-    def score(self, params: Any) -> tuple[Mapping[str, Any], int]:
-        """Metrics of one set of parameters, and of how many images."""
-        count = self.config.score.num_samples
-        labels = generation.class_labels("balanced", count, self.config.model.num_classes, 0)
+    def _images(self, function: Callable, *rows: np.ndarray) -> np.ndarray:
+        """The images that `function` makes of rows, which it gets in batches over the mesh."""
+        what = "images during training"
+        return images_of(function, self.batch_size, *rows, mesh=self.mesh, what=what)
 
-        def make(labels, indices):
-            samples = self.sample(params, labels, seed=0, indices=indices)
-            return programs.decode_whole(self.decoder, self.decoder_params, samples)
-
-        images = self.over_batches(make, labels, np.arange(count, dtype=np.int32))
-        features = self.features(images)
-        values = generation.score(
-            lambda name: [features[name]], self.reference, self.extractor.mesh
-        )
-        return values, count
+    def _features(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Features of the same images in every process, each of which computes its share."""
+        return over_processes(lambda first, own: self.extractor(own), images)

@@ -7,7 +7,7 @@ hlo.py          the compiled program's text: instructions, and how often each ru
 flops.py        floating-point operations, of the compiled program and of the code as written
 traffic.py      bytes to and from a chip's memory
 collectives.py  bytes between the chips, and over which links
-roofline.py     the least time a step can take, and what it costs
+report.py       the least time a step can take, and what it costs; all as text and as JSON
 advice.py       what to change in a program that does not fit
-report.py       all of it as text and as JSON
+command.py      `detailflow compile-pod`
 """

@@ -1,12 +1,12 @@
 """Compiles a program for a TPU pod on any CPU and estimates how it would run there.
 
-    python -m detailflow_jax.compile_pod --config configs/generator.py:detailflow_16:size=GPT-3B \\
+    detailflow compile-pod --config configs/generator.py:detailflow_16:size=GPT-3B \\
         --topology v5e-256 --mesh auto
 
-The train step is the one that `detailflow_jax.train` runs, with the same placements; the compiler
-is the TPU's own (libtpu, `pip install 'jax[tpu]'`). It prints the memory per chip, the
-arithmetic, memory traffic and collectives per step, the shortest time they can take, and what the
-recipe of the configuration costs at that speed. These are bounds, not measurements.
+The train step is the one that `detailflow train` runs, with the same placements; the compiler is
+the TPU's own (libtpu, `pip install 'jax[tpu]'`). It prints the memory per chip, the arithmetic,
+memory traffic and collectives per step, the shortest time they can take, and what the recipe of
+the configuration costs at that speed. These are bounds, not measurements.
 
 Exit codes:
     0  compiled
@@ -23,7 +23,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from detailflow_jax.pod import advice, meshes, programs, report, roofline, topologies
+from detailflow_jax.pod import advice, meshes, programs, report, topologies
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.errors import UserError
@@ -68,18 +68,13 @@ def compile_pod(
     except programs.DoesNotFit as error:
         return {
             "fits": False,
-            "what": what,
-            "task": config.task,
-            "topology": topology.name,
-            "chips": topology.chips,
-            "mesh": dict(chosen.shape),
-            "images_a_step": program.images,
+            **report.heading(program, config, topology),
             "needed_bytes": error.used,
             "state_bytes": error.state,
             "memory_bytes": topology.chip.memory,
             "advice": advice.suggest(error, program, config, topology),
         }
-    return report.summary(roofline.analyse(compiled, topology), compiled, config, topology)
+    return report.summary(compiled, config, topology)
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -99,7 +94,7 @@ exit codes: 0 compiled; 2 unusable command line, configuration or mesh; 3 does n
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE.py[:VARIANT]", help="as for detailflow_jax.train")
+    add("--config", required=True, metavar="FILE.py[:VARIANT]", help="as for detailflow train")
     add("--topology", required=True, metavar="NAME", help="such as v5e-256, v6e-256 or v5p-128")
     add(
         "--mesh",

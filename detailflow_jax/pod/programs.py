@@ -49,7 +49,6 @@ class Program:
       mesh: what it is compiled for.
       images: how many images one run takes or makes.
       note: what else to know about it.
-      whole: {name: bytes} of large arrays of its state that fsdp does not split.
     """
 
     name: str
@@ -58,13 +57,21 @@ class Program:
     options: dict[str, Any]
     mesh: Mesh
     images: int
-    note: str = ""
-    whole: dict[str, int] = dataclasses.field(default_factory=dict)
+    note: str
 
     @property
     def state_bytes(self) -> int:
         """Bytes that the arguments take on each chip."""
-        return sum(sharding.bytes_a_device(leaf) for leaf in jax.tree.leaves(self.arguments))
+        return _bytes(self.arguments)
+
+    @property
+    def whole(self) -> dict[str, int]:
+        """{name: bytes} of large arrays of its state that fsdp does not split."""
+        return sharding.left_whole(self.arguments[0])
+
+
+def _bytes(tree: Any) -> int:
+    return sum(sharding.bytes_a_device(leaf) for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +95,7 @@ def state_bytes(config: ConfigDict, what: str, mesh: Mesh | AbstractMesh) -> int
     That is the whole training state, or for a sampler the parameters alone.
     """
     state = sharding.abstract_state(_task(config).init, jax.random.key(0), mesh)
-    kept = state if what == "train" else state.params
-    return sum(sharding.bytes_a_device(leaf) for leaf in jax.tree.leaves(kept))
+    return _bytes(state if what == "train" else state.params)
 
 
 # ------------------------------------------------------------------------------------- the programs
@@ -109,10 +115,7 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Program:
     whole = NamedSharding(mesh, PartitionSpec())
     plan = jax.tree.map(lambda x: _abstract(np.shape(x), np.asarray(x).dtype, whole), plan)
     arguments = state, _abstract_batch(config, mesh), plan
-    static = {"variant": variant}
-    return Program(
-        "train", step, arguments, static, mesh, config.batch_size, note, sharding.left_whole(state)
-    )
+    return Program("train", step, arguments, {"variant": variant}, mesh, config.batch_size, note)
 
 
 def sampler_program(config: ConfigDict, mesh: Mesh, batch_size: int, cfg_scale: float) -> Program:
@@ -134,11 +137,8 @@ def sampler_program(config: ConfigDict, mesh: Mesh, batch_size: int, cfg_scale: 
     whole = NamedSharding(mesh, PartitionSpec())
     guidance = _abstract(sampling.guidance.shape, jnp.float32, whole)
     note = f"{sampling.note}, guidance {cfg_scale:g}"
-    arguments = params, labels, keys, guidance
-    step = jax.jit(sampling.run)
-    return Program(
-        "sampler", step, arguments, {}, mesh, batch_size, note, sharding.left_whole(params)
-    )
+    arguments, step = (params, labels, keys, guidance), jax.jit(sampling.run)
+    return Program("sampler", step, arguments, {}, mesh, batch_size, note)
 
 
 def _task(config: ConfigDict) -> Task:

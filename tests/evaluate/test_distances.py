@@ -10,7 +10,6 @@ import scipy.ndimage
 
 from detailflow_jax.evaluate import distances, image_quality
 from detailflow_jax.evaluate.errors import EvaluationError
-from detailflow_jax.evaluate.moments import Moments
 from golden_files import FOLDER
 
 RNG = np.random.default_rng
@@ -30,7 +29,7 @@ def rectified(rows, width, zeros=0, seed=0):
     return features
 
 
-def gaussian(features):
+def by_numpy(features):
     return features.mean(0), np.cov(features, rowvar=False)
 
 
@@ -47,8 +46,9 @@ def by_square_root(mean1, covariance1, mean2, covariance2):
 
 
 def test_golden_fid(golden):
-    a, b = Moments.of([golden["reference"]]), Moments.of(np.split(golden["sample"], 5))
-    fid = distances.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    reference = distances.gaussian([golden["reference"]])
+    sample = distances.gaussian(np.split(golden["sample"], 5))
+    fid = distances.frechet_distance(*reference, *sample)
     assert fid == pytest.approx(golden["fid"], rel=1e-5)
 
 
@@ -73,24 +73,18 @@ def test_moments_equal_numpy_however_rows_come(offset):
     expected = np.cov(rows, rowvar=False)
     scale = np.abs(expected).max()
     for cuts in ([], [1, 2, 64, 650], list(range(1, 700))):
-        moments = Moments.of(np.split(rows, cuts))
-        np.testing.assert_allclose(moments.covariance, expected, rtol=0, atol=1e-10 * scale)
-        np.testing.assert_allclose(moments.mean, rows.mean(0, dtype=np.float64), rtol=1e-12)
-    first, second = Moments.of([rows[:123]]), Moments.of([rows[123:]])
-    first.merge(second)
-    assert first.count == 700
-    np.testing.assert_allclose(first.covariance, expected, rtol=0, atol=1e-10 * scale)
+        found = distances.gaussian(np.split(rows, cuts))
+        np.testing.assert_allclose(found.covariance, expected, rtol=0, atol=1e-10 * scale)
+        np.testing.assert_allclose(found.mean, rows.mean(0, dtype=np.float64), rtol=1e-12)
 
 
-def test_moments_refuse_what_has_none():
-    moments = Moments(3)
-    moments.update(np.ones((1, 3)))
-    with pytest.raises(EvaluationError, match="1 images have no covariance"):
-        _ = moments.covariance
-    with pytest.raises(EvaluationError, match="NaN"):
-        moments.update(np.array([[1, np.nan, 0]]))
-    with pytest.raises(EvaluationError, match=r"expected \[n, 3\]"):
-        moments.update(np.ones((2, 4)))
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [(np.ones((1, 3)), "1 images have no covariance"), (np.array([[1, np.nan, 0]] * 2), "NaN")],
+)
+def test_features_that_have_no_moments_are_an_error(rows, words):
+    with pytest.raises(EvaluationError, match=words):
+        distances.gaussian([rows])
 
 
 # --------------------------------------------------------------------------- Fréchet distance
@@ -100,8 +94,8 @@ def test_moments_refuse_what_has_none():
     ("width", "rows", "zeros"), [(64, 400, 0), (64, 20, 0), (64, 200, 5), (256, 60, 40)]
 )
 def test_frechet_distance_is_that_of_the_matrix_square_root(width, rows, zeros):
-    a = gaussian(rectified(rows, width, zeros))
-    b = gaussian(rectified(rows + 7, width, zeros, seed=1))
+    a = by_numpy(rectified(rows, width, zeros))
+    b = by_numpy(rectified(rows + 7, width, zeros, seed=1))
     # Off full rank scipy's root itself is uncertain by about the root of float64's epsilon.
     expected = by_square_root(*a, *b)
     assert distances.frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-6)
@@ -119,7 +113,7 @@ def test_frechet_distance_of_2048_features_of_500_images():
         root = scipy.linalg.sqrtm(gram @ gram.T)
     spread = np.sum(x**2) + np.sum(y**2) - 2 * np.trace(root).real
     expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + spread
-    got = distances.frechet_distance(*gaussian(a), *gaussian(b))
+    got = distances.frechet_distance(*by_numpy(a), *by_numpy(b))
     assert got == pytest.approx(expected, rel=1e-6)
 
 
@@ -171,12 +165,11 @@ def brute_force(reference, sample, k=3):
 @pytest.mark.parametrize("scale", [1.0, 1024.0])  # Squares of the second overflow float16.
 def test_precision_and_recall_by_blocks_equal_brute_force(monkeypatch, scale):
     monkeypatch.setattr(distances, "_ROWS", 24)
-    monkeypatch.setattr(distances, "_COLUMNS", 40)
     jax.clear_caches()
     reference = (scale * RNG(0).integers(3, 10, (130, 3))).astype(np.float32)
     sample = (scale * RNG(1).integers(4, 12, (90, 3))).astype(np.float32)
-    # What lies at 0 is far from all samples, but not from the zeros that pad a block; what lies
-    # at -20 has those samples at -41 within its radius, unless it counts padding as neighbours.
+    # What lies at 0 is far from all samples, but not from zeros, if they padded a block; what lies
+    # at -20 has those samples at -41 within its radius, unless padding counted as neighbours.
     reference[0], reference[1], sample[:4] = 0, -20 * scale, -41 * scale
     precision, recall = distances.precision_recall(reference, sample)
     assert (precision, recall) == pytest.approx(brute_force(reference, sample))

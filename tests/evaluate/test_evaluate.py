@@ -16,7 +16,7 @@ from detailflow_jax.evaluate import chunks, generation, image_quality, reconstru
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor
 from detailflow_jax.evaluate.models import Reconstructor, Sampler
-from detailflow_jax.evaluate.samples import NpzImages, PictureImages, open_samples, write_samples
+from detailflow_jax.evaluate.samples import NpzImages, open_samples, write_samples
 from detailflow_jax.ops import images as pixels
 from scored_models import (
     SIZE,
@@ -76,9 +76,9 @@ def test_pictures_are_read_in_order_and_cropped(tmp_path):
     found = open_samples(tmp_path)
     np.testing.assert_array_equal(found.read(0, 4), np.concatenate([images(1, seed=1), data]))
     save_pictures(tmp_path, images(1, size=20), "c/{}.png")
-    with pytest.raises(EvaluationError, match=r"c/0.png is 20x20 px.*before it 16x16"):
+    with pytest.raises(EvaluationError, match=r"c/0.png is 20x20 px, the first one 16x16"):
         open_samples(tmp_path).read(0, 5)
-    assert PictureImages(tmp_path, 8).read(0, 5).shape == (5, 8, 8, 3)
+    assert references.open_images(str(tmp_path), 8).read(0, 5).shape == (5, 8, 8, 3)
 
 
 # ----------------------------------------------------------------------------------- references
@@ -158,10 +158,10 @@ WRONG = {
     "too few": (lambda p: np.savez(p, images(3)), "holds 3 images: at least 4 are needed"),
     "truncated": (truncated, "truncated or not an .npz"),
     "cut inside": (cut_inside, "arr_0 ends within images"),
-    "NaN images": (with_nan, "arr_0 is float32 and holds NaN"),
+    "NaN images": (with_nan, r"arr_0 is float32 \[60, 16, 16, 3\], expected uint8"),
     "float images": (lambda p: np.savez(p, images() / 255), "float64.*expected uint8"),
     "grey": (lambda p: np.savez(p, images()[..., 0]), r"uint8 \[60, 16, 16\], expected"),
-    "other names": (lambda p: np.savez(p, a=1, b=2), "holds a, b: expected mu and sigma"),
+    "other names": (lambda p: np.savez(p, a=1, b=2), "holds a, b: expected mu with sigma"),
     "half": (lambda p: np.savez(p, mu=np.zeros(12)), "expected mu with sigma"),
     "NaN statistics": (damaged_statistics, "mu holds NaN"),
     "text": (lambda p: p.write_text("not found"), "truncated or not an .npz"),

@@ -59,12 +59,41 @@ def test_help_and_refusals(standins, launcher):
     assert standins.calls == []
 
 
+@pytest.mark.parametrize(
+    ("launcher", "option"),
+    [
+        ("tpu_vm", "--num-slices"),
+        ("queued_resources", "--poll-seconds"),
+        ("babysit", "--nodes"),
+        ("xpk", "--spot"),
+        ("jobset", "--create-option"),
+        ("slurm", "--tpu-type"),
+    ],
+)
+def test_an_option_without_effect_is_an_error(standins, launcher, option):
+    start = None if launcher == "babysit" else "start"
+    told = standins.run(launcher, start, option, "2", *TRAINING, code=2).stderr
+    assert f"{option} has no effect: launch/{launcher}.sh does not use it" in told
+    assert standins.calls == []
+
+
+def test_the_babysitter_takes_the_options_of_its_launcher(standins):
+    """And keeps its own from it."""
+    options = ["--poll-seconds", "1", "--spot", "true", "--dry-run"]
+    plan = standins.run("babysit", None, *options, "--num-slices", "2", *TRAINING).stdout
+    assert "--node-count=2" in plan and "every 1 s" in plan
+    script = str(standins.repo / "launch" / "babysit.sh")
+    with_tpu_vm = [script, "--with", "tpu_vm", *options, "--num-slices", "2", *TRAINING]
+    assert "--num-slices has no effect" in standins.execute(with_tpu_vm, code=2).stderr
+
+
 @pytest.mark.parametrize("launcher", ["tpu_vm", "queued_resources", "xpk", "jobset", "slurm"])
 def test_dry_run_prints_what_a_run_calls(standins, tmp_path, launcher):
     standins.answer("[[ $* != *describe* ]] || echo READY; [[ $* != *'storage cat'* ]] || exit 1")
-    options = ["--env", f"NOTE={ODD}", "--create-option", "--labels=a b", "--spot", "true"]
-    if launcher == "slurm":
-        options += ["--runs", str(tmp_path / "shared")]
+    options = ["--env", f"NOTE={ODD}"]
+    options += ["--create-option", "--labels=a b"] if launcher != "jobset" else []
+    options += ["--spot", "true"] if launcher not in ("xpk", "slurm") else []
+    options += ["--runs", str(tmp_path / "shared")] if launcher == "slurm" else []
     plan = standins.run(launcher, "start", "--dry-run", *options, *TRAINING).stdout
     assert standins.calls == [] and not (standins.repo / "build").exists()
     standins.run(launcher, "start", *options, *TRAINING)
