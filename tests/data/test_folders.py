@@ -8,7 +8,7 @@ from PIL import Image
 
 from detailflow_jax.data import make_source
 from detailflow_jax.data.folders import class_folders, find_images, natural_order
-from detailflow_jax.evaluate.samples import PictureImages
+from detailflow_jax.evaluate.samples import PictureSource
 
 
 def add(root, *names):
@@ -36,7 +36,7 @@ def test_folders_of_the_system_are_left_out_with_one_notice(tmp_path, warnings, 
     assert class_folders(str(tmp_path)) == {"cat": ["1.png"], "dog": ["1.png"]}
     assert len(warnings) == 1 and "3 hidden or system entries" in warnings[0]
     assert find_images(tmp_path) == ["cat/1.png", "dog/1.png"]
-    assert len(PictureImages(tmp_path)) == 2
+    assert len(PictureSource(tmp_path)) == 2
     assert len(warnings) == 3 and len(set(warnings)) == 1
 
 
