@@ -8,6 +8,7 @@ wanted. Which file holds the weights is chosen in this order:
 3. the only other `*.safetensors` or `*.safetensors.index.json`
 4. the only file in `checkpoints/`, as the published folders have it
 5. the only `.pt`, `.pth`, `.ckpt` or `.bin` in the folder itself
+6. shards without an index, if all of them are there
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ _FIRST = (
     f"model.safetensors{INDEX_SUFFIX}",
     f"pytorch_model.bin{INDEX_SUFFIX}",
 )
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 # What trainers leave beside the weights under the same suffixes.
-_NOT_WEIGHTS = re.compile(r"(^|/)(optimizer|scheduler|rng_state\w*|training_args|scaler)\.\w+$")
+_NOT_WEIGHTS = re.compile(
+    r"(^|/)(optimizer|scheduler|rng_state\w*|training_args|scaler|\w*optim_states)\.\w+$"
+)
 # No configuration or index is near this; a file that is would only fill the memory.
 _MAX_TEXT_BYTES = 64 << 20
 
@@ -160,11 +163,13 @@ def _gather(folder: Folder, file: str | None) -> Located:
             expected=f"one of those there ({_listed(names)})",
             remedy="Check the name.",
         )
-    chosen = file or choose_weights(names, folder.where)
+    others = [file, *_candidates(names), *set(_FIRST).intersection(names)]
+    files = [] if any(others) else _all_shards(names)
+    chosen = file or (files[0] if files else choose_weights(names, folder.where))
     notices = []
     if aside := [n for n in _candidates(names) if n != chosen and file is None]:
         notices.append(f"{folder.where}: reading {chosen}, leaving aside {_listed(aside)}")
-    shard_of, files = None, [chosen]
+    shard_of, files = None, files or [chosen]
     if chosen.endswith(INDEX_SUFFIX):
         shards = _read_index(folder, chosen, names)
         files = sorted(set(shards.values()))
@@ -175,6 +180,15 @@ def _gather(folder: Folder, file: str | None) -> Located:
         shard_of=shard_of,
         configs={join(folder.where, n): folder.fetch(n) for n in CONFIG_NAMES if n in names},
         notices=tuple(notices),
+    )
+
+
+def _all_shards(names: Sequence[str]) -> list[str]:
+    """The shards of a checkpoint without an index; none if one is missing."""
+    found = {name: match for name in names if (match := _SHARD.search(name))}
+    whole = {(name[: match.start()], int(match[1])) for name, match in found.items()}
+    return (
+        sorted(found) if {count for _, count in whole} == {len(found)} and len(whole) == 1 else []
     )
 
 

@@ -423,6 +423,8 @@ def test_folder_and_file_give_the_same(tmp_path):
         (["x.pt", "x.safetensors", "checkpoints/1.pt"], "x.safetensors"),
         (["checkpoints/256.pt", "optimizer.pt", "x.pth"], "checkpoints/256.pt"),
         (["README.md", "optimizer.pt", "training_args.bin", "x.ckpt"], "x.ckpt"),
+        (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+         "mp_rank_00_model_states.pt"),
         (["a.pt", "b.pth"], "several checkpoints: a.pt, b.pth"),
         (["checkpoints/1.pt", "checkpoints/2.pt"], "several checkpoints"),
         (["README.md"], r"holds no weights \(README.md\)"),
@@ -455,6 +457,11 @@ def test_shards(tmp_path, suffix):
         read_checkpoint(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     with pytest.raises(CheckpointError, match="not beside it"):
+        read_checkpoint(tmp_path)
+    index.unlink()  # All shards are there, which their names tell.
+    assert list(read_checkpoint(tmp_path).tensors) == ["a", "b"]
+    (tmp_path / f"{stem}-00001-of-00002.{suffix}").unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
         read_checkpoint(tmp_path)
 
 
