@@ -114,27 +114,35 @@ def check_encoder(config: Any, encoded_by: str, workdir: str | os.PathLike[str])
       workdir: of the run, which may have begun before.
 
     Raises:
-      CheckpointError: the autoencoder of `config.vae.path` did not make the latents, or the run
-        has begun on codes or latents of another encoder.
+      CheckpointError: what `config.vae.path` or `config.score.decoder` names did not make the codes
+        or latents, or the run has begun on those of another encoder.
     """
-    path = (config.get("vae") or {}).get("path")
-    if path:
-        own = encoder_fingerprint("vae", _load_vae(config.vae).params)
-        if encoded_by and own != encoded_by:
-            raise CheckpointError(
-                f"config.vae.path={path} is not the autoencoder that made the latents of "
-                f"{config.data.source}",
-                expected="the same one, or one whose decoder alone was trained on",
-            )
-        encoded_by = own
+    source = (config.get("data") or {}).get("source", "")
+    if (config.get("vae") or {}).get("path"):
+        found = _load_vae(config.vae)
+        _check_made(found, encoded_by, f"config.vae.path={config.vae.path}", source)
+        encoded_by = encoder_fingerprint("vae", found.params)
+    score = config.get("score") or {}
+    if encoded_by and score.get("every") and score.get("decoder"):
+        found = load({"generator": "tokenizer"}.get(config.task, "vae"), score.decoder)
+        _check_made(found, encoded_by, f"config.score.decoder={score.decoder}", source)
     before = read_config(workdir).get("encoded_by", "") if is_workdir(workdir) else ""
     if before and encoded_by and before != encoded_by:
         raise CheckpointError(
-            f"{workdir} was started on the codes or latents of another encoder than those of "
-            f"{path or config.data.source}",
+            f"{workdir} was started on the codes or latents of another encoder than that of the "
+            f"data, {source}",
             remedy="Give the run another --workdir, or the data of its own encoder.",
         )
     return encoded_by or before
+
+
+def _check_made(decoder: Loaded, encoded_by: str, field: str, source: str) -> None:
+    if encoded_by and encoder_fingerprint(decoder.kind, decoder.params) != encoded_by:
+        raise CheckpointError(
+            f"{field} is not the {NETWORKS[decoder.kind].title} that made the codes or latents of "
+            f"{source}",
+            expected="the same one, or one whose decoder alone was trained on",
+        )
 
 
 def read_frozen(frozen: Frozen, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,12 +63,18 @@ def test_a_run_keeps_to_its_encoder(tmp_path, monkeypatch):
         start.check_encoder(config, "b" * 32, tmp_path / "run")
 
     params = {"encoder": {"w": np.ones(2)}, "quant_conv": {"w": np.ones(1)}, "decoder": {}}
-    monkeypatch.setattr(start, "_load_vae", lambda fields: types.SimpleNamespace(params=params))
+    vae = types.SimpleNamespace(kind="vae", params=params)
+    monkeypatch.setattr(start, "_load_vae", lambda fields: vae)
+    monkeypatch.setattr(start, "load", lambda kind, path: vae)
     own = encoder_fingerprint("vae", params)
     config.vae.path = "runs/vae"
     assert start.check_encoder(config, "", tmp_path / "new") == own
     assert start.check_encoder(config, own, tmp_path / "new") == own
-    with pytest.raises(CheckpointError, match=r"runs/vae is not the autoencoder that made the lat"):
+    with pytest.raises(CheckpointError, match=r"runs/vae is not the KL autoencoder that made the"):
+        start.check_encoder(config, "c" * 32, tmp_path / "new")
+    config.vae.path, config.score = None, {"every": 10, "decoder": "runs/other"}
+    assert start.check_encoder(config, own, tmp_path / "new") == own
+    with pytest.raises(CheckpointError, match=r"config\.score\.decoder=runs/other is not the KL"):
         start.check_encoder(config, "c" * 32, tmp_path / "new")
 
 
