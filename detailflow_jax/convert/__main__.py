@@ -177,6 +177,7 @@ def _read_lines(found: Loaded, size: int) -> list[str]:
     return [
         _line("read", found.source),
         _line("network", f"{found.kind}, {size / 4e6:.1f}M parameters"),
+        _line("weights", "their average (ema)" if found.taken == "ema" else found.taken),
         _line("loaded", f"{count} tensors, {' and '.join(found.dtypes)} -> float32"),
         _line("skipped (design)", _summary(report.skipped)),
         _line("missing (new)", _summary(report.missing)),

@@ -124,6 +124,8 @@ def test_weights_can_be_chosen(tmp_path, folders, capsys):
         chosen = ["--weights", choice] if choice else []
         assert run("--to", "pytorch", "--src", tmp_path / "src", "--dst", dst, *chosen) == 0
         assert torch.equal(safetensors.torch.load_file(dst)["norm.weight"], want["norm.weight"])
+        taken = "their average (ema)" if want is average else "model"
+        assert f"weights           {taken}" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ refusals
