@@ -28,7 +28,7 @@ def imagenet(**crop: Any) -> dict[str, Any]:
 
 
 def lpips() -> dict[str, Any]:
-    """Fields of `losses.perceptual`; None: where `python -m detailflow_jax.weights` says."""
+    """Fields of `losses.perceptual`; None: where `detailflow weights` says."""
     return {
         "path": placeholder(str),  # a whole LPIPS, or VGG16 of torchvision
         "linear": placeholder(str),  # beside VGG16, LPIPS's weights over it
@@ -45,7 +45,7 @@ def discriminator(kind: str, **fields: Any) -> dict[str, Any]:
     """
     return {
         "kind": kind,
-        "path": placeholder(str),  # DINO; None: where `python -m detailflow_jax.weights` says
+        "path": placeholder(str),  # DINO; None: where `detailflow weights` says
         "random": False,  # True: a random DINO, to try the code only
         "loss": "hinge",  # or "vanilla", "non_saturating"
         "start_step": 40_000,
@@ -99,6 +99,6 @@ def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_
         "decoder": "",  # for a generator: the tokenizer or VAE that decodes its samples
         "cfg_scale": 1.5,
         "features": True,  # FID and other scores by Inception; False: PSNR and SSIM alone
-        "inception": placeholder(str),  # None: where `python -m detailflow_jax.weights` says
+        "inception": placeholder(str),  # None: where `detailflow weights` says
     }
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1}

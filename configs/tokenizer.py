@@ -7,7 +7,7 @@ Variants:
 
 The published runs start their encoder from SigLIP2 and align with it, so they need its weights:
 `--config.init_from.encoder` and `--config.teacher.path` (docs/checkpoints.md). Their perceptual and
-adversarial terms need VGG16, LPIPS and DINO. `python -m detailflow_jax.weights tokenizer` lists all
+adversarial terms need VGG16, LPIPS and DINO. `detailflow weights tokenizer` lists all
 of these.
 
 Options, after a second colon: `plain` leaves alignment, perceptual and adversarial terms off, so

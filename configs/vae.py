@@ -8,7 +8,7 @@ The published KL-16 loads as it is (`df.load_vae`, docs/checkpoints.md). Of `kl1
 network (`config.model`) is the published one, its scale factor included; the weights of KL,
 perceptual and adversarial terms, and PatchGAN with its adaptive weight, are the LDM family's;
 optimizer, length and average are choices of this project. The perceptual term needs VGG16 and
-LPIPS (`python -m detailflow_jax.weights vae`).
+LPIPS (`detailflow weights vae`).
 
 Options, after a second colon: `plain` leaves the perceptual and adversarial terms off, so that no
 other network's weights are needed, with softer reconstructions; `runlocal` shrinks the network,
