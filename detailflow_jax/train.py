@@ -22,6 +22,7 @@ Exit codes:
 import argparse
 import contextlib
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -130,8 +131,6 @@ def train(
         names = tuple(getattr(iterator, "class_names", ()))
         check_same_classes(names, workdir)
         encoded_by = check_encoder(config, getattr(iterator, "encoded_by", ""), workdir)
-        if jax.process_index() == 0:
-            write_config(config, workdir, names, encoded_by)
 
         # ------------------------------------------------- state: the newest checkpoint's or new
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
@@ -173,6 +172,7 @@ def train(
             watchdog=watchdog,
             scorer=make_scorer(config, mesh, workdir),
             started=started,
+            record=functools.partial(write_config, config, workdir, names, encoded_by),
         )
         train_step = sharding.jit_step(task.train_step, abstract_state)
         try:
@@ -205,6 +205,8 @@ def run_steps(
             jax.block_until_ready(step_metrics)
             logging.info("first step done after %.1f s", time.perf_counter() - run.started)
             run.progress.restart(step)
+            if jax.process_index() == 0:  # Not before: a start that failed can be corrected.
+                run.record()
 
         last = step == config.total_steps
         leave = run.stop.requested(step) and not last
@@ -240,6 +242,7 @@ class Run:
     watchdog: Watchdog
     scorer: Scorer | None
     started: float
+    record: Callable[[], None]  # writes the configuration
     programs: dict[Hashable, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
     def compiled(self, train_step, variant: Hashable, *args: Any) -> jax.stages.Compiled:

@@ -217,6 +217,7 @@ def test_run_starts_from_weights_once(tmp_path, monkeypatch):
     def leave_after_one(run, task, train_step, state, step):
         seen.append(jax.device_get(state.params))
         run.feed.take()
+        run.record()
         run.averages.add(step + 1, {"loss": np.float32(0)})
         state = state.replace(params=jax.tree.map(lambda x: x + 1, state.params))
         run.save(step + 1, state)

@@ -1,5 +1,6 @@
 """The training loop on a small task: what it writes, what stops it, and how exactly it resumes."""
 
+import dataclasses
 import json
 import pathlib
 import random
@@ -122,6 +123,18 @@ def test_a_finished_run_can_be_made_longer(finished, tmp_path):
     assert lines[: len(metrics_of(workdir))] == metrics_of(workdir)
     assert lines[-1]["step"] == config.total_steps + 3
     assert read_config(tmp_path / "longer").total_steps == config.total_steps + 3
+
+
+def test_a_start_that_fails_leaves_no_configuration_behind(tmp_path):
+    config = toy_config(total_steps=2)
+    task = toy_task.make_task(config)
+    broken = dataclasses.replace(task, train_step=lambda *args, variant: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(config, tmp_path, broken, toy_task.make_iterator(config))
+    assert not (tmp_path / "config.json").exists()
+    config.optim.lr = 0.5  # The corrected command.
+    toy_task.run(config, tmp_path)
+    assert read_config(tmp_path).optim.lr == 0.5
 
 
 def test_workdir_of_another_configuration_is_refused(finished):
