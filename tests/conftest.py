@@ -12,7 +12,7 @@ import jaxtyping
 import pytest
 
 # Before the package is imported: every call of an annotated function checks its shapes and dtypes.
-jaxtyping.install_import_hook(["detailflow_jax.ops"], "beartype.beartype")
+jaxtyping.install_import_hook(["detailflow_jax.ops", "detailflow_jax.models"], "beartype.beartype")
 
 # The background jobs of a shell script ignore SIGINT, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

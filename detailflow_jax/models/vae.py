@@ -13,9 +13,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Key
+from jaxtyping import Float, Float32, Key
 
 from detailflow_jax.models import layers
+from detailflow_jax.ops import Array
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -103,8 +104,8 @@ class VAEConfig:
 class Posterior:
     """A diagonal Gaussian over unscaled latents: `mean` and `logvar`, float32 [B, h, w, C]."""
 
-    mean: jax.Array
-    logvar: jax.Array
+    mean: Array
+    logvar: Array
 
     def sample(self, key: Key[Array, ""]) -> Float32[Array, "*B h w C"]:
         """mean + std * noise, unscaled."""
@@ -311,7 +312,7 @@ class VAE(nn.Module):
         """Unscaled latents (a posterior's sample or mean) -> scaled, as the rest of the system."""
         return (z - self.config.shift_factor) * self.config.scale_factor
 
-    def __call__(self, images: jax.Array, key: jax.Array | None = None):
+    def __call__(self, images: Array, key: Array | None = None):
         """Reconstruction from a sample (from the mean without a key), and the posterior."""
         posterior = self.encode(images)
         z = posterior.mean if key is None else posterior.sample(key)
