@@ -12,7 +12,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float, Float32, Key
 
 from detailflow_jax.models import layers
@@ -270,7 +269,7 @@ class VAE(nn.Module):
             self.quant_conv = _conv(2 * c.latent_channels, 1, dtype, name="quant_conv")
             self.post_quant_conv = _conv(c.latent_channels, 1, dtype, name="post_quant_conv")
 
-    def encode(self, images: Float[Array | np.ndarray, "B H W _"]) -> Posterior:
+    def encode(self, images: Float[Array, "B H W _"]) -> Posterior:
         """Images in [-1, 1] -> the unscaled posterior.
 
         Raises:
@@ -292,7 +291,7 @@ class VAE(nn.Module):
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
-    def decode(self, latents: Float[Array | np.ndarray, "B h w C"]) -> Float32[Array, "B H W _"]:
+    def decode(self, latents: Float[Array, "B h w C"]) -> Float32[Array, "B H W _"]:
         """Scaled latents -> images, about [-1, 1].
 
         Raises:
@@ -308,7 +307,7 @@ class VAE(nn.Module):
             z = self.post_quant_conv(z.astype(c.dtype))
         return self.decoder(z)
 
-    def scale(self, z: Float[Array | np.ndarray, "*shape"]) -> Float[Array | np.ndarray, "*shape"]:
+    def scale(self, z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Unscaled latents (a posterior's sample or mean) -> scaled, as the rest of the system."""
         return (z - self.config.shift_factor) * self.config.scale_factor
 
