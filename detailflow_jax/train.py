@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -125,7 +125,6 @@ def train(
             sharding.check_batch_size(size, mesh)
         sharding.sync_processes("started")
         stack.enter_context(sharding.use(mesh))
-        own = task is None
         task, iterator = _task_and_data(config, task, iterator, mesh)
         feed = stack.enter_context(Feed(iterator, mesh))
         names = tuple(getattr(iterator, "class_names", ()))
@@ -155,8 +154,7 @@ def train(
             logging.info("this run is finished: nothing is left to do in %s", workdir)
             return state
         state = load_into(config, state, task.frozen, fresh=restored is None)
-        with _as_config_error() if own else contextlib.nullcontext():
-            task.check(feed.peek())  # Data of other shapes than the network's.
+        task.check(feed.peek())  # Data of other shapes than the network's.
 
         # -------------------------------------------------------------------------------- steps
         writer = MetricWriter(workdir, tensorboard=config.tensorboard, step=step)
@@ -307,8 +305,7 @@ def _task_and_data(
 ) -> tuple[Task, Any]:
     block, blocks = sharding.batch_share(mesh)
     if task is None:
-        with _as_config_error():
-            task = make_task(config)
+        task = make_task(config)
     if iterator is None:
         iterator = make_iterator(
             config.data,
@@ -318,20 +315,6 @@ def _task_and_data(
             process_count=blocks,
         )
     return task, iterator
-
-
-@contextlib.contextmanager
-def _as_config_error() -> Iterator[None]:
-    """Turns what a task that the configuration names says of it into ConfigError.
-
-    A task that was passed to `train` is forked code: there a ValueError keeps its traceback.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _to_save(state: TrainState) -> TrainState:

@@ -12,7 +12,8 @@ import jaxtyping
 import pytest
 
 # Before the package is imported: every call of an annotated function checks its shapes and dtypes.
-jaxtyping.install_import_hook(["detailflow_jax.ops", "detailflow_jax.models"], "beartype.beartype")
+ROOMS = ("ops", "models", "inference", "tasks")
+jaxtyping.install_import_hook([f"detailflow_jax.{room}" for room in ROOMS], "typechecker.check")
 
 # The background jobs of a shell script ignore SIGINT, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

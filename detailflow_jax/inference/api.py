@@ -18,37 +18,24 @@ import numpy as np
 from absl import logging
 from jaxtyping import UInt8
 
+from detailflow_jax import __all__ as __all__  # the names of the package, listed there once
 from detailflow_jax.convert import export, load
-from detailflow_jax.inference import rules
-from detailflow_jax.inference.errors import InputError
+from detailflow_jax.inference import rules as rules
+from detailflow_jax.inference.checks import ArrayLike
+from detailflow_jax.inference.errors import InputError, as_input_error
 from detailflow_jax.inference.models import (
     VAE,
     FlowAR,
     Generator,
-    LatentPosterior,
     Model,
     Tokenizer,
     scans,
 )
+from detailflow_jax.inference.models import (
+    LatentPosterior as LatentPosterior,
+)
 from detailflow_jax.models.flowar import check_vae
 from detailflow_jax.ops import images as pixels
-
-__all__ = [
-    "VAE",
-    "FlowAR",
-    "Generator",
-    "InputError",
-    "LatentPosterior",
-    "Tokenizer",
-    "check_pair",
-    "load_flowar",
-    "load_generator",
-    "load_tokenizer",
-    "load_vae",
-    "rules",
-    "save_pytorch",
-    "to_uint8",
-]
 
 Path = str | os.PathLike[str]
 
@@ -85,32 +72,32 @@ def load_tokenizer(
     return _load(Tokenizer, path, weights, step, allow_missing, allow_unused, **overrides)
 
 
-def load_generator(path: Path, *, weights: str | None = None, **options: Any) -> Generator:
+def load_generator(path: Path, **options: Any) -> Generator:
     """Loads a generator from a run or a published checkpoint; see `load_tokenizer`."""
-    return _load(Generator, path, weights, **options)
+    return _load(Generator, path, **options)
 
 
-def load_vae(path: Path, *, weights: str | None = None, **options: Any) -> VAE:
+def load_vae(path: Path, **options: Any) -> VAE:
     """Loads an autoencoder from a run or a published checkpoint; see `load_tokenizer`.
 
     Its shapes cannot tell `scale_factor` (default for a published file: 0.2325 with 16 latent
     channels, 0.18215 with 4), `shift_factor` and `norm_groups`.
     """
-    return _load(VAE, path, weights, **options)
+    return _load(VAE, path, **options)
 
 
-def load_flowar(path: Path, *, weights: str | None = None, **options: Any) -> FlowAR:
+def load_flowar(path: Path, **options: Any) -> FlowAR:
     """Loads a FlowAR model from a run or a published checkpoint; see `load_tokenizer`.
 
     Its tensors cannot tell `scales` other than 1, 2, 4, ..., and `buffer_size`.
     """
-    return _load(FlowAR, path, weights, **options)
+    return _load(FlowAR, path, **options)
 
 
 def _load(
     model: type[Model],
     path: Path,
-    weights: str | None = None,
+    weights: Any = None,
     step: int | None = None,
     allow_missing: bool = False,
     allow_unused: bool = False,
@@ -122,22 +109,22 @@ def _load(
         weights=weights,
         step=step,
         scan=scans(),
-        overrides=overrides,
         allow_missing=allow_missing,
         allow_unused=allow_unused,
+        overrides=overrides,
     )
     for notice in found.notices:
         logging.warning("%s", notice)
     return model(found.config, found.params, found.source, found.encoded_by)
 
 
-def to_uint8(images: Any) -> UInt8[np.ndarray, "*B H W C"]:
+def to_uint8(images: ArrayLike) -> UInt8[np.ndarray, "*B H W C"]:
     """Images in [-1, 1], as models decode them, as pixels: clip(127.5 x + 128, 0, 255), truncated.
 
     This is the published rounding. Values outside of the range are clipped.
 
     Raises:
-      InputError: NaN or infinity, which would pass as some colour; or no floating point images.
+      InputError: NaN or infinity, which would become some colour; or no floating point images.
     """
     images = np.asarray(images)
     if images.ndim < 3 or not np.issubdtype(images.dtype, np.floating):
@@ -194,13 +181,11 @@ def check_pair(decoder: Tokenizer | VAE, model: Generator | FlowAR) -> None:
     """Raises InputError unless the model makes codes, or latents, that the decoder reads.
 
     Sizes have to agree. Where it is known on whose codes or latents the model was trained, the
-    decoder has to be of that tokenizer or autoencoder; its decoder may have been trained on.
+    decoder has to be of that tokenizer or autoencoder. Its decoder may have been trained further.
     """
     if isinstance(decoder, VAE) and isinstance(model, FlowAR):
-        try:
+        with as_input_error():
             check_vae(model.config, decoder.config.latent_channels, decoder.source)
-        except ValueError as error:
-            raise InputError(str(error)) from error
         _check_encoder(decoder, model)
         return
     if not (isinstance(decoder, Tokenizer) and isinstance(model, Generator)):

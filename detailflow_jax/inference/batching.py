@@ -10,18 +10,20 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Shaped
 
 from detailflow_jax.inference.errors import InputError
+from detailflow_jax.ops import Array
 from detailflow_jax.runtime import sharding
 
 
 def split_count(mesh: Mesh | None) -> int:
-    """Into how many parts the mesh splits a batch; 1 without a mesh."""
+    """The number of parts into which the mesh splits a batch; 1 without a mesh."""
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in sharding.BATCH]))
 
 
 def whole_shares(batch_size: int, mesh: Mesh | None) -> int:
-    """The batch size rounded up to a multiple of what the mesh splits it into.
+    """The batch size rounded up to a multiple of `split_count`.
 
     Raises:
       InputError: it is less than 1.
@@ -35,14 +37,14 @@ def whole_shares(batch_size: int, mesh: Mesh | None) -> int:
 def in_batches(
     function: Callable[..., Any],
     batch_size: int,
-    *rows: np.ndarray,
+    *rows: Shaped[np.ndarray, "_ ..."],
     mesh: Mesh | None = None,
     whole: bool = False,
     finish: Callable[[Any], Any] = lambda result: result,
 ) -> Any:
     """`function` over all rows, in batches of one size: one compiled program for any number.
 
-    The last batch is padded with its last row, and what comes of the padding is cut off.
+    The last batch is padded with its last row; results of the padding are cut off.
 
     Args:
       function: arrays [M, ...] -> a tree of arrays [M, ...].
@@ -65,7 +67,7 @@ def in_batches(
         raise InputError(f"found {counts} rows in arrays that belong together")
     size = whole_shares(batch_size if whole else min(batch_size, max(count, 1)), mesh)
     parts: list[Any] = []
-    waiting: list[Any] = []  # the next batch is computed while the last one's result is fetched
+    waiting: list[Any] = []  # a batch is computed while the result of the one before is fetched
 
     def fetch() -> None:
         parts.append(finish(jax.tree.map(sharding.to_host, waiting.pop(0))))
@@ -82,13 +84,13 @@ def in_batches(
     return jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
 
 
-def over_processes(function: Callable[..., Any], *rows: np.ndarray) -> Any:
+def over_processes(function: Callable[..., Any], *rows: Shaped[np.ndarray, "N ..."]) -> Any:
     """`function` over all rows, of which each process takes an equal share.
 
     Args:
       function: (index of the first row, *arrays [M, ...]) -> a tree of arrays [M, ...].
-      *rows: arrays [N, ...], the same in every process. What the last process lacks of its share
-        is the last row again.
+      *rows: arrays [N, ...], the same in every process. The last process repeats the last row
+        until its share is as long as the others.
 
     Returns:
       the tree of results of all rows, [N, ...], in every process.
@@ -101,14 +103,14 @@ def over_processes(function: Callable[..., Any], *rows: np.ndarray) -> Any:
     return jax.tree.map(lambda x: sharding.gather_processes(x)[:count], found)
 
 
-def pad(x: np.ndarray, size: int) -> np.ndarray:
+def pad(x: Shaped[np.ndarray, "M ..."], size: int) -> Shaped[np.ndarray, "{size} ..."]:
     """[M, ...] -> [size, ...], size >= M: the last row is repeated."""
     missing = size - len(x)
     return np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), "edge") if missing else x
 
 
-def place(x: np.ndarray, mesh: Mesh | None) -> jax.Array | np.ndarray:
-    """An array [M, ...] split over the mesh, which must divide M; as it is without a mesh."""
+def place(x: Shaped[np.ndarray, "M ..."], mesh: Mesh | None) -> Shaped[Array, "M ..."]:
+    """An array split over the mesh, whose parts must divide M; without a mesh the array itself."""
     if mesh is None:
         return x
     split = NamedSharding(mesh, PartitionSpec(sharding.BATCH))

@@ -4,13 +4,16 @@ Shapes: B images or samples, H x W pixels, n tokens, C latent channels, i side o
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.models.flowar import FlowARConfig
-from detailflow_jax.ops import flow
+from detailflow_jax.ops import Array, flow
+
+ArrayLike = Array | Sequence
+"""What methods of models take: arrays, or nested sequences of numbers."""
 
 
 def check_images(images: np.ndarray, channels: int, stride: int = 1) -> None:
@@ -61,19 +64,21 @@ def check_guidance(cfg_scale: float) -> None:
         raise InputError(f"cfg_scale={cfg_scale}, expected >= 1 (1 means no guidance)")
 
 
-def check_noise(noise: Sequence[Any], config: FlowARConfig, batch: int) -> list[np.ndarray]:
-    """The conditional half of every scale's noise, float32 [B, i^2, C] each.
+def check_noise(
+    noise: Sequence[ArrayLike], config: FlowARConfig, batch: int
+) -> list[Float32[np.ndarray, "B i_squared C"]]:
+    """The conditional half of every scale's noise.
 
     Raises:
       InputError: other shapes.
     """
-    noise = [np.asarray(part, np.float32) for part in noise]
+    parts = [np.asarray(part, np.float32) for part in noise]
     wanted = [(side * side, config.channels) for side in config.scales]
-    shapes = [part.shape for part in noise]
+    shapes = [part.shape for part in parts]
     rows = {shape[0] for shape in shapes if shape}
     if [shape[1:] for shape in shapes] != wanted or not rows <= {batch, 2 * batch}:
         raise InputError(
             f"noise has shapes {shapes}, expected one array per scale, [{batch} or {2 * batch}, "
             f"i^2, C] with (i^2, C) = {wanted}"
         )
-    return [part[:batch] for part in noise]
+    return [part[:batch] for part in parts]

@@ -1,15 +1,18 @@
-"""Images decoded from a prefix of their tokens, at full size."""
+"""Images decoded from a prefix of their tokens, at full size.
+
+Shapes: B images, R their full side, N tokens.
+"""
 
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, Int
 
-from detailflow_jax.ops import interpolation
+from detailflow_jax.inference import programs
 
 
 def decode_enlarged(
-    tokenizer: Any, codes: np.ndarray, count: int, batch_size: int = 64
-) -> np.ndarray:
-    """The first `count` codes decoded, then enlarged to full size: float32 [B, R, R, 3]."""
-    images = tokenizer.decode(codes[:, :count], batch_size=batch_size)
-    return np.asarray(interpolation.enlarge(images, tokenizer.config.image_size))
+    tokenizer: Any, codes: Int[np.ndarray, "B N"], count: int, batch_size: int = 64
+) -> Float32[np.ndarray, "B R R 3"]:
+    """Images of the first `count` codes, enlarged to full size."""
+    return tokenizer.run(programs.decode_whole, batch_size, codes[:, :count])

@@ -2,84 +2,113 @@
 
 Several processes share the shards between them; each works with its own devices.
 
-Killed at any moment, it goes on with the missing shards and ends with the same bytes, as long as
-`encode` depends on nothing but the views and positions it is given.
+Killed at any moment, the same command continues with the missing shards and ends with the same
+bytes: a record depends on its image, its position and the settings alone.
+
+Shapes: K views per image, R their side, M images per batch.
 """
 
 import argparse
+import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int, Shaped, UInt8
 from tqdm import tqdm
 
 from detailflow_jax import data
 from detailflow_jax.data.shards import read_json
+from detailflow_jax.inference.batching import in_batches
 from detailflow_jax.runtime import distributed, sharding
+from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 
-Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Views = UInt8[np.ndarray, "M K R R 3"]
 
 
-def encode_shard(
-    encode: Encode,
-    source: data.Source,
-    positions: Sequence[int],
-    unreadable: dict[int, str],
-    *,
-    image_size: int,
-    crops: str,
-    batch_size: int,
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(position, label, value) of every readable image, in order.
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """What is stored of every image, and the program that computes it.
 
-    `unreadable` is filled with position -> name and reason.
-    """
-
-    def encoded(batch: list) -> Iterator[tuple[int, int, np.ndarray]]:
-        views = np.stack([example["crops"] for _, example in batch])
-        values = encode(views, np.array([position for position, _ in batch]))
-        for (position, example), value in zip(batch, values, strict=True):
-            yield position, example["label"], value
-
-    batch = []
-    for position, example in data.iterate_crops(source, positions, image_size, crops):
-        if isinstance(example, data.UnreadableImage):
-            unreadable[position] = str(example)
-            continue
-        batch.append((position, example))
-        if len(batch) == batch_size:
-            yield from encoded(batch)
-            batch = []
-    if batch:
-        yield from encoded(batch)
-
-
-def extract(
-    encode: Encode,
-    source: data.Source,
-    out: str,
-    layout: data.ShardLayout,
-    definition: Mapping,
-    *,
-    image_size: int,
-    crops: str,
-    batch_size: int,
-) -> dict:
-    """Writes the records of a source to the folder `out`; resumes what is there.
-
-    Args:
-      encode: (views uint8 [m, K, R, R, 3], positions int [m]) -> what `layout.encode` takes, [m],
-        for m <= M.
-      source: of images.
-      out: folder, made if missing.
+    Attributes:
       layout: of the shards and their records.
       definition: what the records depend on (`data.open_extraction`).
+      program: (views uint8 [n, R, R, 3], position of the image of each [n], number of the view [n])
+        -> what is stored of each view, [n, ...].
       image_size: R.
-      crops: views of each image, K (`data.encoding_crops`).
-      batch_size: M, images per call of `encode`.
+      crops: kind of the views (`data.encoding_crops`).
+      num_views: K.
+      batch_size: views per call of the program; whole images, at least one.
+      mirrored: add the mirror image of every view.
+      mesh: what splits a batch, or None.
+    """
+
+    layout: data.ShardLayout
+    definition: Mapping[str, Any]
+    program: Callable[..., Any]
+    image_size: int
+    crops: str
+    num_views: int
+    batch_size: int
+    mirrored: bool = False
+    mesh: Mesh | None = None
+
+    @property
+    def num_images(self) -> int:
+        """M."""
+        return max(1, self.batch_size // self.num_views)
+
+    def encode(
+        self, views: Views, positions: Int[np.ndarray, " M"]
+    ) -> Shaped[np.ndarray, "M n_views ..."]:
+        """What is stored of the images at these positions of the source."""
+        if self.mirrored:
+            views = np.concatenate([views, views[:, :, :, ::-1]], axis=1)
+        count = len(views)
+        rows = (
+            views.reshape(-1, *views.shape[2:]),
+            np.repeat(positions, self.num_views).astype(np.int32),
+            np.tile(np.arange(self.num_views, dtype=np.int32), count),
+        )
+        size = self.num_images * self.num_views
+        values = in_batches(self.program, size, *rows, mesh=self.mesh, whole=True)
+        return values.reshape(count, self.num_views, *values.shape[1:])
+
+    def records(
+        self, source: data.Source, positions: Sequence[int], unreadable: dict[int, str]
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(position, label, value) of every readable image, in order.
+
+        `unreadable` is filled with position -> name and reason.
+        """
+        batch: list[tuple[int, Any]] = []
+
+        def encoded() -> Iterator[tuple[int, int, np.ndarray]]:
+            views = np.stack([example["crops"] for _, example in batch])
+            values = self.encode(views, np.array([position for position, _ in batch]))
+            for (position, example), value in zip(batch, values, strict=True):
+                yield position, example["label"], value
+            batch.clear()
+
+        for position, example in data.iterate_crops(source, positions, self.image_size, self.crops):
+            if isinstance(example, data.UnreadableImage):
+                unreadable[position] = str(example)
+                continue
+            batch.append((position, example))
+            if len(batch) == self.num_images:
+                yield from encoded()
+        if batch:
+            yield from encoded()
+
+
+def extract(extraction: Extraction, source: data.Source, out: str) -> dict[str, Any]:
+    """Writes the records of a source to the folder `out`; resumes what is there.
 
     Returns:
       the manifest.
@@ -87,25 +116,17 @@ def extract(
     Raises:
       ConfigError: the folder holds another extraction; the differing fields are named.
     """
-    first, count = jax.process_index(), jax.process_count()
+    layout, first = extraction.layout, jax.process_index()
     if first == 0:
-        data.open_extraction(out, layout, definition)
+        data.open_extraction(out, layout, extraction.definition)
     sharding.sync_processes("opened")
-    pending = data.pending_shards(out, layout, first, count)
+    pending = data.pending_shards(out, layout, first, jax.process_count())
     total = sum(len(layout.positions(shard)) for shard in pending)
     title = f"extract {layout.what}"
     with tqdm(total=total, unit="image", desc=title, disable=first > 0) as progress:
         for shard in pending:
             unreadable: dict[int, str] = {}
-            records = encode_shard(
-                encode,
-                source,
-                layout.positions(shard),
-                unreadable,
-                image_size=image_size,
-                crops=crops,
-                batch_size=batch_size,
-            )
+            records = extraction.records(source, layout.positions(shard), unreadable)
             data.write_shard(out, layout, shard, _counted(records, progress), unreadable)
             progress.update(len(unreadable))
     sharding.sync_processes("written")
@@ -119,39 +140,76 @@ def extract(
     return manifest
 
 
-def _counted(records: Iterator, progress: tqdm) -> Iterator:
+def _counted(records: Iterator[Any], progress: tqdm) -> Iterator[Any]:
     for record in records:
         yield record
         progress.update()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of every extraction: the source, the folder, the size of a shard."""
-    add = parser.add_argument
-    add("--out", required=True, help="folder for the shards; manifest.json comes last")
-    add("--source", default="digits", help="digits[:SPLIT], folder:PATH or tfds:NAME[:SPLIT]")
-    add("--split", help="split of the source, where it has any; default: its training split")
-    add("--data_dir", help="where TFDS keeps its data")
-    add("--shard_size", type=int, default=4096, help="images per shard")
-    distributed.add_arguments(parser)
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """An extraction as a command line.
 
-
-def run_command(args: argparse.Namespace, run: Callable[[data.Source], dict], views: str) -> int:
-    """Runs an extraction from the command line; returns its exit code.
-
-    Args:
-      args: of `add_arguments`.
-      run: extracts a source and returns the manifest.
-      views: what is stored per image, for the last line.
+    Attributes:
+      name: of the command.
+      network: option that names the network.
+      takes: help of that option.
+      load: path -> network.
+      extract: (network, source, out, **settings) -> manifest.
+      options: setting of `extract` -> its help. Type and default are those of `extract`.
+      choices: setting -> values that it may have.
+      stored: what is stored beside the images, for the last line.
+      description: for the help text.
     """
-    try:
-        distributed.start(args.coordinator_address, args.num_processes, args.process_id)
-        manifest = run(data.make_source(args.source, args.split, args.data_dir))
-    except UserError as error:
-        return error.report()
-    if jax.process_index() == 0:
-        print(
-            f"{manifest['num_records']} images {views} in {len(manifest['shards'])} shards in "
-            f"{args.out}; {len(manifest['unreadable'])} unreadable"
+
+    name: str
+    network: str
+    takes: str
+    load: Callable[[str], Any]
+    extract: Callable[..., dict[str, Any]]
+    options: Mapping[str, str]
+    choices: Mapping[str, Sequence[str]]
+    stored: Callable[[Mapping[str, Any]], str]
+    description: str
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """The arguments of a command line."""
+        parser = argparse.ArgumentParser(
+            prog=program_name(self.name),
+            description=f"{self.description} Run the same command again to resume.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
         )
-    return 0
+        add = parser.add_argument
+        add(f"--{self.network}", required=True, help=self.takes)
+        add("--out", required=True, help="folder for the shards; manifest.json comes last")
+        add("--source", default="digits", help="digits[:SPLIT], folder:PATH or tfds:NAME[:SPLIT]")
+        add("--split", help="split of the source, where it has any; default: its training split")
+        add("--data_dir", help="where TFDS keeps its data")
+        add("--shard_size", type=int, default=4096, help="images per shard")
+        parameters = inspect.signature(self.extract).parameters
+        for name, text in self.options.items():
+            default = parameters[name].default
+            kind = int if default is None else type(default)
+            add(f"--{name}", type=kind, default=default, choices=self.choices.get(name), help=text)
+        distributed.add_arguments(parser)
+        return parser.parse_args(argv)
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Runs the command line; returns its exit code."""
+        args = self.parse(argv)
+        settings = {name: getattr(args, name) for name in ("shard_size", *self.options)}
+        try:
+            distributed.start(args.coordinator_address, args.num_processes, args.process_id)
+            source = data.make_source(args.source, args.split, args.data_dir)
+            network = self.load(getattr(args, self.network))
+            manifest = self.extract(network, source, args.out, **settings)
+        except UserError as error:
+            return error.report()
+        if jax.process_index() == 0:
+            print(
+                f"{manifest['num_records']} images {self.stored(settings)} in "
+                f"{len(manifest['shards'])} shards in {args.out}; {len(manifest['unreadable'])} "
+                "unreadable"
+            )
+        return 0

@@ -8,6 +8,8 @@
 Writes `samples.npz` (`arr_0` uint8 [B, H, W, 3], and `labels`), `samples.json` (which models made
 them, with their fingerprints, and the arguments), `grid.png`, on request one PNG per image, and
 with several token counts `progressive.png`: the same samples from fewer and more tokens.
+
+Shapes: B samples, H x W pixels.
 """
 
 import argparse
@@ -16,25 +18,40 @@ import io
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Int, Shaped, UInt8
 from tqdm import tqdm
 
 from detailflow_jax.data.classes import class_names, parse_labels
 from detailflow_jax.inference import api
 from detailflow_jax.inference.batching import over_processes
+from detailflow_jax.inference.checks import check_labels
 from detailflow_jax.inference.enlarge import decode_enlarged
-from detailflow_jax.inference.errors import InputError
+from detailflow_jax.inference.errors import InputError, as_input_error
+from detailflow_jax.inference.sampling import DECODERS
 from detailflow_jax.ops import flow
 from detailflow_jax.runtime import distributed, pictures
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import ConfigError, UserError
 from detailflow_jax.runtime.files import write_atomically
 
-CODE_SETTINGS = ("gradual_cfg", "temperature", "top_k", "top_p", "greedy")
+Images = UInt8[np.ndarray, "B H W 3"]
+LOAD: Mapping[str, Callable[[str], Any]] = {
+    "tokenizer": api.load_tokenizer,
+    "generator": api.load_generator,
+    "vae": api.load_vae,
+    "flowar": api.load_flowar,
+}
+SETTINGS = {
+    "generator": ("gradual_cfg", "temperature", "top_k", "top_p", "greedy"),
+    "flowar": ("guidance_high", "solver"),
+}
+"""What samples -> options that its `sample` takes as they are."""
 
 
 def parse_counts(text: str | None, name: str = "num_tokens") -> list[int]:
@@ -50,8 +67,12 @@ def parse_counts(text: str | None, name: str = "num_tokens") -> list[int]:
 
 
 def sample(
-    model: "api.Generator | api.FlowAR", labels: np.ndarray, *, batch_size: int, **options
-) -> np.ndarray:
+    model: "api.Generator | api.FlowAR",
+    labels: Int[np.ndarray, " B"],
+    *,
+    batch_size: int,
+    **options: Any,
+) -> Shaped[np.ndarray, "B ..."]:
     """`model.sample` behind a progress bar: codes [B, n], or latents [B, S, S, C].
 
     Several processes share the samples between them; each gets them all.
@@ -73,9 +94,9 @@ def sample(
 
 def write_outputs(
     out: str,
-    labels: np.ndarray,
-    images: np.ndarray,
-    progressive: dict[int, np.ndarray],
+    labels: Int[np.ndarray, " B"],
+    images: Images,
+    progressive: Mapping[int, UInt8[np.ndarray, "few H W 3"]],
     *,
     columns: int,
     single: bool,
@@ -86,9 +107,9 @@ def write_outputs(
     scale = max(1, 64 // images.shape[1])
     pictures.save_png(folder / "grid.png", pictures.grid(images, columns=columns, scale=scale))
     if progressive:
-        rows = np.concatenate([part[:16] for part in progressive.values()])
+        rows = np.concatenate(list(progressive.values()))
         captions = [f"{count} tokens" for count in progressive]
-        width = min(16, len(images))
+        width = len(rows) // len(progressive)
         strip = pictures.grid(rows, columns=width, scale=scale, row_captions=captions)
         pictures.save_png(folder / "progressive.png", strip)
     if single:
@@ -101,7 +122,7 @@ def write_outputs(
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The arguments of a command line."""
     parser = argparse.ArgumentParser(
         prog=program_name("generate"),
         description="Generate images of given classes, with DetailFlow (--tokenizer, --generator) "
@@ -127,7 +148,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _add_detailflow(add) -> None:
+def _add_detailflow(add: Any) -> None:
     add("--tokenizer", help="what df.load_tokenizer takes, such as a workdir")
     add("--generator", help="what df.load_generator takes, such as a workdir")
     add("--num_tokens", help="token counts, as 4,8,16; the largest gives samples.npz and grid.png")
@@ -138,7 +159,7 @@ def _add_detailflow(add) -> None:
     add("--greedy", action="store_true", help="always take the most likely code")
 
 
-def _add_flowar(add) -> None:
+def _add_flowar(add: Any) -> None:
     add("--vae", help="what df.load_vae takes, such as a workdir or kl16.ckpt")
     add("--flowar", help="what df.load_flowar takes, such as a workdir or FlowAR-L.pth")
     add("--num_steps", default="25", help="flow steps, one number or one per scale, as 25,20,15")
@@ -146,8 +167,8 @@ def _add_flowar(add) -> None:
     add("--solver", default="euler", choices=sorted(flow.SOLVERS), help="of the flow")
 
 
-def generate(args: argparse.Namespace) -> np.ndarray:
-    """Generates what the arguments say, writes it, returns the images uint8 [B, H, W, 3].
+def generate(args: argparse.Namespace) -> Images:
+    """Generates what the arguments say, writes it, returns the images.
 
     Raises:
       InputError: a label, count or setting that the models do not allow, or models that do not
@@ -155,13 +176,36 @@ def generate(args: argparse.Namespace) -> np.ndarray:
     """
     if args.per_class < 1 or args.batch_size < 1:
         raise InputError("--per_class and --batch_size must be at least 1")
-    labels = np.repeat(labels_of(args.labels, args.flowar or args.generator), args.per_class)
-    make = generate_flowar if args.flowar else generate_detailflow
-    images, progressive, models = make(args, labels)
+    kind = "flowar" if args.flowar else "generator"
+    labels = np.repeat(labels_of(args.labels, getattr(args, kind)), args.per_class)
+    counts = sorted(set(parse_counts(args.num_tokens))) if kind == "generator" else []
+    steps = parse_counts(args.num_steps, "num_steps")
+    decoder, model = (LOAD[name](getattr(args, name)) for name in (DECODERS[kind], kind))
+    api.check_pair(decoder, model)
+    check_labels(labels, model.config.num_classes)
+    with as_input_error("--num_tokens: "):
+        for count in counts:
+            decoder.config.resolutions.check(count)
+
+    settings = {name: getattr(args, name) for name in SETTINGS[kind]}
+    if kind == "flowar":
+        settings["num_steps"] = steps[0] if len(steps) == 1 else steps
+    if counts:
+        settings["num_tokens"] = counts[-1]
+    if args.cfg_scale is not None:
+        settings["cfg_scale"] = args.cfg_scale
+    samples = sample(model, labels, batch_size=args.batch_size, seed=args.seed, **settings)
+    images = api.to_uint8(decoder.decode(samples))
+    progressive = {}
+    if len(counts) > 1:
+        few = samples[:16]
+        progressive = {n: api.to_uint8(decode_enlarged(decoder, few, n)) for n in counts}
     if jax.process_index() == 0:
         columns, single = args.per_class, args.single
         write_outputs(args.out, labels, images, progressive, columns=columns, single=single)
-        made_by = {m.kind: {"source": m.source, "fingerprint": m.fingerprint} for m in models}
+        made_by = {
+            m.kind: {"source": m.source, "fingerprint": m.fingerprint} for m in (decoder, model)
+        }
         text = json.dumps({"made_by": made_by, "arguments": vars(args)}, indent=1)
         write_atomically(pathlib.Path(args.out) / "samples.json", text.encode())
     return images
@@ -174,54 +218,6 @@ def labels_of(text: str, model: str) -> list[int]:
         with contextlib.suppress(ConfigError):
             names = class_names(model)
     return parse_labels(text, names)
-
-
-def generate_detailflow(args: argparse.Namespace, labels: np.ndarray):
-    """Images uint8 [B, H, W, 3], the first 16 of them by token count, and the models."""
-    counts = sorted(set(parse_counts(args.num_tokens)))
-    tokenizer = api.load_tokenizer(args.tokenizer)
-    generator = api.load_generator(args.generator)
-    api.check_pair(tokenizer, generator)
-    counts = counts or [generator.config.num_tokens]
-    for count in counts:
-        try:
-            tokenizer.config.resolutions.check(count)
-        except ValueError as error:
-            raise InputError(f"--num_tokens: {error}") from error
-    codes = sample(
-        generator,
-        labels,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        cfg_scale=1.5 if args.cfg_scale is None else args.cfg_scale,
-        num_tokens=counts[-1],
-        **{name: getattr(args, name) for name in CODE_SETTINGS},
-    )
-    images = api.to_uint8(tokenizer.decode(codes))
-    progressive = {}
-    if len(counts) > 1:
-        progressive = {
-            count: api.to_uint8(decode_enlarged(tokenizer, codes[:16], count)) for count in counts
-        }
-    return images, progressive, (tokenizer, generator)
-
-
-def generate_flowar(args: argparse.Namespace, labels: np.ndarray):
-    """Images uint8 [B, H, W, 3], an empty dict, as FlowAR has no token counts, and the models."""
-    steps = parse_counts(args.num_steps, "num_steps")
-    vae, flowar = api.load_vae(args.vae), api.load_flowar(args.flowar)
-    api.check_pair(vae, flowar)
-    latents = sample(
-        flowar,
-        labels,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        cfg_scale=2.4 if args.cfg_scale is None else args.cfg_scale,
-        num_steps=steps[0] if len(steps) == 1 else steps,
-        guidance_high=args.guidance_high,
-        solver=args.solver,
-    )
-    return api.to_uint8(vae.decode(latents)), {}, (vae, flowar)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

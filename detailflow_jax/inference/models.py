@@ -6,22 +6,28 @@ positions, C latent channels, S side of the latent.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Shaped
 
 from detailflow_jax.convert.fingerprint import encoder_fingerprint, fingerprint
 from detailflow_jax.convert.registry import NETWORKS, with_scan
 from detailflow_jax.inference import programs
 from detailflow_jax.inference.batching import in_batches
-from detailflow_jax.inference.checks import check_codes, check_images, check_labels, check_noise
+from detailflow_jax.inference.checks import (
+    ArrayLike,
+    check_codes,
+    check_images,
+    check_labels,
+    check_noise,
+)
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.inference.rules import Rule
-from detailflow_jax.inference.sampling import sample_codes, sample_latents
+from detailflow_jax.inference.sampling import Sampling, sample_codes, sample_latents
 from detailflow_jax.models import flowar as flowar_network
 from detailflow_jax.models import generator as generator_network
 from detailflow_jax.models import layers, sampler
@@ -32,7 +38,7 @@ from detailflow_jax.runtime import sharding
 
 def scans() -> bool:
     """Whether layers are scanned on this backend."""
-    # A scan slices stacked weights at every layer, which a CPU pays for and others do not.
+    # A scan slices stacked weights at every layer, which costs time on a CPU but not on others.
     return jax.default_backend() != "cpu"
 
 
@@ -51,6 +57,8 @@ class Model:
     """
 
     kind: str
+    config: Any
+    network: Any
 
     def __init__(
         self,
@@ -63,7 +71,7 @@ class Model:
         scan = scans()
         self.config = with_scan(config, scan)
         params = (layers.stack_layers if scan else layers.unstack_layers)(params)
-        # Unlike `jnp.asarray`, this takes suitable host memory over without a copy.
+        # Unlike `jnp.asarray`, this uses suitable host memory without a copy.
         self.params = jax.device_put(params)
         self.network = NETWORKS[self.kind].module(self.config)
         self.source, self.encoded_by = source, encoded_by
@@ -76,8 +84,10 @@ class Model:
         self.mesh = mesh
         self.params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
 
-    def run(self, program: Callable, batch_size: int, *rows: np.ndarray) -> np.ndarray:
-        """`program(network, params, *rows)` in batches: numpy arrays, of all rows."""
+    def run(
+        self, program: Callable[..., Any], batch_size: int, *rows: Shaped[np.ndarray, "B ..."]
+    ) -> Shaped[np.ndarray, "B ..."]:
+        """`program(network, params, *rows)` of all rows, in batches."""
         function = functools.partial(program, self.network, self.params)
         return in_batches(function, batch_size, *rows, mesh=self.mesh)
 
@@ -96,13 +106,39 @@ class Model:
         return f"<{type(self).__name__} {count / 1e6:.1f}M parameters from {self.source}>"
 
 
+class _Sampler(Model):
+    """A network that makes samples of labels."""
+
+    def _sample(
+        self,
+        sampling: Sampling,
+        labels: ArrayLike,
+        seed: int,
+        first_index: int,
+        batch_size: int,
+        noise: Sequence[ArrayLike] | None = None,
+    ) -> Shaped[np.ndarray, "B ..."]:
+        labels = np.asarray(labels)
+        check_labels(labels, self.config.num_classes)
+        parts = [] if noise is None else check_noise(noise, self.config, len(labels))
+
+        def run(network, params, labels, indices, *noise):
+            return sampling(params, labels, seed, indices, noise or None)
+
+        if self.config.class_dropout == 1:  # Trained without classes: only the null class is known.
+            labels = np.full_like(labels, self.config.num_classes)
+        indices = first_index + np.arange(len(labels))
+        rows = labels.astype(np.int32), indices.astype(np.int32), *parts
+        return self.run(run, batch_size, *rows)
+
+
 class Tokenizer(Model):
     """Images to codes and back."""
 
     kind = "tokenizer"
     config: tokenizer_network.TokenizerConfig
 
-    def encode(self, images: Any, *, batch_size: int = 64) -> Int32[np.ndarray, "B N"]:
+    def encode(self, images: ArrayLike, *, batch_size: int = 64) -> Int32[np.ndarray, "B N"]:
         """Images -> codes.
 
         Args:
@@ -117,8 +153,8 @@ class Tokenizer(Model):
         return self.run(programs.encode, batch_size, images)
 
     def decode(
-        self, codes: Any, size: int | None = None, *, batch_size: int = 64
-    ) -> Float32[np.ndarray, "B size size 3"]:
+        self, codes: ArrayLike, size: int | None = None, *, batch_size: int = 64
+    ) -> Float32[np.ndarray, "B s s 3"]:
         """Codes -> images.
 
         Args:
@@ -142,7 +178,7 @@ class Tokenizer(Model):
         return self.run(decode, batch_size, codes)
 
 
-class Generator(Model):
+class Generator(_Sampler):
     """Labels to codes."""
 
     kind = "generator"
@@ -150,7 +186,7 @@ class Generator(Model):
 
     def sample(
         self,
-        labels: Sequence[int],
+        labels: ArrayLike,
         seed: int = 0,
         cfg_scale: float = 1.5,
         temperature: float = 1.0,
@@ -184,23 +220,12 @@ class Generator(Model):
         Raises:
           ValueError: a label or setting out of range.
         """
-        labels = np.asarray(labels)
-        check_labels(labels, self.config.num_classes)
-        sampling = sample_codes(
-            self.network,
-            cfg_scale,
-            temperature,
-            top_k,
-            top_p,
-            gradual_cfg,
-            greedy,
-            num_tokens,
-            rules,
-        )
-        return _sample(self, sampling, labels, seed, first_index, batch_size)
+        filters = temperature, top_k, top_p, gradual_cfg, greedy
+        sampling = sample_codes(self.network, cfg_scale, *filters, num_tokens, rules)
+        return self._sample(sampling, labels, seed, first_index, batch_size)
 
     def logits(
-        self, codes: Any, labels: Sequence[int], *, batch_size: int = 64
+        self, codes: ArrayLike, labels: ArrayLike, *, batch_size: int = 64
     ) -> Float32[np.ndarray, "B N V"]:
         """Teacher-forced logits of codes int [B, N] and labels [B].
 
@@ -223,7 +248,7 @@ class VAE(Model):
     kind = "vae"
     config: vae_network.VAEConfig
 
-    def encode(self, images: Any, *, batch_size: int = 16) -> "LatentPosterior":
+    def encode(self, images: ArrayLike, *, batch_size: int = 16) -> "LatentPosterior":
         """Images -> the posterior over their latents.
 
         `vae.decode(vae.encode(images))` reconstructs. `mean, logvar = vae.encode(images)` gives
@@ -241,18 +266,20 @@ class VAE(Model):
         moments = self.run(programs.encode_moments, batch_size, images)
         return LatentPosterior(*np.split(moments, 2, axis=-1), self.network)
 
-    def moments(self, images: Any) -> Float32[np.ndarray, "B h w moments"]:
-        """`encode(images).moments`, for extraction: mean and log-variance, unscaled."""
+    def moments(self, images: ArrayLike) -> Float32[np.ndarray, "B h w moments"]:
+        """`encode(images).moments`: mean and log-variance, unscaled."""
         return self.encode(images, batch_size=max(1, len(images))).moments
 
     def sample(
-        self, images: Any, seed: int = 0, *, first_index: int = 0, batch_size: int = 16
+        self, images: ArrayLike, seed: int = 0, *, first_index: int = 0, batch_size: int = 16
     ) -> Float32[np.ndarray, "B h w C"]:
         """`encode(images).sample(seed)`: latents drawn from the posterior, scaled."""
         posterior = self.encode(images, batch_size=batch_size)
         return posterior.sample(seed, first_index=first_index)
 
-    def decode(self, latents: Any, *, batch_size: int = 16) -> Float32[np.ndarray, "B H W 3"]:
+    def decode(
+        self, latents: "ArrayLike | LatentPosterior", *, batch_size: int = 16
+    ) -> Float32[np.ndarray, "B H W c"]:
         """Latents -> images.
 
         Args:
@@ -282,7 +309,7 @@ class VAE(Model):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentPosterior(Sequence):
-    """A Gaussian over the latents of images, as `VAE.encode` gives it.
+    """A Gaussian over the latents of images, from `VAE.encode`.
 
     `mode` and `sample` are scaled to about unit variance, which is what `VAE.decode` takes. The
     moments are unscaled; as a sequence the posterior is the pair (mean, logvar).
@@ -321,11 +348,8 @@ class LatentPosterior(Sequence):
     def __getitem__(self, index):
         return (self.mean, self.logvar)[index]
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return iter((self.mean, self.logvar))
 
-
-class FlowAR(Model):
+class FlowAR(_Sampler):
     """Labels to latents."""
 
     kind = "flowar"
@@ -333,7 +357,7 @@ class FlowAR(Model):
 
     def sample(
         self,
-        labels: Sequence[int],
+        labels: ArrayLike,
         seed: int = 0,
         cfg_scale: float = 2.4,
         num_steps: int | Sequence[int] = 25,
@@ -341,7 +365,7 @@ class FlowAR(Model):
         guidance_low: float = 0.0,
         grid: str | None = None,
         solver: str = "euler",
-        noise: Sequence[Any] | None = None,
+        noise: Sequence[ArrayLike] | None = None,
         *,
         first_index: int = 0,
         batch_size: int = 64,
@@ -357,7 +381,7 @@ class FlowAR(Model):
             is computed. Published: 4.3 for S, 2.4 for L and H.
           num_steps: flow steps, one number or one per scale (annealing: later scales need fewer).
           guidance_high: guidance applies from this time on (1 is noise, 0 data).
-          guidance_low: and down to this one.
+          guidance_low: guidance applies down to this time.
           grid: of times, "published", "uniform" or "sde"; default what the solver is used with.
           solver: "euler", "heun" (two evaluations per step) or "euler_maruyama" (an SDE).
           noise: one array [B, i^2, C] per scale of side i, or [2B, i^2, C] of which the null half
@@ -368,21 +392,6 @@ class FlowAR(Model):
         Raises:
           ValueError: a label or setting out of range.
         """
-        labels = np.asarray(labels)
-        check_labels(labels, self.config.num_classes)
-        sampling = sample_latents(
-            self.network, cfg_scale, num_steps, guidance_high, guidance_low, grid, solver
-        )
-        noise = [] if noise is None else check_noise(noise, self.config, len(labels))
-        return _sample(self, sampling, labels, seed, first_index, batch_size, noise)
-
-
-def _sample(model, sampling, labels, seed, first_index, batch_size, noise=()) -> np.ndarray:
-    def run(network, params, labels, indices, *noise):
-        return sampling(params, labels, seed, indices, noise or None)
-
-    if model.config.class_dropout == 1:  # Trained without classes: only the null class is known.
-        labels = np.full_like(labels, model.config.num_classes)
-    indices = first_index + np.arange(len(labels))
-    rows = labels.astype(np.int32), indices.astype(np.int32), *noise
-    return model.run(run, batch_size, *rows)
+        flow = num_steps, guidance_high, guidance_low, grid, solver
+        sampling = sample_latents(self.network, cfg_scale, *flow)
+        return self._sample(sampling, labels, seed, first_index, batch_size, noise)

@@ -1,4 +1,4 @@
-"""What trained networks are for, as compiled programs on arrays of the device.
+"""What trained networks do, as compiled programs on arrays of the device.
 
 Shapes: B images or samples, H x W pixels, R full image side, N tokens, n <= N tokens given, V
 codes, h x w latent positions, C latent channels.
@@ -9,20 +9,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float32, Int, UInt8
+from jaxtyping import Float32, Int, Key, Shaped, UInt8
 
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.models import generator, tokenizer, vae
+from detailflow_jax.models.layers import apply
+from detailflow_jax.ops import Array, interpolation
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.ops import interpolation
 
-Arrays = Array | np.ndarray
+Images = Shaped[Array, "B H W c"]
+"""uint8, or float in [-1, 1]."""
 
 
 def network_of(config: Any) -> Any:
     """The network that `config.task` trains, of the sizes in `config.model`."""
     network = NETWORKS[config.task]
+    assert network.from_run, f"a {config.task} has no runs"
     return network.module(network.from_run(config.model))
 
 
@@ -30,58 +32,61 @@ def network_of(config: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode(
-    network: tokenizer.Tokenizer, params: Any, images: Array | np.ndarray
-) -> Int[Array, "B N"]:
-    """Images [B, H, W, 3], uint8 or float in [-1, 1] -> codes."""
-    return network.apply({"params": params}, pixels.to_float(images), method="encode")
+def encode(network: tokenizer.Tokenizer, params: Any, images: Images) -> Int[Array, "B N"]:
+    """Images -> codes."""
+    return apply(network, params, pixels.to_float(images), method="encode")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def decode(
-    network: tokenizer.Tokenizer, params: Any, codes: Int[Arrays, "B n"], size: int
+    network: tokenizer.Tokenizer, params: Any, codes: Int[Array, "B n"], size: int
 ) -> Float32[Array, "B {size} {size} 3"]:
     """Codes -> images of `size` px, about [-1, 1]."""
-    return network.apply({"params": params}, codes, size, method="decode_codes")
+    return apply(network, params, codes, size, method="decode_codes")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(
-    network: generator.Generator, params: Any, codes: Int[Arrays, "B n"], labels: Int[Arrays, " B"]
+    network: generator.Generator, params: Any, codes: Int[Array, "B n"], labels: Int[Array, " B"]
 ) -> Float32[Array, "B N V"]:
     """Teacher-forced logits of every token."""
-    return network.apply({"params": params}, codes, labels)
+    return apply(network, params, codes, labels)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_moments(
-    network: vae.VAE, params: Any, images: Array | np.ndarray
+    network: vae.VAE, params: Any, images: Images
 ) -> Float32[Array, "B h w moments"]:
     """Images -> mean and log-variance of their unscaled latents, along the last axis."""
-    posterior = network.apply({"params": params}, pixels.to_float(images), method="encode")
+    posterior = apply(network, params, pixels.to_float(images), method="encode")
     return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def draw_latents(network: vae.VAE, mean, logvar, keys) -> Float32[Array, "B h w C"]:
-    """Scaled latents drawn from unscaled moments [B, h, w, C], with one PRNG key per image."""
+def draw_latents(
+    network: vae.VAE,
+    mean: Float32[Array, "B h w C"],
+    logvar: Float32[Array, "B h w C"],
+    keys: Key[Array, " B"],
+) -> Float32[Array, "B h w C"]:
+    """Scaled latents drawn from unscaled moments, with one PRNG key per image."""
     draw = lambda mean, logvar, key: vae.Posterior(mean, logvar).sample(key)  # noqa: E731
     return network.scale(jax.vmap(draw)(mean, logvar, keys))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode_latents(
-    network: vae.VAE, params: Any, latents: Float32[Arrays, "B h w C"]
+    network: vae.VAE, params: Any, latents: Float32[Array, "B h w C"]
 ) -> Float32[Array, "B H W _"]:
     """Scaled latents -> images, about [-1, 1]."""
-    return network.apply({"params": params}, latents, method="decode")
+    return apply(network, params, latents, method="decode")
 
 
 # ------------------------------------------------------------------------------- of either system
 
 
 def decode_whole(
-    network: tokenizer.Tokenizer | vae.VAE, params: Any, samples: Array | np.ndarray
+    network: tokenizer.Tokenizer | vae.VAE, params: Any, samples: Shaped[Array, "B ..."]
 ) -> Float32[Array, "B R R 3"]:
     """Codes [B, n] or latents [B, h, w, C] -> images; what fewer tokens give is enlarged to R."""
     if isinstance(network, vae.VAE):
@@ -94,7 +99,7 @@ def decode_whole(
 
 @functools.partial(jax.jit, static_argnums=0)
 def reconstruct(
-    network: tokenizer.Tokenizer | vae.VAE, params: Any, images: UInt8[Arrays, "B R R 3"]
+    network: tokenizer.Tokenizer | vae.VAE, params: Any, images: UInt8[Array, "B R R 3"]
 ) -> Float32[Array, "B R R 3"]:
     """Images by way of all their tokens, or of their mean latent."""
     if isinstance(network, vae.VAE):

@@ -18,12 +18,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.models.sampler import Rule
+from detailflow_jax.ops import Array
 from detailflow_jax.ops import logits as filters
 
+Logits = Float[Array, "*B V"]
 _POSITIVE = "> 0; for the mode use greedy=True, or the rule Greedy()"
 
 
@@ -31,7 +33,7 @@ _POSITIVE = "> 0; for the mode use greedy=True, or the rule Greedy()"
 class Greedy:
     """Leaves the most likely code only; of equal ones the first."""
 
-    def __call__(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    def __call__(self, logits: Logits) -> Logits:
         best = jnp.argmax(logits, axis=-1, keepdims=True)
         return jnp.where(jnp.arange(logits.shape[-1]) == best, logits, -jnp.inf)
 
@@ -45,7 +47,7 @@ class Temperature:
     def __post_init__(self):
         _check(self.value, lambda value: value > 0.0, "temperature", _POSITIVE)
 
-    def __call__(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    def __call__(self, logits: Logits) -> Logits:
         return logits / self.value
 
 
@@ -61,7 +63,7 @@ class TopK:
     def __post_init__(self):
         _check(self.k, lambda k: k >= 0, "top_k", ">= 0 (0 keeps every code)")
 
-    def __call__(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    def __call__(self, logits: Logits) -> Logits:
         return filters.top_k_filter(logits, self.k)
 
 
@@ -77,7 +79,7 @@ class TopP:
     def __post_init__(self):
         _check(self.p, lambda p: 0.0 < p <= 1.0, "top_p", "in (0, 1]")
 
-    def __call__(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    def __call__(self, logits: Logits) -> Logits:
         return filters.top_p_filter(logits, self.p)
 
 
@@ -87,19 +89,19 @@ class _Static:
 
     function: Rule = flax.struct.field(pytree_node=False)
 
-    def __call__(self, logits: jax.Array) -> jax.Array:
+    def __call__(self, logits: Logits) -> Logits:
         return self.function(logits)
 
 
 def published_rules(
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, greedy: bool = False
 ) -> tuple[Rule, ...]:
-    """The rules that the published sampler's settings stand for.
+    """The rules for the settings of the published sampler.
 
     Raises:
       InputError: a setting out of range.
     """
-    rules = [Temperature(temperature)]  # also at 1, so that a sweep over it has one program
+    rules: list[Rule] = [Temperature(temperature)]  # also 1: a sweep over it has one program
     if TopK(top_k).k:
         rules.append(TopK(top_k))
     if TopP(top_p).p < 1.0:
@@ -113,14 +115,14 @@ def as_rules(rules: Rule | Sequence[Rule]) -> tuple[Rule, ...]:
     Raises:
       InputError: not callable.
     """
-    rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
-    for rule in rules:
+    given: Sequence[Rule] = rules if isinstance(rules, Sequence) else (rules,)
+    for rule in given:
         if isinstance(rule, type) or not callable(rule):
             raise InputError(f"rules hold {rule!r}; expected rules such as TopK(100), or functions")
-    return tuple(_Static(rule) if jax.tree_util.all_leaves([rule]) else rule for rule in rules)
+    return tuple(_Static(rule) if jax.tree_util.all_leaves([rule]) else rule for rule in given)
 
 
 def _check(value: Any, allowed: Callable[[Any], bool], name: str, expected: str) -> None:
-    # Inside of a compiled program, fields are tracers or placeholders, and were checked before.
+    # Inside of a compiled program fields are tracers or placeholders, which were checked before.
     if isinstance(value, numbers.Real) and not allowed(value):
         raise InputError(f"{name}={value}, expected {expected}")

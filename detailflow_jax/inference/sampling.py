@@ -1,4 +1,4 @@
-"""Settings of the two samplers as pure functions from labels to codes or latents.
+"""The two samplers with their settings, as pure functions from labels to codes or latents.
 
 Shapes: B samples, N tokens, n <= N tokens asked for, K scales, S side of the latent, C channels.
 """
@@ -7,21 +7,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Int, Shaped
 
 from detailflow_jax.inference import programs
 from detailflow_jax.inference.checks import check_flow_settings, check_guidance
-from detailflow_jax.inference.errors import InputError
+from detailflow_jax.inference.errors import InputError, as_input_error
 from detailflow_jax.inference.rules import Rule, as_rules, published_rules
 from detailflow_jax.models import flow_sampler, sampler
 from detailflow_jax.models.flowar import FlowAR
 from detailflow_jax.models.generator import Generator
-from detailflow_jax.ops import logits
+from detailflow_jax.ops import Array, logits
 
 DECODERS = {"generator": "tokenizer", "flowar": "vae"}
-"""What samples -> what makes images of its samples."""
+"""Network that samples -> network that makes images of its samples."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,24 +30,32 @@ class Sampling:
     Attributes:
       run: (params, labels int32 [B], keys [B], guidance, noise=None) -> codes int32 [B, n], or
         latents float32 [B, S, S, C]. Only FlowAR takes noise.
-      guidance: of every token, float32 [N], or of every scale, [K]. An argument of `run`, so that
-        another scale does not compile again.
+      guidance: of every token, [N], or of every scale, [K]. An argument of `run`, so that another
+        guidance scale does not compile again.
       note: what is sampled, for people.
     """
 
-    run: Callable[..., jax.Array]
-    guidance: Float32[np.ndarray, " G"]
+    run: Callable[..., Array]
+    guidance: Float[np.ndarray, " G"]
     note: str
 
-    def __call__(self, params: Any, labels, seed: int, indices, noise=None) -> jax.Array:
-        """Samples of labels [B]; each depends on the seed and its own index [B] alone."""
+    def __call__(
+        self,
+        params: Any,
+        labels: Int[Array, " B"],
+        seed: int,
+        indices: Int[Array, " B"],
+        noise: Sequence[Float[Array, "B i_squared C"]] | None = None,
+    ) -> Shaped[Array, "B ..."]:
+        """Samples of labels; each depends on the seed and its own index alone."""
         return self.run(params, labels, sampler.sample_keys(seed, indices), self.guidance, noise)
 
 
 def sampling(network: Generator | FlowAR, cfg_scale: float, **settings: Any) -> Sampling:
     """`sample_codes` or `sample_latents`, whichever fits the network."""
-    make = sample_latents if isinstance(network, FlowAR) else sample_codes
-    return make(network, cfg_scale, **settings)
+    if isinstance(network, FlowAR):
+        return sample_latents(network, cfg_scale, **settings)
+    return sample_codes(network, cfg_scale, **settings)
 
 
 def sample_codes(
@@ -69,14 +76,15 @@ def sample_codes(
     """
     c = network.config
     num_tokens = c.num_tokens if num_tokens is None else num_tokens
-    _check(c.check_num_tokens, num_tokens)
+    with as_input_error():
+        c.check_num_tokens(num_tokens)
     check_guidance(cfg_scale)
     given = published_rules(temperature, 0 if top_k >= c.codebook_size else top_k, top_p, greedy)
     if rules is not None and given != published_rules():
         raise InputError(
             "rules replace temperature, top_k, top_p and greedy; give them as rules as well"
         )
-    rules = given if rules is None else as_rules(rules)
+    chosen = given if rules is None else as_rules(rules)
     options = sampler.SamplingOptions(num_tokens, guided=cfg_scale != 1.0)
     guidance = logits.guidance_scales(
         cfg_scale, c.num_tokens, c.group_size, c.causal, gradual=gradual_cfg
@@ -84,7 +92,7 @@ def sample_codes(
 
     def run(params, labels, keys, guidance, noise=None):
         del noise
-        return sampler.sample(network, params, labels, keys, guidance, rules, options=options)
+        return sampler.sample(network, params, labels, keys, guidance, chosen, options=options)
 
     return Sampling(run, guidance, f"{num_tokens} tokens")
 
@@ -107,8 +115,10 @@ def sample_latents(
     scales = len(network.config.scales)
     if grid is None:
         grid = "sde" if solver == "euler_maruyama" else "published"
+    with as_input_error():
+        times = flow_sampler.flow_times(scales, num_steps, grid)
     options = flow_sampler.FlowSamplingOptions(
-        _check(flow_sampler.flow_times, scales, num_steps, grid),
+        times,
         guided=cfg_scale != 1.0,
         guidance_low=guidance_low,
         guidance_high=guidance_high,
@@ -125,11 +135,3 @@ def sample_latents(
 def sampling_of(config: Any, cfg_scale: float) -> Sampling:
     """The sampler, with its published settings, of a configuration whose task is in `DECODERS`."""
     return sampling(programs.network_of(config), cfg_scale)
-
-
-def _check(check: Callable, *args: Any) -> Any:
-    """A check of a lower floor, whose ValueError is the user's here."""
-    try:
-        return check(*args)
-    except ValueError as error:
-        raise InputError(str(error)) from error

@@ -57,6 +57,13 @@ def dense(
     )
 
 
+def apply(
+    module: nn.Module, params: Any, *args: Any, method: Any = None, rngs: Any = None, **kwargs: Any
+) -> Any:
+    """What a method of a network gives, `__call__` by default, with these parameters."""
+    return module.apply({"params": params}, *args, method=method, rngs=rngs, **kwargs)
+
+
 def param(
     module: nn.Module,
     name: str,

@@ -1,21 +1,26 @@
-"""What can be trained: one file a task, each a few pure functions over an explicit state."""
+"""What can be trained: one file per task, each a few pure functions over an explicit state."""
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Hashable
-from typing import Any
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
-import flax
+import flax.struct
 import jax
-import numpy as np
 
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.ops import Array
+from detailflow_jax.runtime.errors import ConfigError, near_names
 from detailflow_jax.runtime.upgrade import check_names
 
+T = TypeVar("T")
+Plan = tuple[Hashable, Mapping[str, Any]]
+"""(static variant of a step, its small NumPy arrays)."""
+Metrics = dict[str, Array]
 
-@flax.struct.dataclass
-class TrainState:
-    """Everything a run needs to go on; a plain pytree.
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a run needs to continue; a plain pytree, also of shapes or of placements.
 
     Attributes:
       step: int32 scalar, updates done so far. Randomness comes from it and the config's seed.
@@ -23,11 +28,11 @@ class TrainState:
       opt_state: of optax.
       ema: exponential moving average of the parameters, or None.
       extra: arrays of the task's own, such as the window of recent codes.
-      frozen: parameters that are used but never trained (a teacher); not part of a checkpoint,
-        `init` makes them anew.
+      frozen: parameters that are used but never trained (a teacher). They are not part of a
+        checkpoint: `init` makes them again.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
     ema: Any = None
@@ -37,12 +42,12 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The functions the loop needs; none knows of devices, files or loops.
+    """The functions that the loop needs; none knows of devices, files or loops.
 
     Attributes:
       init: PRNG key -> TrainState, its parameters boxed with logical axis names.
       plan: step -> (static variant, small NumPy arrays): what the host decides for a step, a pure
-        function of the step. There is one compiled program a variant.
+        function of the step. There is one compiled program per variant.
       train_step: (state, batch, plan arrays, *, variant) -> (state, {name: scalar}).
       figures: (state, batch) -> {name: uint8 [H, W, 3]}, pictures to look at; on the devices, as
         the processes of a run draw them together.
@@ -51,9 +56,9 @@ class Task:
     """
 
     init: Callable[[jax.Array], TrainState]
-    plan: Callable[[int], tuple[Hashable, dict[str, np.ndarray]]]
-    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    figures: Callable[[TrainState, Any], dict[str, jax.Array]]
+    plan: Callable[[int], Plan]
+    train_step: Callable[..., tuple[TrainState, Metrics]]
+    figures: Callable[[TrainState, Any], Mapping[str, Array]] = lambda state, batch: {}
     check: Callable[[Any], None] = lambda batch: None
     frozen: tuple[Any, ...] = ()
 
@@ -71,3 +76,51 @@ def make_task(config) -> Task:
     if config.task not in TASKS:
         raise ConfigError(f"config.task={config.task!r} is not one of {', '.join(TASKS)}")
     return importlib.import_module(f"detailflow_jax.tasks.{config.task}").make(config)
+
+
+def no_plan(step: int) -> Plan:
+    """The plan of a task for which the host decides nothing: one program for every step."""
+    del step
+    return None, {}
+
+
+def from_section(kind: Callable[..., T], fields: Mapping[str, Any], section: str) -> T:
+    """The dataclass that a section of the configuration describes.
+
+    Args:
+      kind: a dataclass that checks its values with ValueError.
+      fields: of the section, as a mapping.
+      section: its name, for messages.
+
+    Raises:
+      ConfigError: an unknown field, or values that cannot be. Only this conversion is guarded, so
+        that a ValueError of a network or of a formula keeps its traceback.
+    """
+    known = list(inspect.signature(kind).parameters)
+    for name in fields:
+        if name not in known:
+            raise ConfigError(
+                f"{section}.{name} is no field of this network; expected "
+                f"{', '.join(near_names(name, known) or known)}"
+            )
+    try:
+        return kind(**fields)
+    except ValueError as error:
+        raise ConfigError(f"{section}: {error}") from error
+
+
+def with_size(model: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The `model` section with the fields of the published size that its `size` names.
+
+    Fields that are given beside the size stay. Without a size all are taken as given.
+
+    Raises:
+      ConfigError: an unknown size.
+    """
+    fields = dict(model)
+    size = fields.pop("size", None)
+    if size is None:
+        return fields
+    if size not in sizes:
+        raise ConfigError(f"config.model.size={size!r} is not one of {', '.join(sizes)}")
+    return fields | {name: x for name, x in sizes[size].items() if fields.get(name) is None}

@@ -4,100 +4,98 @@ Shapes: B batch, S side of the latent, C channels, K scales, T positions of all 
 """
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jaxtyping import Float, Float32, Int, PRNGKeyArray, UInt8
 
 from detailflow_jax.models import flow_sampler
-from detailflow_jax.models.flowar import (
-    SIZES,
-    FlowAR,
-    FlowARConfig,
-    check_vae,
-    example,
-)
-from detailflow_jax.models.layers import drop_labels
+from detailflow_jax.models.flowar import SIZES, FlowAR, FlowARConfig, check_vae, example
+from detailflow_jax.models.layers import apply, drop_labels
 from detailflow_jax.models.vae import VAE, Posterior, VAEConfig
-from detailflow_jax.ops import flow
+from detailflow_jax.ops import Array, flow
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import scales as grids
 from detailflow_jax.runtime.errors import ConfigError
-from detailflow_jax.tasks import Task, TrainState, optim
+from detailflow_jax.tasks import Task, TrainState, from_section, no_plan, optim, with_size
 
 
-def model_config(model) -> FlowARConfig:
-    """The `model` part of a config as the network's own dataclass.
+def model_config(model: Any) -> FlowARConfig:
+    """The `model` section of a config as the network's own dataclass.
 
     `size` names a published size (FlowAR-S, -B, -L, -H); None takes widths and depths as given.
     With a size, `head_depth` may still be given (the paper's H has 18 blocks).
 
     Raises:
-      ConfigError: an unknown size, or a scale schedule that is none.
+      ConfigError: an unknown size, or values that contradict each other.
     """
-    fields = model.to_dict()
-    size = fields.pop("size", None)
-    if size is not None:
-        if size not in SIZES:
-            raise ConfigError(f"config.model.size={size!r} is not one of {', '.join(SIZES)}")
-        fields |= {name: x for name, x in SIZES[size].items() if fields.get(name) is None}
-    return FlowARConfig(**fields)
+    return from_section(FlowARConfig, with_size(model.to_dict(), SIZES), "config.model")
 
 
-def scale_weights(config: FlowARConfig, weights=None) -> np.ndarray:
-    """Weight of every scale's mean squared error, float32 [K]: as given, or i^2 / S^2.
+def scale_weights(
+    config: FlowARConfig, weights: Sequence[float] | None = None
+) -> Float32[np.ndarray, " K"]:
+    """Weight of every scale's mean squared error: as given, or i^2 / S^2.
 
     Raises:
       ConfigError: not one per scale.
     """
     if weights is None:
-        return np.square(np.float32(config.scales) / config.latent_side)
+        return np.square(np.array(config.scales, np.float32) / np.float32(config.latent_side))
     if len(weights) != len(config.scales):
         raise ConfigError(
             f"config.loss.scale_weights has {len(weights)} values, expected one for each of the "
             f"{len(config.scales)} scales {config.scales}"
         )
-    return np.float32(weights)
+    return np.array(weights, np.float32)
 
 
-def flow_losses(model: FlowAR, params: Any, latents, labels, times, noise, dropout_key=None):
-    """Mean squared error of the velocity at every scale.
+def flow_losses(
+    model: FlowAR,
+    params: Any,
+    latents: Float[Array, "B S S C"],
+    labels: Int[Array, " B"],
+    times: Float[Array, "B K"],
+    noise: Float[Array, "B T C"],
+    dropout_key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, " K"], Float[Array, "B T W"]]:
+    """Mean squared error of the velocity at every scale, and the semantics.
 
     Args:
       model: the network.
       params: its parameters.
-      latents: float32 [B, S, S, C].
-      labels: int32 [B], dropped already.
-      times: float32 [B, K], one per image and scale.
-      noise: float32 [B, T, C].
+      latents: scaled.
+      labels: null classes drawn already.
+      times: one per image and scale.
+      noise: at every position.
       dropout_key: PRNG key, or None for no dropout.
-
-    Returns:
-      float32 [K], and the semantics float32 [B, T, W].
     """
     scales = model.config.scales
     data, inputs = grids.pyramid(latents, scales)
     time = jnp.take(times, grids.scale_index(scales), axis=1)
     noisy = flow.interpolate(data, noise, time[..., None])
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    semantics, velocity = model.apply({"params": params}, inputs, labels, noisy, time, rngs=rngs)
+    semantics, velocity = apply(model, params, inputs, labels, noisy, time, rngs=rngs)
     error = jnp.mean(jnp.square(velocity - flow.target_velocity(data, noise)), axis=(0, 2))
     # Means over each scale's own positions, as one product.
     members = grids.scale_index(scales)[None] == np.arange(len(scales))[:, None]
-    members = members / np.square(np.float32(scales))[:, None]
+    members = members / np.square(np.array(scales, np.float32))[:, None]
     return jnp.sum(members * error, axis=1), semantics
 
 
-def draw(key: jax.Array, config: FlowARConfig, batch: int) -> tuple[jax.Array, jax.Array]:
-    """Times U[0, 1) float32 [B, K] and noise float32 [B, T, C]."""
+def draw(
+    key: PRNGKeyArray, config: FlowARConfig, batch: int
+) -> tuple[Float[Array, "{batch} K"], Float[Array, "{batch} T C"]]:
+    """Times U[0, 1) and standard normal noise."""
     time_key, noise_key = jax.random.split(key)
     times = jax.random.uniform(time_key, (batch, len(config.scales)))
     return times, jax.random.normal(noise_key, (batch, config.num_positions, config.channels))
 
 
-def _vae(config, c: FlowARConfig) -> VAE | None:
+def _vae(config: Any, c: FlowARConfig) -> VAE | None:
     """The frozen autoencoder: encodes images, and decodes the samples that are drawn as figures.
 
     Raises:
@@ -114,24 +112,27 @@ def _vae(config, c: FlowARConfig) -> VAE | None:
                 "config.vae.random=True takes a random one, to try the code only"
             )
         return None
-    vae = VAEConfig(**fields)
-    check_vae(c, vae.latent_channels, "config.vae")
+    vae = from_section(VAEConfig, fields, "config.vae")
+    try:
+        check_vae(c, vae.latent_channels, "config.vae")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return VAE(vae)
 
 
-def _latents(vae: VAE | None, frozen: Any, batch, key: jax.Array) -> jax.Array:
-    """A sample of the scaled latents of a batch of moments or of images: [B, S, S, C]."""
-    if "moments" in batch:
+def _latents(vae: VAE | None, frozen: Any, batch: Any, key: Array) -> Float[Array, "B S S C"]:
+    """A sample of the scaled latents of a batch of moments or of images."""
+    if vae is None or "moments" in batch:
         mean, logvar = jnp.split(batch["moments"], 2, axis=-1)
         return Posterior(mean, logvar).sample(key)
     images = pixels.to_float(batch["image"])
-    posterior = vae.apply({"params": frozen["vae"]}, images, method="encode")
+    posterior = apply(vae, frozen["vae"], images, method="encode")
     return vae.scale(posterior.sample(key))
 
 
-def _check_batch(c: FlowARConfig, vae: VAE | None, batch) -> None:
+def _check_batch(c: FlowARConfig, vae: VAE | None, batch: Any) -> None:
     """Raises ConfigError if a batch's latents are not those of the scale schedule."""
-    if "moments" in batch:
+    if vae is None or "moments" in batch:
         height, width, channels = batch["moments"].shape[1:]
         channels //= 2
     else:
@@ -145,7 +146,7 @@ def _check_batch(c: FlowARConfig, vae: VAE | None, batch) -> None:
         )
 
 
-def make(config) -> Task:
+def make(config: Any) -> Task:
     """The FlowAR task of a config (see `configs/flowar.py` for its fields)."""
     c = model_config(config.model)
     model, vae = FlowAR(c), _vae(config, c)
@@ -158,17 +159,7 @@ def make(config) -> Task:
         if vae is not None:
             image = jnp.zeros((1, vae.config.stride, vae.config.stride, vae.config.image_channels))
             frozen["vae"] = vae.init(jax.random.fold_in(key, 1), image)["params"]
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=optimizer.init(params),
-            ema=optim.start_average(params, config.ema),
-            frozen=frozen,
-        )
-
-    def plan(step: int) -> tuple[None, dict[str, np.ndarray]]:
-        del step  # nothing is decided on the host: one program for every step
-        return None, {}
+        return optim.new_state(params, optimizer.init(params), config.ema, frozen=frozen)
 
     def train_step(state: TrainState, batch, plan, *, variant=None):
         del plan, variant
@@ -184,16 +175,12 @@ def make(config) -> Task:
             return jnp.sum(weights * losses), by_scale
 
         rows = latents, labels, times, noise
-        (loss, by_scale), grads = optim.gradients(
-            mean_loss, state.params, rows, dropout_key, config.accumulate
-        )
-        new = optim.updated(state, optimizer, grads, config.ema)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads)}
-        return new, metrics | by_scale | {"latent_std": jnp.std(latents)}
+        new, metrics = optim.update(state, optimizer, mean_loss, rows, dropout_key, config)
+        return new, metrics | {"latent_std": jnp.std(latents)}
 
     return Task(
         init,
-        plan,
+        no_plan,
         train_step,
         functools.partial(figures, model, vae),
         check=functools.partial(_check_batch, c, vae),
@@ -201,11 +188,11 @@ def make(config) -> Task:
 
 
 def figures(
-    model: FlowAR, vae: VAE | None, state: TrainState, batch, num_steps: int = 25
-) -> dict[str, np.ndarray]:
-    """`samples`: four of each of up to eight classes, uint8 [H, W, 3]; one column per class.
+    model: FlowAR, vae: VAE | None, state: TrainState, batch: Any, num_steps: int = 25
+) -> Mapping[str, UInt8[Array, "H W 3"]]:
+    """`samples`: four of each of up to eight classes, one column per class.
 
-    Nothing where there is no autoencoder to decode them with (`config.vae.path`).
+    Without an autoencoder to decode them (`config.vae.path`) there are none.
     """
     del batch
     if vae is None:
@@ -221,7 +208,9 @@ def figures(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
-def _draw(model: FlowAR, vae: VAE, params: Any, vae_params: Any, labels, num_steps: int):
+def _draw(
+    model: FlowAR, vae: VAE, params: Any, vae_params: Any, labels: Int[Array, " B"], num_steps: int
+) -> Float[Array, "B H W _"]:
     num_scales = len(model.config.scales)
     options = flow_sampler.FlowSamplingOptions(
         flow_sampler.flow_times(num_scales, num_steps), guidance_high=0.9
@@ -229,4 +218,4 @@ def _draw(model: FlowAR, vae: VAE, params: Any, vae_params: Any, labels, num_ste
     keys = jax.random.split(jax.random.key(0), len(labels))
     factors = flow_sampler.guidance_factors(2.4, num_scales)
     latents = flow_sampler.sample(model, params, labels, keys, factors, options=options)
-    return vae.apply({"params": vae_params}, latents, method="decode")
+    return apply(vae, vae_params, latents, method="decode")

@@ -7,38 +7,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from detailflow_jax.models.generator import SIZES, Generator, GeneratorConfig
-from detailflow_jax.models.layers import drop_labels
-from detailflow_jax.runtime.errors import ConfigError
-from detailflow_jax.tasks import Task, TrainState, optim
+from detailflow_jax.models.layers import apply, drop_labels
+from detailflow_jax.ops import Array
+from detailflow_jax.tasks import Task, TrainState, from_section, no_plan, optim, with_size
 
 
-def model_config(model) -> GeneratorConfig:
-    """The `model` part of a config as the network's own dataclass.
+def model_config(model: Any) -> GeneratorConfig:
+    """The `model` section of a config as the network's own dataclass.
 
     `size` names a published size (GPT-B ... GPT-7B); None takes width, depth and heads as given.
 
     Raises:
-      ConfigError: an unknown size.
+      ConfigError: an unknown size, or values that contradict each other.
     """
-    fields = model.to_dict()
-    size = fields.pop("size", None)
-    if size is not None:
-        if size not in SIZES:
-            raise ConfigError(f"config.model.size={size!r} is not one of {', '.join(SIZES)}")
-        fields |= SIZES[size]
-    return GeneratorConfig(**fields)
+    return from_section(GeneratorConfig, with_size(model.to_dict(), SIZES), "config.model")
 
 
-def mix_corrections(key: jax.Array, triplets: jax.Array, probability: float):
-    """The pair (input, label) with a probability, else (clean, clean): two int32 [B, N].
+def mix_corrections(
+    key: PRNGKeyArray, triplets: Int[Array, "B N 3"], probability: float
+) -> tuple[Int[Array, "B N"], Int[Array, "B N"]]:
+    """Inputs and targets: the pair (input, label) with a probability, else (clean, clean).
 
     Args:
       key: PRNG key.
-      triplets: int32 [B, N, 3]: clean, input, label.
+      triplets: (clean, input, label).
       probability: of taking the correction pair.
     """
     noisy = jax.random.bernoulli(key, probability, (len(triplets), 1))
@@ -46,19 +42,26 @@ def mix_corrections(key: jax.Array, triplets: jax.Array, probability: float):
     return jnp.where(noisy, triplets[..., 1], clean), jnp.where(noisy, triplets[..., 2], clean)
 
 
-def cross_entropy(model: Generator, params: Any, inputs, targets, labels, dropout_key=None):
-    """Mean cross-entropy of the targets int32 [B, N] under teacher forcing, float32.
+def cross_entropy(
+    model: Generator,
+    params: Any,
+    inputs: Int[Array, "B N"],
+    targets: Int[Array, "B N"],
+    labels: Int[Array, " B"],
+    dropout_key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean cross-entropy of the targets under teacher forcing.
 
     Returns:
       the scalar, and the share of targets that are the most likely code.
     """
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    logits = model.apply({"params": params}, inputs, labels, rngs=rngs)
+    logits = apply(model, params, inputs, labels, rngs=rngs)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.mean(loss), jnp.mean(jnp.argmax(logits, axis=-1) == targets)
 
 
-def make(config) -> Task:
+def make(config: Any) -> Task:
     """The generator task of a config (see `configs/generator.py` for its fields)."""
     c = model_config(config.model)
     model = Generator(c)
@@ -67,16 +70,7 @@ def make(config) -> Task:
     def init(key: jax.Array) -> TrainState:
         codes = jnp.zeros((1, c.num_tokens), jnp.int32)
         params = model.init(key, codes, jnp.zeros((1,), jnp.int32))["params"]
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=optimizer.init(params),
-            ema=optim.start_average(params, config.ema),
-        )
-
-    def plan(step: int) -> tuple[None, dict[str, np.ndarray]]:
-        del step  # nothing is decided on the host: one program for every step
-        return None, {}
+        return optim.new_state(params, optimizer.init(params), config.ema)
 
     def train_step(state: TrainState, batch, plan, *, variant=None):
         del plan, variant
@@ -89,14 +83,7 @@ def make(config) -> Task:
             loss, accuracy = cross_entropy(model, params, *rows, dropout_key=key)
             return loss, {"accuracy": accuracy}
 
-        (loss, means), grads = optim.gradients(
-            mean_loss, state.params, (inputs, targets, labels), dropout_key, config.accumulate
-        )
-        new = optim.updated(state, optimizer, grads, config.ema)
-        metrics = {
-            "loss": loss,
-            "gradient_norm": optax.global_norm(grads),
-        }
-        return new, metrics | means
+        rows = inputs, targets, labels
+        return optim.update(state, optimizer, mean_loss, rows, dropout_key, config)
 
-    return Task(init, plan, train_step, lambda state, batch: {})
+    return Task(init, no_plan, train_step)

@@ -1,4 +1,7 @@
-"""Optimizer, schedule and averaging, from the `optim` part of a config."""
+"""Optimizer, schedule and averaging, from the sections `optim` and `ema` of a config.
+
+Shapes: B batch.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Int, PRNGKeyArray
 
+from detailflow_jax.ops import Array
 from detailflow_jax.runtime.errors import ConfigError
-from detailflow_jax.tasks import TrainState
+from detailflow_jax.tasks import Metrics, TrainState
 
 
-def schedule(optim, total_steps: int) -> optax.Schedule:
+def schedule(optim: Any, total_steps: int) -> optax.Schedule:
     """Linear warm-up from `warmup_start` x lr, then cosine to `final` x lr."""
     return optax.warmup_cosine_decay_schedule(
         init_value=optim.lr * optim.warmup_start,
@@ -33,7 +38,7 @@ def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def optimizer(optim, total_steps: int) -> optax.GradientTransformation:
+def optimizer(optim: Any, total_steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (plain Adam where `weight_decay` is 0)."""
     return optax.chain(
         optax.clip_by_global_norm(optim.clip),
@@ -47,15 +52,18 @@ def optimizer(optim, total_steps: int) -> optax.GradientTransformation:
     )
 
 
-Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-"""(params, rows, key) -> (mean loss over the rows, {name: mean, or one value a row})."""
+Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
+"""(params, rows, key) -> (mean loss over the rows, tree of means or of one value per row)."""
 
 
-def gradients(loss: Loss, params: Any, rows: Any, key: jax.Array, parts: int = 1):
+def gradients(
+    loss: Loss, params: Any, rows: Any, key: PRNGKeyArray, parts: int = 1
+) -> tuple[tuple[jax.Array, Any], Any]:
     """Gradient of a mean loss, over `parts` equal parts of the rows one after another.
 
-    Several parts keep the activations of one part only. Means over rows come out as without parts;
-    a loss that is no mean (the entropy of the batch's code usage) is one of each part.
+    With several parts, only one part's activations are kept at a time. Means over rows are the
+    same as without parts. A loss that is no mean over rows, such as the entropy of the code usage,
+    is computed within each part.
 
     Args:
       loss: called with a part of the rows and a key of its own.
@@ -94,12 +102,43 @@ def gradients(loss: Loss, params: Any, rows: Any, key: jax.Array, parts: int = 1
     return (value, jax.tree.map(functools.partial(_together, batch), aux)), grads
 
 
-def _together(batch: int, x: jax.Array) -> jax.Array:
+def _together(batch: int, x: Array) -> Array:
     """[parts] means -> their mean; [parts, B / parts, ...] rows -> [B, ...] in their old order."""
     return jnp.mean(x) if x.ndim == 1 else x.swapaxes(0, 1).reshape(batch, *x.shape[2:])
 
 
-def updated(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, ema):
+def new_state(params: Any, opt_state: Any, ema: Any, **fields: Any) -> TrainState:
+    """The state of a new run; `ema` is the section, `fields` are others of `TrainState`."""
+    step, average = jnp.zeros((), jnp.int32), start_average(params, ema)
+    return TrainState(step=step, params=params, opt_state=opt_state, ema=average, **fields)
+
+
+def update(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    rows: Any,
+    key: PRNGKeyArray,
+    config: Any,
+) -> tuple[TrainState, Metrics]:
+    """The state after one step on a mean loss, and the step's metrics.
+
+    Args:
+      state: before the step.
+      optimizer: of all parameters.
+      loss: gives metrics beside the loss.
+      rows: arrays [B, ...].
+      key: for dropout and the like.
+      config: of the task: `accumulate` and `ema`.
+    """
+    (value, metrics), grads = gradients(loss, state.params, rows, key, config.accumulate)
+    new = updated(state, optimizer, grads, config.ema)
+    return new, {"loss": value, "gradient_norm": optax.global_norm(grads)} | metrics
+
+
+def updated(
+    state: TrainState, optimizer: optax.GradientTransformation, grads: Any, ema: Any
+) -> TrainState:
     """The state after one update: step, params, opt_state and average.
 
     `grads` has the parts of the network that are trained; the others stay as they are.
@@ -115,12 +154,12 @@ def updated(state: TrainState, optimizer: optax.GradientTransformation, grads: A
     )
 
 
-def start_average(params: Any, ema) -> Any:
+def start_average(params: Any, ema: Any) -> Any:
     """The average before the first step: the parameters, or None where `ema.decay` is 0."""
     return jax.tree.map(jnp.copy, params) if ema.decay else None
 
 
-def average(average: Any, params: Any, step: jax.Array, ema) -> Any:
+def average(average: Any, params: Any, step: Int[Array, ""], ema: Any) -> Any:
     """Exponential moving average with decay `ema.decay`; None stays None.
 
     With `ema.warmup` the decay of step n is at most (1 + n) / (10 + n), so that a short run

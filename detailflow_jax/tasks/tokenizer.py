@@ -9,20 +9,22 @@ dimension.
 
 import dataclasses
 import functools
-from collections.abc import Hashable
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int, PRNGKeyArray, UInt8
 
 from detailflow_jax.models import siglip
 from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from detailflow_jax.ops import correction, interpolation, quantization
+from detailflow_jax.ops import Array, correction, interpolation, quantization
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
 from detailflow_jax.runtime.errors import ConfigError
-from detailflow_jax.tasks import Task, TrainState, optim, tokenizer_figures
-from detailflow_jax.tasks.losses import Pass, Setting, Step, make_losses
+from detailflow_jax.tasks import Metrics, Plan, Task, TrainState, from_section, tokenizer_figures
+from detailflow_jax.tasks.losses import Pass, Step
 from detailflow_jax.tasks.tokenizer_figures import group_counts
 from detailflow_jax.tasks.tokenizer_plan import draw_noise, tokens_by_size
 from detailflow_jax.tasks.trainer import Trainer
@@ -33,15 +35,19 @@ TRAIN_ONLY = {"all": None, "decoder": ("decoder", "post_quant_conv")}
 """`config.train_only` -> the parts of the network that are trained; None: all of them."""
 
 
-def model_config(model) -> TokenizerConfig:
-    """The `model` part of a config as the network's own dataclass."""
+def model_config(model: Any) -> TokenizerConfig:
+    """The `model` section of a config as the network's own dataclass.
+
+    Raises:
+      ConfigError: values that contradict each other.
+    """
     fields = model.to_dict()
     for part in ("encoder", "decoder"):
-        fields[part] = siglip.ViTConfig(**fields[part])
-    return TokenizerConfig(**fields)
+        fields[part] = from_section(siglip.ViTConfig, fields[part], f"config.model.{part}")
+    return from_section(TokenizerConfig, fields, "config.model")
 
 
-def make(config) -> Task:
+def make(config: Any) -> Task:
     """The tokenizer task of a config (see `configs/tokenizer.py` for its fields).
 
     Raises:
@@ -59,37 +65,33 @@ def make(config) -> Task:
             f"config.train_only={config.train_only!r} is not one of {', '.join(TRAIN_ONLY)}"
         )
     smallest = c.resolutions.decoded_size(c.resolutions.token_counts[0])
-    sizes = input_sizes(config.data, config.batch_size, config.seed)
-    trainer = TokenizerTrainer(
-        config=config,
-        model=Tokenizer(c),
-        losses=make_losses(Setting(config, c, smallest)),
-        optimizer=optim.optimizer(config.optim, config.total_steps),
-        last_kernel=("decoder", "to_pixels", "kernel"),
-        keys=("teacher", "lpips", "adversarial"),
+    try:
+        sizes = input_sizes(config.data, config.batch_size, config.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return TokenizerTrainer.task(
+        config,
+        Tokenizer(c),
+        smallest,
         parts=TRAIN_ONLY[config.train_only],
         sizes=sizes,
         tokens=tokens_by_size(config, c, sizes),
     )
-    return Task(
-        trainer.init,
-        trainer.plan,
-        trainer.train_step,
-        trainer.figures,
-        frozen=tuple(trainer.frozen.values()),
-    )
 
 
-def forward(model: Tokenizer, rows, key, *, size: int, token_count: jax.Array) -> Step:
+def forward(
+    model: Tokenizer, rows: Any, key: PRNGKeyArray, *, size: int, token_count: Int[Array, ""]
+) -> Step:
     """What a step makes of a batch, inside of `Tokenizer.apply`.
 
     Args:
       model: the bound network.
       rows: images float32 [B, R, R, 3]; target float32 [B, S, S, 3], the image as `token_count`
-        tokens should give it; the span where noise strikes, or None for one pass without
+        tokens should give it; the span of the noise, or None for one pass without
         self-correction; choice int32 [B, N], ranks of the noise among the nearest codes.
       key: unused, nothing else is random.
-      size, token_count: S, static; how many tokens are decoded (data).
+      size: S; static.
+      token_count: how many tokens are decoded; data, so that another count needs no compilation.
     """
     del key
     images, target, span, choice = rows
@@ -115,11 +117,13 @@ def forward(model: Tokenizer, rows, key, *, size: int, token_count: jax.Array) -
     )
 
 
-def one_pass(model: Tokenizer, images: jax.Array, num_tokens: int):
+def one_pass(
+    model: Tokenizer, images: Float[Array, "B R R 3"], num_tokens: int
+) -> tuple[Int[Array, "B N"], Float[Array, "B N d"], tuple[Pass, ...]]:
     """Encoding without self-correction.
 
     Returns:
-      codes int32 [B, N]; what is decoded, straight-through, float32 [B, N, d]; the pass.
+      codes; what is decoded, straight-through; the pass.
     """
     z = model.first_pass(model.encode_patches(images), num_tokens)
     distances = model.distances(z)
@@ -128,15 +132,19 @@ def one_pass(model: Tokenizer, images: jax.Array, num_tokens: int):
     return codes, quantization.straight_through(entries, z), (Pass(z, entries, distances),)
 
 
-def two_passes(model: Tokenizer, images: jax.Array, span: correction.Span, choice: jax.Array):
+def two_passes(
+    model: Tokenizer,
+    images: Float[Array, "B R R 3"],
+    span: correction.Span,
+    choice: Int[Array, "B N"],
+) -> tuple[Int[Array, "B N"], Float[Array, "2*B N d"], tuple[Pass, ...]]:
     """Encoding with the paper's self-correction training.
 
     In the corrected half only the tokens after the noise pass a gradient to the encoder: what was
     shown to it is taken as given (published behaviour).
 
     Returns:
-      clean codes int32 [B, N]; clean and corrected sequences along the batch, straight-through,
-      float32 [2B, N, d]; both passes.
+      clean codes; clean and corrected sequences along the batch, straight-through; both passes.
     """
     pair = model.encode_pair(images, span, choice)
     clean = Pass(pair.z, model.lookup(pair.triplet[..., 0]), pair.distances)
@@ -154,7 +162,7 @@ def two_passes(model: Tokenizer, images: jax.Array, span: correction.Span, choic
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class TokenizerTrainer(Trainer):
-    """The functions of a `Task` over what a config makes of the tokenizer.
+    """The functions of a `Task` for what a config makes of the tokenizer.
 
     Attributes:
       sizes: dynamic input resolution, or None.
@@ -162,15 +170,18 @@ class TokenizerTrainer(Trainer):
     """
 
     sizes: InputSizes | None
-    tokens: dict[int, int]
+    tokens: Mapping[int, int]
 
-    def init(self, key: jax.Array) -> TrainState:
+    last_kernel = ("decoder", "to_pixels", "kernel")
+    keys = ("teacher", "lpips", "adversarial")
+
+    def init(self, key: PRNGKeyArray) -> TrainState:
         """See `Task`."""
         side = self.model.config.image_size
         window = jnp.full((USAGE_WINDOW,), -1, jnp.int32)
         return self.start(key, jnp.zeros((1, side, side, 3)), window=window)
 
-    def plan(self, step: int) -> tuple[Hashable, dict[str, np.ndarray]]:
+    def plan(self, step: int) -> Plan:
         """See `Task`. The variant is the decoded side; (input side, decoded side) if both vary."""
         resolutions = self.model.config.resolutions
         side = self.sizes.size(step) if self.sizes else resolutions.image_size
@@ -183,7 +194,9 @@ class TokenizerTrainer(Trainer):
         variant = (side, size) if self.sizes else size
         return variant, {"token_count": np.int32(count), "degrade": matrix}
 
-    def train_step(self, state: TrainState, batch, plan, *, variant: Hashable):
+    def train_step(
+        self, state: TrainState, batch: Any, plan: Mapping[str, Any], *, variant: Any
+    ) -> tuple[TrainState, Metrics]:
         """See `Task`.
 
         Raises:
@@ -207,7 +220,7 @@ class TokenizerTrainer(Trainer):
         metrics["codebook_usage"] = quantization.codebook_usage(window, c.codebook_size)
         return new.replace(extra=new.extra | {"window": window}), metrics
 
-    def figures(self, state: TrainState, batch) -> dict[str, jax.Array]:
+    def figures(self, state: TrainState, batch: Any) -> Mapping[str, UInt8[Array, "H W 3"]]:
         """Pictures of the first 8 images of a batch; see `tokenizer_figures.draw`."""
         images = jnp.asarray(batch["image"][:8])
         counts = group_counts(self.model.config, tokens=self.tokens[images.shape[1]])

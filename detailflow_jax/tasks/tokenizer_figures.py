@@ -1,27 +1,35 @@
-"""Pictures of what a tokenizer makes of a batch."""
+"""Pictures of what a tokenizer makes of a batch.
+
+Shapes: B images, s their side in pixels, N tokens; H x W pixels of a picture.
+"""
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int, UInt8
 
+from detailflow_jax.models.layers import apply
 from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from detailflow_jax.ops import Array, interpolation
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.ops import interpolation
 
 
-def draw(model: Tokenizer, params: Any, images: jax.Array, counts: list[int]):
-    """Pictures of uint8 images [B, s, s, 3], encoded in `counts[-1]` tokens; uint8 [H, W, 3] each.
+def draw(
+    model: Tokenizer, params: Any, images: UInt8[Array, "B s s 3"], counts: Sequence[int]
+) -> Mapping[str, UInt8[Array, "H W 3"]]:
+    """Pictures of images, encoded in `counts[-1]` tokens.
 
-    `reconstructions`: originals above reconstructions. `coarse_to_fine`: a row an image, decoded
+    `reconstructions`: originals above reconstructions. `coarse_to_fine`: one row per image, decoded
     from each of `counts` tokens, and the original.
     """
-    images = pixels.to_float(images)
-    codes = _encode(model, params, images, counts[-1])
+    originals = pixels.to_float(images)
+    codes = _encode(model, params, originals, counts[-1])
     strip = decode_progressively(model, params, codes, counts, images.shape[1])
-    show = pixels.to_uint8(jnp.concatenate([strip, images[None]]))
+    show = pixels.to_uint8(jnp.concatenate([strip, originals[None]]))
     pair = jnp.stack([show[-1], show[-2]])
     return {
         "reconstructions": pixels.tile(pair),
@@ -30,13 +38,13 @@ def draw(model: Tokenizer, params: Any, images: jax.Array, counts: list[int]):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _encode(model: Tokenizer, params: Any, images: jax.Array, num_tokens: int) -> jax.Array:
-    return model.apply({"params": params}, images, num_tokens, method="encode")
+def _encode(model: Tokenizer, params: Any, images: Array, num_tokens: int) -> Array:
+    return apply(model, params, images, num_tokens, method="encode")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _decode(model: Tokenizer, params: Any, codes: jax.Array, size: int, num_tokens: jax.Array):
-    return model.apply({"params": params}, codes, size, num_tokens, method="decode_codes")
+def _decode(model: Tokenizer, params: Any, codes: Array, size: int, num_tokens: Array) -> Array:
+    return apply(model, params, codes, size, num_tokens, method="decode_codes")
 
 
 def group_counts(config: TokenizerConfig, most: int = 16, tokens: int | None = None) -> list[int]:
@@ -47,8 +55,10 @@ def group_counts(config: TokenizerConfig, most: int = 16, tokens: int | None = N
     return [min(int(n) * config.group_size, tokens) for n in picked]
 
 
-def decode_progressively(model: Tokenizer, params: Any, codes, counts, size: int) -> jax.Array:
-    """The first n codes for every n in `counts`, enlarged to `size`: [counts, B, size, size, 3]."""
+def decode_progressively(
+    model: Tokenizer, params: Any, codes: Int[Array, "B N"], counts: Sequence[int], size: int
+) -> Float[Array, "counts B {size} {size} 3"]:
+    """Images of the first n codes for every n in `counts`, enlarged to `size`."""
     resolutions = model.config.resolutions
     return jnp.stack(
         [

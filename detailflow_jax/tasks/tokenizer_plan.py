@@ -3,15 +3,18 @@
 Shapes: B batch, n tokens of the step, N when the input has full size.
 """
 
+from typing import Any
+
 import jax
+from jaxtyping import Int, PRNGKeyArray
 
 from detailflow_jax.models.tokenizer import TokenizerConfig
-from detailflow_jax.ops import correction
+from detailflow_jax.ops import Array, correction
 from detailflow_jax.ops.input_sizes import InputSizes
 from detailflow_jax.runtime.errors import ConfigError
 
 
-def tokens_by_size(config, c: TokenizerConfig, sizes: InputSizes | None) -> dict[int, int]:
+def tokens_by_size(config: Any, c: TokenizerConfig, sizes: InputSizes | None) -> dict[int, int]:
     """Input side in pixels -> how many tokens an image of it has (inverse resolution map).
 
     Args:
@@ -52,14 +55,14 @@ def tokens_by_size(config, c: TokenizerConfig, sizes: InputSizes | None) -> dict
 
 
 def draw_noise(
-    key: jax.Array,
+    key: PRNGKeyArray,
     c: TokenizerConfig,
-    options,
+    options: Any,
     batch: int,
-    token_count: jax.Array,
+    token_count: Int[Array, ""],
     num_tokens: int | None = None,
-):
-    """Noise spans [B], None without self-correction, and ranks [B, n] among the nearest codes.
+) -> tuple[correction.Span | None, Int[Array, "{batch} n"]]:
+    """Noise spans, None without self-correction, and ranks among the nearest codes.
 
     `options` is `config.correction`; `num_tokens` is n, by default all N.
     """

@@ -1,16 +1,21 @@
-"""The train step of tokenizer and autoencoder: forward, record, terms, gradient, update."""
+"""The train step of tokenizer and autoencoder: forward, record, terms, gradient, update.
+
+Shapes: B batch.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PRNGKeyArray
 
-from detailflow_jax.tasks import TrainState, losses, optim
-from detailflow_jax.tasks.losses import Frozen, Loss, Step
+from detailflow_jax.models.layers import apply
+from detailflow_jax.ops import Array
+from detailflow_jax.tasks import Metrics, Plan, Task, TrainState, losses, no_plan, optim
+from detailflow_jax.tasks.losses import Frozen, Loss, Setting, Step
 
 Forward = Callable[..., Step]
 """(bound network, rows, PRNG key) -> what the step made."""
@@ -18,25 +23,58 @@ Forward = Callable[..., Step]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trainer:
-    """A network, its loss terms and its optimizer.
+    """A network, its loss terms and its optimizer. A subclass has the functions of a `Task`.
 
     Attributes:
       config: of the task.
       model: the network.
       losses: the terms by name.
       optimizer: of the trained parts of the network.
+      parts: names of the parts of the network that are trained; None: all.
       last_kernel: path of the last decoder layer's kernel, for the adaptive weight.
       keys: names of what is initialised beside the network, each from a key of its own.
-      parts: names of the parts of the network that are trained; None: all.
     """
 
     config: Any
-    model: nn.Module
+    model: Any
     losses: Mapping[str, Loss]
     optimizer: optax.GradientTransformation
-    last_kernel: tuple[str, ...]
-    keys: tuple[str, ...]
     parts: tuple[str, ...] | None = None
+
+    last_kernel: ClassVar[tuple[str, ...]]
+    keys: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def task(cls, config: Any, model: Any, smallest: int, **fields: Any) -> Task:
+        """The task of a network; `smallest` is the smallest side of a reconstruction in pixels.
+
+        Raises:
+          ConfigError: loss terms that contradict each other.
+        """
+        made = losses.make_losses(Setting(config, model.config, smallest))
+        optimizer = optim.optimizer(config.optim, config.total_steps)
+        self = cls(config=config, model=model, losses=made, optimizer=optimizer, **fields)
+        frozen = tuple(self.frozen.values())
+        return Task(self.init, self.plan, self.train_step, self.figures, frozen=frozen)
+
+    def init(self, key: PRNGKeyArray) -> TrainState:
+        """See `Task`."""
+        raise NotImplementedError
+
+    def plan(self, step: int) -> Plan:
+        """See `Task`."""
+        return no_plan(step)
+
+    def train_step(
+        self, state: TrainState, batch: Any, plan: Mapping[str, Any], *, variant: Any
+    ) -> tuple[TrainState, Metrics]:
+        """See `Task`."""
+        raise NotImplementedError
+
+    def figures(self, state: TrainState, batch: Any) -> Mapping[str, Array]:
+        """See `Task`."""
+        del state, batch
+        return {}
 
     @property
     def frozen(self) -> dict[str, Frozen]:
@@ -44,30 +82,27 @@ class Trainer:
         found = [loss.frozen for loss in self.losses.values() if loss.frozen]
         return {frozen.name: frozen for frozen in found}
 
-    def start(self, key: jax.Array, example: jax.Array, **extra: jax.Array) -> TrainState:
+    def start(self, key: PRNGKeyArray, example: Array, **extra: Any) -> TrainState:
         """The state of a new run, its parameters boxed with logical axis names."""
         names = list(dict.fromkeys([*self.keys, *self.frozen, *self.losses]))
         own = lambda name: jax.random.fold_in(key, 1 + names.index(name))  # noqa: E731
         params = self.model.init(key, example)["params"]
         for name, loss in self.losses.items():
             extra |= loss.init(own(name))
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=self.optimizer.init(self._trained(params)),
-            ema=optim.start_average(params, self.config.ema),
-            extra=extra,
-            frozen={
-                # DINO shares the key of the discriminator's trained part.
-                name: x.init(own("adversarial" if name == "dino" else name))
-                for name, x in self.frozen.items()
-            },
-        )
+        frozen = {
+            # DINO shares the key of the discriminator's trained part.
+            name: x.init(own("adversarial" if name == "dino" else name))
+            for name, x in self.frozen.items()
+        }
+        opt_state = self.optimizer.init(self._trained(params))
+        return optim.new_state(params, opt_state, self.config.ema, extra=extra, frozen=frozen)
 
     def _trained(self, params: Any) -> Any:
         return {name: params[name] for name in self.parts or params}
 
-    def step(self, state: TrainState, rows: Any, key: jax.Array, forward: Forward):
+    def step(
+        self, state: TrainState, rows: Any, key: PRNGKeyArray, forward: Forward
+    ) -> tuple[TrainState, Metrics, Any]:
         """One update.
 
         Args:
@@ -81,9 +116,8 @@ class Trainer:
         """
 
         def total(params, rows, key):
-            # What is not trained is taken as it is: no gradient is computed for it.
-            variables = {"params": state.params | params}
-            step = self.model.apply(variables, rows, key, method=forward)
+            # No gradient is computed for the parts that are not trained.
+            step = apply(self.model, state.params | params, rows, key, method=forward)
             features = {
                 name: x.features(state.frozen[name], step.images)
                 for name, x in self.frozen.items()
@@ -101,7 +135,7 @@ class Trainer:
         else:
             (_, found), grads = optim.gradients(total, trained, rows, key, self.config.accumulate)
         new = optim.updated(state, self.optimizer, grads, self.config.ema)
-        metrics = {f"loss/{name}": value for name, value in found["terms"].items()}
+        metrics: Metrics = {f"loss/{name}": value for name, value in found["terms"].items()}
         metrics |= found["watched"]
         metrics["loss"] = sum(found["terms"].values())
         metrics["gradient_norm"] = optax.global_norm(grads)
@@ -111,7 +145,9 @@ class Trainer:
             extra, metrics = extra | changed, metrics | more
         return new.replace(extra=extra), metrics, found["codes"]
 
-    def _balanced(self, name: str, total: Callable, trained: Any, rows, key, number: jax.Array):
+    def _balanced(
+        self, name: str, total: Callable, trained: Any, rows: Any, key: Array, number: Array
+    ) -> tuple[Any, dict[str, Any]]:
         """The gradient with the term `name` as large as the others at the last kernel."""
         loss = self.losses[name]
 

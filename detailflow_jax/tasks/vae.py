@@ -6,27 +6,34 @@ Shapes: B batch, R image side, C latent channels, h = w = R / stride.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Float, PRNGKeyArray, UInt8
 
+from detailflow_jax.models.layers import apply
 from detailflow_jax.models.vae import VAE, VAEConfig
+from detailflow_jax.ops import Array
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.runtime.errors import ConfigError
-from detailflow_jax.tasks import Task, TrainState, optim
-from detailflow_jax.tasks.losses import Setting, Step, make_losses
+from detailflow_jax.tasks import Metrics, Task, TrainState, from_section
+from detailflow_jax.tasks.losses import Step
 from detailflow_jax.tasks.trainer import Trainer
 
 
-def model_config(model) -> VAEConfig:
-    """The `model` part of a config as the network's own dataclass."""
-    return VAEConfig(**model.to_dict())
+def model_config(model: Any) -> VAEConfig:
+    """The `model` section of a config as the network's own dataclass.
+
+    Raises:
+      ConfigError: values that contradict each other.
+    """
+    return from_section(VAEConfig, model.to_dict(), "config.model")
 
 
-def forward(model: VAE, images: jax.Array, key: jax.Array) -> Step:
-    """What a step makes of images [B, R, R, 3] in [-1, 1], inside of `VAE.apply`."""
+def forward(model: VAE, images: Float[Array, "B R R c"], key: PRNGKeyArray) -> Step:
+    """What a step makes of images in [-1, 1], inside of `VAE.apply`."""
     posterior = model.encode(images)
     latents = model.scale(posterior.sample(key))
     reconstruction = model.decode(latents)
@@ -44,7 +51,7 @@ def forward(model: VAE, images: jax.Array, key: jax.Array) -> Step:
     )
 
 
-def make(config) -> Task:
+def make(config: Any) -> Task:
     """The autoencoder task of a config (see `configs/vae.py` for its fields).
 
     Raises:
@@ -57,68 +64,49 @@ def make(config) -> Task:
             f"config.data.image_size={side} is no multiple of the autoencoder's stride "
             f"{c.stride}, given by the {len(c.multipliers)} levels of config.model.multipliers"
         )
-    trainer = VAETrainer(
-        config=config,
-        model=VAE(c),
-        losses=make_losses(Setting(config, c, side)),
-        optimizer=optim.optimizer(config.optim, config.total_steps),
-        last_kernel=("decoder", "conv_out", "kernel"),
-        keys=("lpips", "adversarial"),
-    )
-    return Task(
-        trainer.init,
-        trainer.plan,
-        trainer.train_step,
-        functools.partial(figures, trainer.model),
-        frozen=tuple(trainer.frozen.values()),
-    )
+    return VAETrainer.task(config, VAE(c), smallest=side)
 
 
 class VAETrainer(Trainer):
-    """The functions of a `Task` over what a config makes of the autoencoder."""
+    """The functions of a `Task` for what a config makes of the autoencoder."""
 
-    def init(self, key: jax.Array) -> TrainState:
+    last_kernel = ("decoder", "conv_out", "kernel")
+    keys = ("lpips", "adversarial")
+
+    def init(self, key: PRNGKeyArray) -> TrainState:
         """See `Task`."""
         c = self.model.config
         # The parameters' shapes do not depend on the images' size.
         return self.start(key, jnp.zeros((1, c.stride, c.stride, c.image_channels)))
 
-    def plan(self, step: int) -> tuple[None, dict[str, np.ndarray]]:
-        """See `Task`. Nothing is decided on the host: one program for every step."""
-        del step
-        return None, {}
-
-    def train_step(self, state: TrainState, batch, plan, *, variant=None):
+    def train_step(
+        self, state: TrainState, batch: Any, plan: Mapping[str, Any], *, variant: Any = None
+    ) -> tuple[TrainState, Metrics]:
         """See `Task`."""
         del plan, variant
         images = pixels.to_float(batch["image"])
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         return self.step(state, images, key, forward)[:2]
 
+    def figures(
+        self, state: TrainState, batch: Any, draws: int = 4
+    ) -> Mapping[str, UInt8[Array, "H W 3"]]:
+        """Pictures of the first 8 images of a batch.
 
-def figures(model: VAE, state: TrainState, batch, draws: int = 4) -> dict[str, np.ndarray]:
-    """Pictures of the first 8 images of a batch, uint8 [H, W, 3].
-
-    `reconstructions`: originals above reconstructions from the posterior's mean.
-    `posterior_samples`: one row per image, decoded from several draws of its posterior, and the
-    original.
-    """
-    images = pixels.to_float(jnp.asarray(batch["image"][:8]))
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.step), draws)
-    show = jnp.stack(
-        [
-            _reconstruct(model, state.params, images, None),
-            *(_reconstruct(model, state.params, images, key) for key in keys),
-            images,
-        ]
-    )
-    show = pixels.to_uint8(show)
-    return {
-        "reconstructions": pixels.tile(jnp.stack([show[-1], show[0]])),
-        "posterior_samples": pixels.tile(jnp.swapaxes(show[1:], 0, 1)),
-    }
+        `reconstructions`: originals above reconstructions from the posterior's mean.
+        `posterior_samples`: one row per image, decoded from several draws of its posterior, and
+        the original.
+        """
+        images = pixels.to_float(jnp.asarray(batch["image"][:8]))
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.step), draws)
+        made = [_reconstruct(self.model, state.params, images, key) for key in (None, *keys)]
+        show = pixels.to_uint8(jnp.stack([*made, images]))
+        return {
+            "reconstructions": pixels.tile(jnp.stack([show[-1], show[0]])),
+            "posterior_samples": pixels.tile(jnp.swapaxes(show[1:], 0, 1)),
+        }
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reconstruct(model: VAE, params: Any, images: jax.Array, key: jax.Array | None) -> jax.Array:
-    return model.apply({"params": params}, images, key)[0]
+def _reconstruct(model: VAE, params: Any, images: Array, key: Array | None) -> Array:
+    return apply(model, params, images, key)[0]

@@ -20,6 +20,7 @@ from detailflow_jax.convert.tables import lpips as lpips_names
 from detailflow_jax.models.lpips import LPIPS
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints
+from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.runtime.weights import WEIGHTS, WeightsError
 from detailflow_jax.tasks import tokenizer as tokenizer_task
 from detailflow_jax.tasks.losses import Setting, Step, adversarial, make_losses, perceptual
@@ -133,17 +134,20 @@ class Linear(nn.Module):
 START_KERNEL = np.eye(3, dtype=np.float32) / 2
 
 
+class LinearTrainer(Trainer):
+    last_kernel = KERNEL
+    keys = ("teacher", "lpips", "adversarial")
+
+
 def trainer_of(config):
     """A linear generator against the discriminator of a config, and the state it starts from."""
     config.model.image_size = 8
     made = make_losses(Setting(config, tokenizer_task.model_config(config.model), 8))
-    trainer = Trainer(
+    trainer = LinearTrainer(
         config=config,
         model=Linear(),
         losses={name: made[name] for name in ("mse", "adversarial")},
         optimizer=optax.sgd(0.0),
-        last_kernel=KERNEL,
-        keys=("teacher", "lpips", "adversarial"),
     )
     init = jax.jit(lambda key: trainer.start(key, NOISE), compiler_options=FAST_TO_COMPILE)
     return trainer, nn.unbox(init(jax.random.key(0)))
@@ -266,7 +270,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_is_refused(case):
     fields, message = case
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         tasks.make_task(tiny(**fields))
 
 

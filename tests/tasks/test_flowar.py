@@ -135,7 +135,7 @@ def test_without_an_autoencoder_nothing_is_drawn():
     ],
 )
 def test_what_cannot_be_trained_is_refused(overrides, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ConfigError, match=text):
         make_task(tiny(*overrides))
 
 
@@ -156,7 +156,7 @@ def test_latents_of_another_size_stop_the_run_before_it_starts(tmp_path):
 
 def test_an_unknown_size_is_refused():
     config = load_config("configs/flowar.py:flowar_s", ["--config.model.size=FlowAR-XL"])
-    with pytest.raises(ValueError, match="'FlowAR-XL' is not one of FlowAR-S"):
+    with pytest.raises(ConfigError, match="'FlowAR-XL' is not one of FlowAR-S"):
         make_task(config)
 
 

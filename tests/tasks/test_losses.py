@@ -10,7 +10,10 @@ import small_tasks
 from detailflow_jax import tasks
 from detailflow_jax.runtime import upgrade
 from detailflow_jax.runtime.config import load_config
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, UserError
+from detailflow_jax.tasks import vae
+from detailflow_jax.tasks.losses import Loss
+from detailflow_jax.train import train
 
 MY_LOSSES = """
 import dataclasses
@@ -57,9 +60,16 @@ def test_a_term_from_outside_trains(tmp_path, monkeypatch):
     for _ in range(2):
         state, metrics = step(state, {"image": image}, {}, variant=None)
         found.append({name: float(x) for name, x in metrics.items()})
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    made = task.train_step.__self__.model.apply(
+        {"params": before}, np.float32(image) / 127.5 - 1, key, method=vae.forward
+    )
+    x = np.asarray(made.reconstruction, np.float64)
+    want = 0.5 * (np.mean(np.abs(x[:, 1:] - x[:, :-1]) ** 2.0) + 0.25)
+    assert found[0]["loss/tv"] == pytest.approx(want, rel=1e-5)
     # mse and kl have weight 0: this term alone is the loss.
     assert {name for name in found[0] if name.startswith("loss/")} == {"loss/tv"}
-    assert found[0]["loss"] == found[0]["loss/tv"] > 0.5 * 0.25
+    assert found[0]["loss"] == found[0]["loss/tv"]
     assert found[0]["gradient_norm"] > 0 and int(state.step) == 2
     kernel = lambda params: params["decoder"]["conv_out"]["kernel"]  # noqa: E731
     assert not np.array_equal(kernel(before), kernel(state.params))
@@ -101,6 +111,42 @@ def test_sections_that_are_no_term(case):
             jax.tree.map(lambda x: x, small_tasks.nn.unbox(state)),
             np.zeros((2, 16, 16, 3), np.uint8),
         )
+
+
+BROKEN = """
+from detailflow_jax.tasks.losses.mse import MSE
+
+class Broken(MSE):
+    @classmethod
+    def make(cls, name, section, setting):
+        return int("a bug")
+"""
+
+
+def test_a_bug_in_a_term_keeps_its_traceback(tmp_path, monkeypatch):
+    """A ValueError is the user's only where a section of the configuration becomes a dataclass."""
+    (tmp_path / "broken_loss.py").write_text(BROKEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = section(module="broken_loss:Broken", weight=1.0)
+    with pytest.raises(ValueError, match="a bug") as caught:
+        train(config, str(tmp_path / "run"))
+    assert not isinstance(caught.value, UserError)
+
+
+def test_a_term_without_a_value_is_none():
+    class Empty(Loss):
+        pass
+
+    with pytest.raises(TypeError, match="__call__"):
+        Empty(weight=1.0)
+
+
+def test_an_unknown_field_of_a_network_names_the_closest():
+    config = small_tasks.generator_config()
+    with config.unlocked():
+        config.model.num_clases = 3
+    with pytest.raises(ConfigError, match=r"config\.model\.num_clases .* num_classes"):
+        tasks.make_task(config)
 
 
 def test_a_term_of_weight_0_needs_no_weights():

@@ -9,6 +9,7 @@ import pytest
 from detailflow_jax import tasks
 from detailflow_jax.models import layers
 from detailflow_jax.models.layers import drop_labels
+from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.tasks import generator as generator_task
 from detailflow_jax.tasks import optim
 from detailflow_jax.tasks import tokenizer as tokenizer_task
@@ -260,6 +261,6 @@ REFUSED = {
 def test_configurations_without_meaning_are_refused(case):
     kind, change, message = case
     config = generator_config() if kind == "generator" else tokenizer_config()
-    with config.unlocked(), pytest.raises(ValueError, match=message):
+    with config.unlocked(), pytest.raises(ConfigError, match=message):
         change(config)
         tasks.make_task(config)

@@ -22,6 +22,7 @@ from detailflow_jax.models import layers, siglip, tokenizer
 from detailflow_jax.ops.input_sizes import input_sizes
 from detailflow_jax.pod import programs
 from detailflow_jax.runtime import sharding
+from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.runtime.feed import DataError, Feed
 from detailflow_jax.tasks import tokenizer as tokenizer_task
 from detailflow_jax.tasks.losses import compute
@@ -103,7 +104,7 @@ def latents(model, images, num_tokens=None):
 
 def test_correction_needs_causality():
     tasks.make_task(tiny(**{"model.causal_encoder": False, "correction.enabled": False}))
-    with pytest.raises(ValueError, match=r"causal_encoder=False.*correction\.enabled=False"):
+    with pytest.raises(ConfigError, match=r"causal_encoder=False.*correction\.enabled=False"):
         tasks.make_task(tiny(**{"model.causal_encoder": False}))
 
 
@@ -267,7 +268,7 @@ REPA_REFUSED = {
 @pytest.mark.parametrize("case", REPA_REFUSED.values(), ids=REPA_REFUSED)
 def test_repa_refusals(case):
     fields, message = case
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         tasks.make_task(tiny(**fields))
 
 
@@ -441,7 +442,7 @@ def test_sizes_without_meaning_are_refused(case):
     fields, message = case
     config = dynamic(fields)
     for make in (tasks.make_task, lambda c: make_iterator(c.data, batch_size=8, seed=0)):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ConfigError, match=message):
             make(config)
 
 
@@ -451,12 +452,12 @@ def test_sizes_that_the_network_does_not_have_are_refused(case):
     config = dynamic(fields)
     if fields["sizes"] == (16,):
         config.model.num_tokens = 8
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         tasks.make_task(config)
 
 
 def test_batches_that_cannot_be_split_are_refused():
-    with pytest.raises(ValueError, match=r"batches of 4, not a multiple of config\.accumulate=8"):
+    with pytest.raises(ConfigError, match=r"batches of 4, not a multiple of config\.accumulate=8"):
         tasks.make_task(dynamic(accumulate=8))
     config = dynamic({"multiple": 3})
     with pytest.raises(ValueError, match=r"dynamic\.multiple=3 must be a multiple of the 2 proc"):

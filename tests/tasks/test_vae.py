@@ -16,6 +16,7 @@ from detailflow_jax.models.vae import VAEConfig
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.config import load_config, write_config
+from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.tasks import vae as vae_task
 from detailflow_jax.tasks.losses import perceptual
 
@@ -208,5 +209,5 @@ JUDGED = {"losses.adversarial.weight": 0.5}
     ],
 )
 def test_configurations_without_meaning_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         tasks.make_task(tiny(**fields))

@@ -2,25 +2,28 @@
 
 A term is an object made from its section of the configuration, `config.losses.NAME`. A term of
 weight 0 is not made: it computes nothing and needs no weights. A term of your own is a subclass of
-`Loss` in a module of yours, named as `config.losses.NAME.module = "my_module:MyLoss"`.
+`Loss` in your own module, named as `config.losses.NAME.module = "my_module:MyLoss"`.
 
 Shapes: B batch, N tokens (fewer where the input is smaller), R image side, S decoded side, V codes,
-d code dimension, D width of the teacher. n is B, or 2B with self-correction: what is decoded from
-clean codes, then from corrected ones.
+d code dimension, P patches, D width of the teacher. n is B, or 2B with self-correction: what is
+decoded from clean codes, then from corrected ones.
 """
 
+import abc
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, PRNGKeyArray
 
+from detailflow_jax.ops import Array
 from detailflow_jax.runtime.errors import ConfigError, near_names
 from detailflow_jax.runtime.weights import Need
 from detailflow_jax.tasks import TrainState
 
+Scalar = Float[Array, ""]
 HERE = "detailflow_jax.tasks.losses"
 TERMS = {  # in the order in which they are added up
     "vq": f"{HERE}.quantizer:VQ",
@@ -41,14 +44,14 @@ class Pass:
     """One pass of the tokenizer's encoder through the quantizer.
 
     Attributes:
-      z: normalised latents, float32 [B, N, d].
-      entries: the normalised codebook entries chosen, float32 [B, N, d].
-      distances: squared, to every code, float32 [B, N, V].
+      z: normalised latents.
+      entries: the normalised codebook entries chosen.
+      distances: squared, to every code.
     """
 
-    z: jax.Array
-    entries: jax.Array
-    distances: jax.Array
+    z: Float[Array, "B N d"]
+    entries: Float[Array, "B N d"]
+    distances: Float[Array, "B N V"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,48 +59,49 @@ class Step:
     """What one step made, inside of the function that is differentiated.
 
     Attributes:
-      images: float32 [B, R, R, 3] in [-1, 1].
-      target: float32 [B, S, S, 3], what the reconstruction should be.
-      reconstruction: float32 [n, S, S, 3].
-      latents: what was decoded, float32 [n, N, d]; of the autoencoder [B, h, w, C], scaled.
-      codes: clean codes, int32 [B, N], or None.
+      images: in [-1, 1].
+      target: what the reconstruction should be.
+      reconstruction: of clean codes, then of corrected ones.
+      latents: what was decoded, [n, N, d]; of the autoencoder [B, h, w, C], scaled.
+      codes: clean codes, or None.
       passes: of the tokenizer: the clean pass and, with self-correction, the corrected one.
-      span: where noise struck, or None without self-correction.
-      aligned: projection of the first code, [B, D], or None.
-      tapped: projected tokens of a decoder block, [n, P, D], or None.
+      span: where the noise is, or None without self-correction.
+      aligned: projection of the first code, [B, D]; None where the network has none.
+      tapped: projected tokens of a decoder block, [n, P, D]; None where the network has none.
       posterior: of the autoencoder, or None.
       watched: scalars to log beside the losses.
-      state: the training state at the start of the step; `state.step` is its number,
-        `state.frozen` has the parameters of frozen networks.
+      state: `TrainState` at the start of the step. `state.step` is its number, `state.frozen` has
+        the parameters of frozen networks.
       key: PRNG key of the step.
       features: name of a frozen network -> its features of `images`.
-      kept: what a term hands to its own `update`; the one thing here that a term writes to.
+      kept: what a term passes to its own `update`; the only field that a term writes to.
     """
 
-    images: jax.Array
-    target: jax.Array
-    reconstruction: jax.Array
-    latents: jax.Array
-    codes: jax.Array | None = None
+    images: Float[Array, "B R R 3"]
+    target: Float[Array, "B S S 3"]
+    reconstruction: Float[Array, "n S S 3"]
+    latents: Float[Array, "n ..."]
+    codes: Int[Array, "B N"] | None = None
     passes: tuple[Pass, ...] = ()
     span: Any = None
-    aligned: jax.Array | None = None
-    tapped: jax.Array | None = None
+    aligned: Any = None
+    tapped: Any = None
     posterior: Any = None
-    watched: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
-    state: TrainState | None = None
-    key: jax.Array | None = None
-    features: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    watched: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    # The trainer adds these: the function that makes a step does not know them.
+    state: Any = None
+    key: Any = None
+    features: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def repeated_target(self) -> jax.Array:
-        """The target of every reconstruction: float32 [n, S, S, 3]."""
+    def repeated_target(self) -> Float[Array, "n S S 3"]:
+        """The target of every reconstruction."""
         return jnp.concatenate([self.target] * (len(self.reconstruction) // len(self.target)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Frozen:
-    """A network that a term uses and nobody trains, and where its weights come from.
+    """A network that a term uses but does not train, and where its weights come from.
 
     Attributes:
       name: key of its parameters in `TrainState.frozen`.
@@ -106,17 +110,17 @@ class Frozen:
       files: (description of the weights, path that the configuration names or None) for each file.
       random: keep the random parameters, to try the code.
       features: (parameters, images [B, R, R, 3]) -> features, computed once per step; or None.
-      config: what the files have to be of; None: told by the shapes of the parameters.
-      untold: fields of `config` that the files do not tell.
+      config: the network that the files must hold; None: the shapes of the parameters say it.
+      untold: fields of `config` that the files cannot tell.
       described: the section that `config` was made from, for messages.
     """
 
     name: str
     network: str
-    init: Callable[[jax.Array], Any]
+    init: Callable[[PRNGKeyArray], Any]
     files: tuple[tuple[Need, str | None], ...] = ()
     random: bool = False
-    features: Callable[[Any, jax.Array], jax.Array] | None = None
+    features: Callable[[Any, Array], Array] | None = None
     config: Any = None
     untold: tuple[str, ...] = ()
     described: str = ""
@@ -138,7 +142,7 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Loss:
+class Loss(abc.ABC):
     """A loss term. Its fields are those of its section of the configuration.
 
     Attributes:
@@ -148,11 +152,17 @@ class Loss:
     weight: float
 
     reads: ClassVar[tuple[str, ...]] = ()
-    """Fields of `Step` that not every task makes."""
-    frozen: ClassVar[Frozen | None] = None
-    """The frozen network that the term needs."""
-    balanced: ClassVar[bool] = False
-    """Whether the term is weighed against the gradients of the others."""
+    """Fields of `Step` that the term needs and not every task makes."""
+
+    @property
+    def frozen(self) -> Frozen | None:
+        """The frozen network that the term needs."""
+        return None
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the term's gradient is made as large as that of the others, by `balance`."""
+        return False
 
     @classmethod
     def make(cls, name: str, section: Mapping[str, Any], setting: Setting) -> "Loss":
@@ -167,21 +177,34 @@ class Loss:
                 )
         return cls(**section)
 
-    def __call__(self, step: Step) -> jax.Array:
-        """The term without its weight, a scalar."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __call__(self, step: Step) -> Scalar:
+        """The term without its weight."""
 
-    def factor(self, step: Step) -> float | jax.Array:
+    def factor(self, step: Step) -> float | Scalar:
         """The weight at this step."""
         del step
         return self.weight
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
+    def balance(self, others: Array, ours: Array, number: Int[Array, ""]) -> Scalar:
+        """What a `balanced` term is multiplied by.
+
+        Args:
+          others: gradient of the other terms with respect to the network's last kernel.
+          ours: gradient of this term, weight included.
+          number: of the step.
+        """
+        del others, ours, number
+        return jnp.ones(())
+
+    def init(self, key: PRNGKeyArray) -> dict[str, Any]:
         """What the term trains itself, by its name in `TrainState.extra`."""
         del key
         return {}
 
-    def update(self, state: TrainState, kept: dict[str, Any], key: jax.Array):
+    def update(
+        self, state: TrainState, kept: dict[str, Any], key: PRNGKeyArray
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
         """After the gradient: (new values of what `init` gave, {metric: scalar})."""
         del state, kept, key
         return {}, {}
@@ -228,8 +251,12 @@ def _class_of(name: str, path: str | None) -> type[Loss]:
     return found
 
 
-def compute(losses: Mapping[str, Loss], step: Step) -> dict[str, jax.Array]:
-    """{name: scalar} of every term, weights included."""
+def compute(losses: Mapping[str, Loss], step: Step) -> dict[str, Scalar]:
+    """{name: scalar} of every term, weights included.
+
+    Raises:
+      ConfigError: a term needs what the task does not make.
+    """
     for name, loss in losses.items():
         for field in loss.reads:
             value = getattr(step, field)

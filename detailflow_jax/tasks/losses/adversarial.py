@@ -15,22 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Bool, Int, PRNGKeyArray, Shaped
 
 from detailflow_jax.models import discriminator
-from detailflow_jax.ops import adversarial, augment
+from detailflow_jax.ops import Array, adversarial, augment
 from detailflow_jax.runtime import weights
 from detailflow_jax.runtime.errors import ConfigError
-from detailflow_jax.tasks import TrainState, optim
-from detailflow_jax.tasks.losses import Frozen, Loss, Setting, Step
+from detailflow_jax.tasks import TrainState, from_section, optim
+from detailflow_jax.tasks.losses import Frozen, Loss, Scalar, Setting, Step
 from detailflow_jax.tasks.losses.placement import by_batch, gathered, named
 
 KINDS = ("dino", "patchgan")
 
 
-def _either(started: jax.Array, active: Callable[[], Any], idle: Callable[[], Any]) -> Any:
-    """`active()` once `started`, before that `idle()`; the same arrays from both.
+def _either(started: Bool[Array, ""], active: Callable[[], Any], idle: Callable[[], Any]) -> Any:
+    """`active()` once `started`, before that `idle()`; both give arrays of the same shapes.
 
-    XLA runs a convolution inside of a conditional some ten times slower on a CPU. So there both
+    On a CPU, XLA runs a convolution inside of a conditional about ten times slower. So there both
     are computed, from the first step on, and one is taken.
     """
 
@@ -44,7 +45,7 @@ def _either(started: jax.Array, active: Callable[[], Any], idle: Callable[[], An
 
 
 @jax.custom_vjp
-def with_gradient(value: jax.Array, x: jax.Array, gradient: jax.Array) -> jax.Array:
+def with_gradient(value: Scalar, x: Shaped[Array, "*x"], gradient: Shaped[Array, "*x"]) -> Scalar:
     """`value`, whose gradient with respect to `x` is taken to be `gradient`."""
     del x, gradient
     return value
@@ -57,7 +58,7 @@ def _with_gradient_backward(gradient, cotangent):
 with_gradient.defvjp(lambda value, x, gradient: (value, gradient), _with_gradient_backward)
 
 
-def network_config(config, c: Any) -> discriminator.DinoConfig | discriminator.PatchGANConfig:
+def network_config(config: Any, c: Any) -> discriminator.DinoConfig | discriminator.PatchGANConfig:
     """The network of `config.discriminator`.
 
     `c` has the dtype of the task's own network, and its scan and remat if it has them.
@@ -67,10 +68,12 @@ def network_config(config, c: Any) -> discriminator.DinoConfig | discriminator.P
     """
     d = config.discriminator
     if d.kind == "patchgan":
-        return discriminator.PatchGANConfig(**d.patchgan.to_dict(), dtype=c.dtype)
+        fields = d.patchgan.to_dict() | {"dtype": c.dtype}
+        return from_section(discriminator.PatchGANConfig, fields, "config.discriminator.patchgan")
     if d.kind == "dino":
         stack = {name: getattr(c, name) for name in ("scan", "remat") if hasattr(c, name)}
-        return discriminator.DinoConfig(**d.dino.to_dict(), dtype=c.dtype, **stack)
+        fields = d.dino.to_dict() | {"dtype": c.dtype} | stack
+        return from_section(discriminator.DinoConfig, fields, "config.discriminator.dino")
     raise ConfigError(f"config.discriminator.kind={d.kind!r} is not one of {', '.join(KINDS)}")
 
 
@@ -103,9 +106,10 @@ def check(name: str, setting: Setting, network: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Adversarial(Loss):
-    """How real a discriminator finds the reconstructions.
+    """The generator's loss against a discriminator, which is trained beside it.
 
-    Its state is a plain pytree, `disc_state`, in `TrainState.extra["discriminator"]`:
+    The discriminator's state is a plain pytree, `disc_state`, in
+    `TrainState.extra["discriminator"]`:
 
         params, opt_state, state (batch statistics and singular vectors), lecam
 
@@ -157,7 +161,7 @@ class Adversarial(Loss):
         """See `Loss`."""
         return self.config.adaptive
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
+    def init(self, key: PRNGKeyArray) -> dict[str, Any]:
         """See `Loss`; random, in boxes that name axes."""
         params, state, _ = self.network.init(key, self.smallest)
         params = named(params)
@@ -169,7 +173,7 @@ class Adversarial(Loss):
         }
         return {"discriminator": disc_state}
 
-    def __call__(self, step: Step) -> jax.Array:
+    def __call__(self, step: Step) -> Scalar:
         """See `Loss`; 0 before the discriminator's start."""
         fakes, state = by_batch(step.reconstruction), step.state
         key, _ = jax.random.split(jax.random.fold_in(step.key, 1))
@@ -180,18 +184,14 @@ class Adversarial(Loss):
         step.kept["discriminator"] = {"fakes": fakes, "target": step.target, "state": new}
         return with_gradient(value, fakes, fake_grad)
 
-    def balance(self, others: jax.Array, ours: jax.Array, number: jax.Array) -> jax.Array:
-        """The factor that makes the term's gradient as large as that of the others; 1 before.
-
-        Args:
-          others: gradient of the other terms by the generator's last kernel.
-          ours: gradient of this one, weight included.
-          number: of the step.
-        """
+    def balance(self, others: Array, ours: Array, number: Int[Array, ""]) -> Scalar:
+        """The factor that makes this gradient as large as the others; 1 before the start."""
         factor = adversarial.adaptive_weight(others, ours / self.weight)
         return jnp.where(number >= self.config.start_step, factor, 1.0)
 
-    def update(self, state: TrainState, kept: dict[str, Any], key: jax.Array):
+    def update(
+        self, state: TrainState, kept: dict[str, Any], key: PRNGKeyArray
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
         """See `Loss`: a step of the discriminator."""
         kept = kept["discriminator"]
         fakes, target = kept["fakes"], kept["target"]
@@ -259,7 +259,7 @@ class Adversarial(Loss):
         return sum(terms.values()), (terms | watched, state, averages)
 
     def _update(self, disc_state, frozen, pair, step, key):
-        """What the discriminator holds after its update, and metrics; idle before the start."""
+        """`disc_state` after an update, and metrics; before the start nothing changes."""
 
         def active():
             grads, (metrics, state, averages) = jax.grad(self._losses, has_aux=True)(

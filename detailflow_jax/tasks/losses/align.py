@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from detailflow_jax.ops import quantization
-from detailflow_jax.tasks.losses import Frozen, Loss, Step, teacher
+from detailflow_jax.ops import Array, quantization
+from detailflow_jax.tasks.losses import Frozen, Loss, Scalar, Step, teacher
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,13 +23,13 @@ class Align(Loss):
         section = section | {"frozen": teacher.make(name, setting)}
         return super().make(name, section, setting)
 
-    def __call__(self, step: Step) -> jax.Array:
+    def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""
         mean = jnp.mean(step.features["teacher"], axis=1)
         return alignment(step.aligned, mean)
 
 
-def alignment(predicted: jax.Array, target: jax.Array) -> jax.Array:
-    """-cos(predicted [B, D], target [B, D]), batch mean."""
+def alignment(predicted: Float[Array, "B D"], target: Float[Array, "B D"]) -> Scalar:
+    """-cos(predicted, target), batch mean."""
     predicted = quantization.normalize(predicted, 1e-8)
     return -jnp.mean(jnp.sum(predicted * quantization.normalize(target, 1e-8), axis=-1))

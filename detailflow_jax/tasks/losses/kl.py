@@ -1,9 +1,8 @@
 """Divergence of the autoencoder's posterior from a standard normal."""
 
-import jax
 import jax.numpy as jnp
 
-from detailflow_jax.tasks.losses import Loss, Step
+from detailflow_jax.tasks.losses import Loss, Scalar, Step
 
 
 class KL(Loss):
@@ -15,6 +14,6 @@ class KL(Loss):
 
     reads = ("posterior",)
 
-    def __call__(self, step: Step) -> jax.Array:
+    def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""
         return jnp.mean(step.posterior.kl()) / step.images[0].size

@@ -3,14 +3,16 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float, PRNGKeyArray
 
 from detailflow_jax.models import lpips
+from detailflow_jax.models.layers import apply
+from detailflow_jax.ops import Array
 from detailflow_jax.ops.adversarial import ramp
 from detailflow_jax.runtime import weights
 from detailflow_jax.runtime.errors import ConfigError
-from detailflow_jax.tasks.losses import Frozen, Loss, Step
+from detailflow_jax.tasks.losses import Frozen, Loss, Scalar, Step
 from detailflow_jax.tasks.losses.placement import by_batch, gathered, named
 
 
@@ -52,30 +54,33 @@ class Perceptual(Loss):
             files = files[:1]  # a whole LPIPS
         return Frozen("lpips", "lpips", lambda key: init(self.network, key), files, self.random)
 
-    def factor(self, step: Step) -> jax.Array:
+    def factor(self, step: Step) -> Scalar:
         """See `Loss`."""
         return self.weight * ramp(step.state.step, 0, self.ramp)
 
-    def __call__(self, step: Step) -> jax.Array:
+    def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""
         params = step.state.frozen["lpips"]
         return distance(self.network, params, step.reconstruction, step.target)
 
 
-def init(network: lpips.LPIPS, key: jax.Array) -> Any:
+def init(network: lpips.LPIPS, key: PRNGKeyArray) -> Any:
     """Random parameters of LPIPS."""
     example = jnp.zeros((1, lpips.SMALLEST, lpips.SMALLEST, 3))
     return named(network.init(key, example, example)["params"])
 
 
 def distance(
-    network: lpips.LPIPS, params: Any, reconstruction: jax.Array, target: jax.Array
-) -> jax.Array:
-    """Mean LPIPS of reconstructions [n, S, S, 3] and their targets [B, S, S, 3], repeated."""
-    variables = {"params": gathered(params)}
-    features = network.apply(variables, by_batch(reconstruction), method="features")
+    network: lpips.LPIPS,
+    params: Any,
+    reconstruction: Float[Array, "n S S 3"],
+    target: Float[Array, "B S S 3"],
+) -> Scalar:
+    """Mean LPIPS of reconstructions and their targets, which are repeated to as many."""
+    params = gathered(params)
+    features = apply(network, params, by_batch(reconstruction), method="features")
     # A target stands for several reconstructions: its features are computed once.
-    wanted = network.apply(variables, target, method="features")
+    wanted = apply(network, params, target, method="features")
     times = len(reconstruction) // len(target)
     wanted = tuple(jnp.concatenate([x] * times) for x in wanted)
-    return jnp.mean(network.apply(variables, features, wanted, method="compare"))
+    return jnp.mean(apply(network, params, features, wanted, method="compare"))

@@ -1,9 +1,12 @@
-"""Where the arrays of frozen networks and of the discriminator lie on a mesh."""
+"""Placement on a mesh of frozen networks, of the discriminator and of their images."""
 
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jaxtyping import Float
+
+from detailflow_jax.ops import Array
 
 _SPLIT_FROM = 2**16
 
@@ -25,6 +28,6 @@ def gathered(params: Any) -> Any:
     return jax.tree.map(lambda x: nn.with_logical_constraint(x, (None,) * x.ndim), params)
 
 
-def by_batch(images: jax.Array) -> jax.Array:
-    """Images [B, H, W, C], split over the devices along the batch."""
+def by_batch(images: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Images, split over the devices along the batch."""
     return nn.with_logical_constraint(images, ("batch", None, None, None))

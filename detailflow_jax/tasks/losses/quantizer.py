@@ -6,15 +6,15 @@ the noise on (`ops/correction.py`).
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from detailflow_jax.ops import correction, quantization
-from detailflow_jax.tasks.losses import Loss, Pass, Step
+from detailflow_jax.ops import Array, correction, quantization
+from detailflow_jax.tasks.losses import Loss, Pass, Scalar, Step
 
 
-def _over_passes(step: Step, error: Callable[[Pass], jax.Array]) -> jax.Array:
-    """Mean of an error [B, N] of each pass."""
+def _over_passes(step: Step, error: Callable[[Pass], Float[Array, "B N"]]) -> Scalar:
+    """Mean of an error of each pass."""
     errors = [error(one) for one in step.passes]
     if step.span is None:
         return jnp.mean(errors[0])
@@ -26,7 +26,7 @@ class VQ(Loss):
 
     reads = ("passes",)
 
-    def __call__(self, step: Step) -> jax.Array:
+    def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""
         return _over_passes(step, lambda one: quantization.vq_errors(one.z, one.entries)[0])
 
@@ -36,7 +36,7 @@ class Commitment(Loss):
 
     reads = ("passes",)
 
-    def __call__(self, step: Step) -> jax.Array:
+    def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""
         return _over_passes(step, lambda one: quantization.vq_errors(one.z, one.entries)[1])
 
@@ -46,7 +46,7 @@ class Entropy(Loss):
 
     reads = ("passes",)
 
-    def __call__(self, step: Step) -> jax.Array:
+    def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""
         losses = [quantization.entropy_loss(one.distances) for one in step.passes]
         if step.span is None:

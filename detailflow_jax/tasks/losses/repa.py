@@ -2,12 +2,12 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from detailflow_jax.ops import interpolation, quantization
+from detailflow_jax.ops import Array, interpolation, quantization
 from detailflow_jax.runtime.errors import ConfigError
-from detailflow_jax.tasks.losses import Frozen, Loss, Step, teacher
+from detailflow_jax.tasks.losses import Frozen, Loss, Scalar, Step, teacher
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,17 +29,18 @@ class Repa(Loss):
             )
         return super().make(name, section | {"frozen": frozen}, setting)
 
-    def __call__(self, step: Step) -> jax.Array:
+    def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""
         return patch_alignment(step.tapped, step.features["teacher"])
 
 
-def patch_alignment(predicted: jax.Array, patches: jax.Array) -> jax.Array:
+def patch_alignment(predicted: Float[Array, "n p D"], patches: Float[Array, "B P D"]) -> Scalar:
     """-mean cosine of projected decoder tokens and the teacher's patch features, over patches.
 
     Args:
-      predicted: [nB, p * p, D] of B images, n times.
-      patches: [B, P * P, D]; brought to the p x p grid by antialiased bilinear interpolation.
+      predicted: of a square grid, of the B images once or several times.
+      patches: of a square grid, resized to that of `predicted` by antialiased bilinear
+        interpolation.
     """
     batch, length, width = patches.shape
     have, want = (round(n**0.5) for n in (length, predicted.shape[1]))

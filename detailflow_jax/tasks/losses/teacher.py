@@ -4,12 +4,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from detailflow_jax.models import siglip
 from detailflow_jax.runtime import weights
 from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.tasks import from_section
 from detailflow_jax.tasks.losses import Frozen, Setting
 
 
@@ -34,7 +34,7 @@ def make(name: str, setting: Setting) -> Frozen:
             f"with config.losses.{name}.weight=0; config.teacher.random=True takes a random "
             f"teacher, to try the code only; `{weights.COMMAND} tokenizer` lists what a run needs"
         )
-    vit = siglip.ViTConfig(**fields)
+    vit = from_section(siglip.ViTConfig, fields, "config.teacher")
     if vit.width != c.teacher_width:
         raise ConfigError(
             f"config.model.teacher_width={c.teacher_width} is not the teacher's {vit.width}"
@@ -50,5 +50,5 @@ def make(name: str, setting: Setting) -> Frozen:
     )
 
 
-def _init(network: siglip.VisionTransformer, size: int, key: jax.Array) -> Mapping[str, Any]:
+def _init(network: siglip.VisionTransformer, size: int, key: Any) -> Mapping[str, Any]:
     return network.init(key, jnp.zeros((1, size, size, 3)))["params"]
