@@ -18,7 +18,6 @@ import numpy as np
 from absl import logging
 from jaxtyping import UInt8
 
-from detailflow_jax import __all__ as __all__  # the names of the package, listed there once
 from detailflow_jax.convert import export, load
 from detailflow_jax.inference import rules as rules
 from detailflow_jax.inference.checks import ArrayLike

@@ -85,7 +85,7 @@ class Model:
         self.params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
 
     def run(
-        self, program: Callable[..., Any], batch_size: int, *rows: Shaped[np.ndarray, "B ..."]
+        self, program: Callable[..., Any], batch_size: int, *rows: Shaped[np.ndarray, "_ ..."]
     ) -> Shaped[np.ndarray, "B ..."]:
         """`program(network, params, *rows)` of all rows, in batches."""
         function = functools.partial(program, self.network, self.params)
@@ -196,7 +196,7 @@ class Generator(_Sampler):
         greedy: bool = False,
         num_tokens: int | None = None,
         *,
-        rules: Rule | Sequence[Rule] | None = None,
+        rules: Rule | Sequence[Any] | None = None,
         first_index: int = 0,
         batch_size: int = 64,
     ) -> Int32[np.ndarray, "B n"]:

@@ -109,7 +109,7 @@ def published_rules(
     return (Greedy(),) if greedy else tuple(rules)
 
 
-def as_rules(rules: Rule | Sequence[Rule]) -> tuple[Rule, ...]:
+def as_rules(rules: Rule | Sequence[Any]) -> tuple[Rule, ...]:
     """One rule or several, in the form that the compiled sampler takes.
 
     Raises:

@@ -67,7 +67,7 @@ def sample_codes(
     gradual_cfg: bool = False,
     greedy: bool = False,
     num_tokens: int | None = None,
-    rules: Rule | Sequence[Rule] | None = None,
+    rules: Rule | Sequence[Any] | None = None,
 ) -> Sampling:
     """The generator's sampler; the settings are those of `Generator.sample`.
 

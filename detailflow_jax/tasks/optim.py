@@ -159,7 +159,7 @@ def start_average(params: Any, ema: Any) -> Any:
     return jax.tree.map(jnp.copy, params) if ema.decay else None
 
 
-def average(average: Any, params: Any, step: Int[Array, ""], ema: Any) -> Any:
+def average(average: Any, params: Any, step: int | Int[Array, ""], ema: Any) -> Any:
     """Exponential moving average with decay `ema.decay`; None stays None.
 
     With `ema.warmup` the decay of step n is at most (1 + n) / (10 + n), so that a short run

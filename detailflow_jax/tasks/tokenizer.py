@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray, UInt8
 
 from detailflow_jax.models import siglip
-from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from detailflow_jax.models.tokenizer import Count, Tokenizer, TokenizerConfig
 from detailflow_jax.ops import Array, correction, interpolation, quantization
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
@@ -80,7 +80,7 @@ def make(config: Any) -> Task:
 
 
 def forward(
-    model: Tokenizer, rows: Any, key: PRNGKeyArray, *, size: int, token_count: Int[Array, ""]
+    model: Tokenizer, rows: Any, key: PRNGKeyArray, *, size: int, token_count: Count
 ) -> Step:
     """What a step makes of a batch, inside of `Tokenizer.apply`.
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Int, PRNGKeyArray
 
-from detailflow_jax.models.tokenizer import TokenizerConfig
+from detailflow_jax.models.tokenizer import Count, TokenizerConfig
 from detailflow_jax.ops import Array, correction
 from detailflow_jax.ops.input_sizes import InputSizes
 from detailflow_jax.runtime.errors import ConfigError
@@ -59,7 +59,7 @@ def draw_noise(
     c: TokenizerConfig,
     options: Any,
     batch: int,
-    token_count: Int[Array, ""],
+    token_count: Count,
     num_tokens: int | None = None,
 ) -> tuple[correction.Span | None, Int[Array, "{batch} n"]]:
     """Noise spans, None without self-correction, and ranks among the nearest codes.

@@ -400,7 +400,7 @@ def test_a_small_step_is_that_of_a_small_network():
 
 def test_pictures_of_a_small_batch():
     task = tasks.make_task(dynamic())
-    state = types.SimpleNamespace(params=params_of(network()))
+    state = tasks.TrainState(step=0, params=params_of(network()), opt_state={})
     pair = {name: x.shape for name, x in task.figures(state, {"image": pictures(2, 16)}).items()}
     assert pair == {"reconstructions": (2 * 16, 2 * 16, 3), "coarse_to_fine": (2 * 16, 4 * 16, 3)}
 
