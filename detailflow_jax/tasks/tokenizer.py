@@ -211,7 +211,7 @@ class TokenizerTrainer(Trainer):
                 f"{images.shape[1]} x {images.shape[2]}; see config.data.image_size"
             )
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        count = plan["token_count"]
+        count = jnp.asarray(plan["token_count"])
         noise = draw_noise(key, c, config.correction, len(images), count, self.tokens[side])
         target = interpolation.apply_matrices(images, plan["degrade"], plan["degrade"])
         made = functools.partial(forward, size=size, token_count=count)
