@@ -45,12 +45,12 @@ def mix_corrections(
 def cross_entropy(
     model: Generator,
     params: Any,
-    inputs: Int[Array, "B N"],
+    inputs: Int[Array, "B n"],
     targets: Int[Array, "B N"],
     labels: Int[Array, " B"],
     dropout_key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean cross-entropy of the targets under teacher forcing.
+    """Mean cross-entropy of the targets under teacher forcing; `inputs` as the network takes them.
 
     Returns:
       the scalar, and the share of targets that are the most likely code.
