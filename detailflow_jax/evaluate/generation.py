@@ -22,6 +22,7 @@ from detailflow_jax.evaluate.distances import (
     frechet_distance,
     gaussian,
     inception_score,
+    mixed,
     precision_recall,
 )
 from detailflow_jax.evaluate.errors import EvaluationError
@@ -81,7 +82,7 @@ def score(parts: Parts, reference: Reference, mesh: jax.sharding.Mesh) -> dict[s
     if reference.spatial:
         values["sfid"] = frechet_distance(*reference.spatial, *gaussian(parts("spatial")))
     probabilities = [scipy.special.softmax(part, axis=1) for part in parts("logits")]
-    values["inception_score"] = inception_score(np.concatenate(probabilities))
+    values["inception_score"] = inception_score(mixed(np.concatenate(probabilities)))
     if reference.features is not None:
         features = np.concatenate(list(parts("pool")))
         pair = precision_recall(reference.features, features, mesh=mesh)

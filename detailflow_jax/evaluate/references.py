@@ -37,7 +37,7 @@ from detailflow_jax.runtime import sharding
 
 CACHE = "~/.cache/detailflow_jax/references"
 MOST_NEIGHBOURS = 10_000
-"""Images that precision and recall take of a reference, as many as the published one holds."""
+"""Images that precision and recall take of a larger reference; the published one holds as many."""
 _STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
@@ -153,6 +153,8 @@ def _measured(images: Images, extractor: FeatureExtractor, cache) -> dict[str, n
         "network": extractor.fingerprint,
         "neighbours": MOST_NEIGHBOURS,
     }
+    if len(images) > MOST_NEIGHBOURS:
+        definition["chosen"] = "by content"
     key = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:20]
     folder = pathlib.Path(cache).expanduser()
     file = folder / f"{key}.npz"
@@ -177,18 +179,23 @@ def _measure(images: Images, extractor, parts: ChunkFolder, file: pathlib.Path) 
     """Writes the statistics and features of images to `file`; resumable through `parts`."""
 
     def make(start: int, stop: int) -> dict:
-        return {"features": extractor(images.read(start, stop))}
+        found = images.read(start, stop)
+        digests = [hashlib.blake2b(image, digest_size=8).digest() for image in found]
+        keys = np.frombuffer(b"".join(digests), np.uint64)
+        return {"features": extractor(found) | {"key": keys}}
 
     name = f"reference {pathlib.Path(images.name).name}"
     parts.fill(make, ["features"], name, extractor.step)
     if jax.process_index() == 0:
         pool = gaussian(parts.parts("features", "pool"))
         spatial = gaussian(parts.parts("features", "spatial"))
-        chosen = np.linspace(0, len(images) - 1, min(len(images), MOST_NEIGHBOURS)).round()
-        features, start = [], 0
+        chosen, features, start = np.arange(len(images)), [], 0
+        if len(images) > MOST_NEIGHBOURS:  # The same ones in whatever order images are stored.
+            keys = parts.read("features", "key")
+            chosen = np.sort(np.argsort(keys, kind="stable")[:MOST_NEIGHBOURS])
         for part in parts.parts("features", "pool"):
             inside = (chosen >= start) & (chosen < start + len(part))
-            features.append(part[chosen[inside].astype(int) - start])
+            features.append(part[chosen[inside] - start])
             start += len(part)
         arrays = {"mu": pool.mean, "sigma": pool.covariance, "features": np.concatenate(features)}
         write_npz(file, arrays | {"mu_s": spatial.mean, "sigma_s": spatial.covariance})

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.ndimage
+import scipy.special
 
 from detailflow_jax.evaluate import distances, image_quality
 from detailflow_jax.evaluate.errors import EvaluationError
@@ -150,6 +151,30 @@ def test_inception_score_with_zeros_and_a_short_last_split():
     )
     with pytest.raises(EvaluationError, match="softmax"):
         distances.inception_score(np.ones((4, 3)))
+
+
+def by_guided_diffusion(probabilities, split_size=5000):
+    """The inception score as the arithmetic of the guided-diffusion evaluator has it."""
+    scores = []
+    for start in range(0, len(probabilities), split_size):
+        part = probabilities[start : start + split_size]
+        divergence = part * (np.log(part) - np.log(part.mean(axis=0, keepdims=True)))
+        scores.append(np.exp(divergence.sum(axis=1).mean()))
+    return np.mean(scores)
+
+
+def test_inception_score_is_that_of_mixed_classes_in_any_order():
+    """12,000 images of 100 classes, stored class by class, and shuffled."""
+    labels = np.repeat(np.arange(100), 120)
+    logits = RNG(0).normal(0, 1, (12_000, 100)) + 9 * np.eye(100)[labels]
+    probabilities = scipy.special.softmax(logits.astype(np.float32), axis=1)
+    shuffled = probabilities[RNG(1).permutation(12_000)]
+    assert distances.inception_score(shuffled) == pytest.approx(by_guided_diffusion(shuffled))
+    assert by_guided_diffusion(probabilities) < 0.5 * by_guided_diffusion(shuffled)
+    score = distances.inception_score(distances.mixed(probabilities))
+    assert score == pytest.approx(by_guided_diffusion(shuffled), rel=5e-3)
+    for order in (shuffled, probabilities[::-1]):
+        assert distances.inception_score(distances.mixed(order)) == score
 
 
 def brute_force(reference, sample, k=3):

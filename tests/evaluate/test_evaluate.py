@@ -12,7 +12,14 @@ import pytest
 import children
 import detailflow_jax as df
 from detailflow_jax.evaluate import __main__ as command
-from detailflow_jax.evaluate import chunks, generation, image_quality, reconstruction, references
+from detailflow_jax.evaluate import (
+    chunks,
+    distances,
+    generation,
+    image_quality,
+    reconstruction,
+    references,
+)
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor
 from detailflow_jax.evaluate.models import Reconstructor, Sampler
@@ -125,6 +132,28 @@ def test_a_reference_is_measured_once_and_again_when_it_changes(tmp_path, monkey
     np.savez(tmp_path / "other.npz", images(9))
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         references.load_reference(tmp_path / "other.npz", extractor(), image_size=SIZE, cache=cache)
+
+
+def test_no_figure_depends_on_the_order_of_images(tmp_path, monkeypatch, small_chunks):
+    """Neither of samples nor of a reference, of which precision and recall take a part."""
+    monkeypatch.setattr(references, "MOST_NEIGHBOURS", 20)
+    monkeypatch.setattr(distances.inception_score, "__defaults__", (16,))
+    sets = {"reference": images(), "samples": images(48, seed=1)}
+    rows = []
+    for step in (1, 7):  # Every 7th, over and over: 7 divides neither number of images.
+        for name, found in sets.items():
+            np.savez(
+                tmp_path / f"{name}{step}.npz", found[np.arange(len(found)) * step % len(found)]
+            )
+        reference = references.load_reference(
+            tmp_path / f"reference{step}.npz", extractor(), image_size=SIZE, cache=tmp_path
+        )
+        assert len(reference.features) == 20
+        samples = NpzImages(tmp_path / f"samples{step}.npz")
+        out = tmp_path / f"out{step}"
+        rows.append(generation.evaluate_images(samples, reference, extractor(), out))
+    for name in generation.METRICS:
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-6), name
 
 
 def truncated(path):
