@@ -94,7 +94,7 @@ def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_
     config.score = {  # of a few images, with raw and averaged weights (evaluate/training.py)
         "every": 0,  # steps; 0: never
         "reference": "",  # an .npz, a folder of pictures, tfds:NAME:SPLIT, digits:test
-        "num_samples": 1024,  # FID of this few images compares only with FID of as many
+        "num_samples": 1024,  # 0: as many as the reference; FID of few compares only with as many
         "batch_size": 64,
         "decoder": "",  # for a generator: the tokenizer or VAE that decodes its samples
         "cfg_scale": 1.5,

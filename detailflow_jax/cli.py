@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from detailflow_jax.runtime import platforms
 from detailflow_jax.runtime.errors import closest_names
 
 UNUSABLE = 2  # the exit code of a command line that cannot be used
@@ -136,8 +137,10 @@ def run(name: str, argv: Sequence[str] | None = None) -> NoReturn:
       name: in `COMMANDS`.
       argv: its arguments; default, those of the process.
     """
-    command = COMMANDS[name]
-    code = command.main(sys.argv[1:] if argv is None else argv)
+    command, argv = COMMANDS[name], sys.argv[1:] if argv is None else argv
+    computes = command.distributed or name.startswith("demo")
+    platforms.choose(tell=computes and not {"-h", "--help"} & set(argv))
+    code = command.main(argv)
     if command.distributed:
         from detailflow_jax.runtime import distributed
 

@@ -38,7 +38,7 @@ from detailflow_jax.data import make_iterator
 from detailflow_jax.data.classes import check_same_classes, shown
 from detailflow_jax.data.pipeline import batch_sizes
 from detailflow_jax.evaluate.training import Scorer, make_scorer
-from detailflow_jax.runtime import distributed, sharding
+from detailflow_jax.runtime import distributed, platforms, sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import (
@@ -378,4 +378,5 @@ def main(argv: Sequence[str] | None = None, run=train) -> int:
 
 
 if __name__ == "__main__":
+    platforms.choose(tell=True)
     distributed.leave(main())

@@ -18,7 +18,7 @@ from detailflow_jax.demo import stages
 from detailflow_jax.evaluate import digits, reconstruction, report
 from detailflow_jax.inference import api, extract_codes, generate
 from detailflow_jax.inference.enlarge import decode_enlarged
-from detailflow_jax.runtime import pictures
+from detailflow_jax.runtime import pictures, platforms
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.tasks.tokenizer import group_counts
 from detailflow_jax.train import train
@@ -132,4 +132,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    platforms.choose(tell=True)
     sys.exit(main())

@@ -16,7 +16,7 @@ import numpy as np
 from detailflow_jax.demo import stages
 from detailflow_jax.evaluate import reconstruction, report
 from detailflow_jax.inference import api
-from detailflow_jax.runtime import pictures
+from detailflow_jax.runtime import pictures, platforms
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.train import train
 
@@ -89,4 +89,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    platforms.choose(tell=True)
     sys.exit(main())

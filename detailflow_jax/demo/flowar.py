@@ -20,7 +20,7 @@ from detailflow_jax.inference import api, extract_latents, generate
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import interpolation
 from detailflow_jax.ops import scales as grids
-from detailflow_jax.runtime import pictures
+from detailflow_jax.runtime import pictures, platforms
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.train import train
 
@@ -112,4 +112,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    platforms.choose(tell=True)
     sys.exit(main())

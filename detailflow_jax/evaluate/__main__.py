@@ -23,7 +23,7 @@ from detailflow_jax.evaluate.models import Reconstructor, Sampler
 from detailflow_jax.evaluate.networks import load_extractor, load_perceptual
 from detailflow_jax.evaluate.samples import open_samples
 from detailflow_jax.inference import api
-from detailflow_jax.runtime import distributed, extras
+from detailflow_jax.runtime import distributed, extras, platforms
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 
@@ -260,4 +260,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    platforms.choose(tell=True)
     distributed.leave(main())

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from detailflow_jax.convert import load
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.evaluate import generation, image_quality
-from detailflow_jax.evaluate.distances import frechet_distance, gaussian
+from detailflow_jax.evaluate.distances import NEIGHBOUR, frechet_distance, gaussian
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor, local_mesh
 from detailflow_jax.evaluate.models import image_size, images_of
@@ -66,7 +66,7 @@ class Scorer:
     def __init__(self, config: ConfigDict, mesh: Mesh, workdir: str):
         self.config, self.mesh, s = config, mesh, config.score
         self.local = local_mesh()  # of this process, for what each computes by itself
-        self.batch_size = whole_shares(min(s.batch_size, s.num_samples), mesh)
+        self.batch_size = whole_shares(min(s.batch_size, s.num_samples or s.batch_size), mesh)
         samples = config.task in DECODERS
         if samples and not s.features:
             raise EvaluationError("config.score.features=False leaves no score for samples")
@@ -104,7 +104,7 @@ class Scorer:
         config = self.config
         side = config.model.get("image_size", config.data.image_size)
         images = open_images(config.score.reference, side, config.data.get("data_dir"))
-        count = min(config.score.num_samples, len(images))
+        count = min(config.score.num_samples or len(images), len(images))
         if count < 2:
             raise EvaluationError(f"{images.name} holds {count} images, expected 2 at least")
         originals, network = images.read(0, count), programs.network_of(config)
@@ -136,7 +136,13 @@ class Scorer:
             cache=pathlib.Path(workdir) / "references",
             data_dir=config.data.get("data_dir"),
         )
-        labels = generation.class_labels("balanced", s.num_samples, config.model.num_classes, 0)
+        count = s.num_samples or reference.count
+        if count <= NEIGHBOUR:
+            raise EvaluationError(
+                f"config.score.num_samples={s.num_samples} with {reference.count} images in "
+                f"{reference.name}: expected more than {NEIGHBOUR} samples"
+            )
+        labels = generation.class_labels("balanced", count, config.model.num_classes, 0)
 
         def measure(params: Any) -> tuple[Mapping[str, Any], int]:
             def make(labels, indices):

@@ -90,6 +90,8 @@ def start(
     os.environ.setdefault("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
     collectives = os.environ["JAX_CPU_COLLECTIVES_IMPLEMENTATION"]
     jax.config.update("jax_cpu_collectives_implementation", collectives)
+    # Processes talk by gRPC, which takes an empty value for no proxy: through one they would hang.
+    os.environ["grpc_proxy"] = ""  # noqa: SIM112
     place = (cluster.coordinator_address, cluster.num_processes, cluster.process_id)
     if complete := None not in place:
         address, count, index = place

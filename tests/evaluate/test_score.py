@@ -97,6 +97,7 @@ def test_a_run_scores_its_tokenizer(tmp_path):
         ({"decoder": ""}, r"config\.score\.decoder is empty: name the tokenizer"),
         ({"features": False}, r"config\.score\.features=False leaves no score"),
         ({"reference": "nowhere.npz"}, "nowhere.npz"),
+        ({"num_samples": 3}, r"num_samples=3 with 60 images.*more than 3"),
     ],
 )
 def test_what_cannot_be_scored(folder, tmp_path, fields, message):

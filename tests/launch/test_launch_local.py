@@ -117,6 +117,21 @@ def test_one_process_can_be_interrupted_when_the_launcher_runs_in_the_background
     assert told == "True\n"
 
 
+def test_processes_meet_in_spite_of_a_proxy():
+    script = "import jax; from detailflow_jax.runtime import distributed; distributed.start(); "
+    script += "print(f'{jax.process_count()} processes')"
+    proxy = "http://127.0.0.1:9"  # Nobody listens there.
+    told = subprocess.run(
+        [LOCAL, "-n", "2", "--", "python", "-c", script],
+        env=os.environ | {"http_proxy": proxy, "https_proxy": proxy, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=100,
+    ).stdout
+    assert told.count("2 processes") == 2
+
+
 def test_dry_run_of_several():
     command = [LOCAL, "-n", "2", "--cpu-devices", "4", "--dry-run", "--", "echo", "a b"]
     lines = subprocess.check_output(command, text=True).splitlines()
