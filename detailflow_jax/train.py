@@ -71,7 +71,7 @@ LOOP_FIELDS = {
     "accumulate": 1,  # parts of a batch, one after another
     "stall_seconds": 0,  # 0: no warning
     "score.every": 0,  # 0: never
-    "score.num_samples": 1,
+    "score.num_samples": 0,  # 0: as many as the reference
     "score.batch_size": 1,
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices"), -1),
 }
