@@ -1,6 +1,6 @@
 """Encodes a data set once: each crop of each image as the triplet that the generator learns from.
 
-    python -m detailflow_jax.extract_codes --tokenizer runs/tok --out runs/codes --source digits
+    detailflow extract --tokenizer runs/tok --out runs/codes --source digits
 
 The triplets are those of the paper's self-correction training. The noise of a crop depends on the
 seed, the position of its image and the number of the crop.

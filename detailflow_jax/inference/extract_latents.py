@@ -1,6 +1,6 @@
 """Encodes a data set once: the autoencoder's posterior of every image and of its mirror.
 
-    python -m detailflow_jax.extract_latents --vae runs/vae --out runs/latents --source digits
+    detailflow extract --vae runs/vae --out runs/latents --source digits
 
 Means and log-variances are stored, not samples: training draws a new sample each time it reads an
 image, as it does when it encodes images itself.

@@ -1,8 +1,8 @@
 """Generated images: labels -> codes or latents -> pictures.
 
-    python -m detailflow_jax.generate --tokenizer runs/tok --generator runs/gen --labels 0-9 \\
+    detailflow generate --tokenizer runs/tok --generator runs/gen --labels 0-9 \\
         --per_class 8 --cfg_scale 1.5 --out runs/samples
-    python -m detailflow_jax.generate --vae runs/vae --flowar runs/flowar --labels 0-9 \\
+    detailflow generate --vae runs/vae --flowar runs/flowar --labels 0-9 \\
         --per_class 8 --cfg_scale 2.4 --num_steps 25 --out runs/samples
 
 Writes `samples.npz` (`arr_0` uint8 [B, H, W, 3], and `labels`), `samples.json` (which models made

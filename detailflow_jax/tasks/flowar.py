@@ -108,7 +108,7 @@ def _vae(config: Any, c: FlowARConfig) -> VAE | None:
             raise ConfigError(
                 "config.vae.path is not set: training on images needs an autoencoder. Name a run "
                 "of the vae task or a published checkpoint (kl16.ckpt), or train on cached moments "
-                "with config.data.source=latents:DIR (python -m detailflow_jax.extract_latents); "
+                "with config.data.source=latents:DIR (detailflow extract); "
                 "config.vae.random=True takes a random one, to try the code only"
             )
         return None
