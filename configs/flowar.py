@@ -66,9 +66,10 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "head_depth": placeholder(int),
         "injection": placeholder(str),
         "head_dim": 64,
-        "scales": (1, 2, 4, 8, 16),  # any increasing sides, the last one that of the latent
-        "channels": 16,
-        "num_classes": 1000,
+        # None: those of the latents, or of the images and the autoencoder
+        "scales": placeholder(tuple),  # any increasing sides, the last one that of the latent
+        "channels": placeholder(int),
+        "num_classes": placeholder(int),
         "buffer_size": 0,
         "class_dropout": 0.1,
         "attention_dropout": 0.1,
@@ -77,16 +78,17 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "scan": True,
         "remat": "none",
     }
-    config.vae = {  # KL-16, frozen
+    config.vae = {  # frozen
         "path": placeholder(str),
         "random": False,  # True: random weights, to try the code only
-        "channels": 128,
-        "multipliers": (1, 1, 2, 2, 4),
-        "res_blocks": 2,
-        "latent_channels": 16,
-        "scale_factor": 0.2325,
-        "shift_factor": 0.0,
-        "norm_groups": 32,
+        # None: those of the autoencoder at `path`
+        "channels": placeholder(int),
+        "multipliers": placeholder(tuple),
+        "res_blocks": placeholder(int),
+        "latent_channels": placeholder(int),
+        "scale_factor": placeholder(float),
+        "shift_factor": placeholder(float),
+        "norm_groups": placeholder(int),
     }
     # Where a new run takes weights from, a workdir or a published checkpoint; None: from scratch.
     config.init_from = {"model": placeholder(str)}
@@ -117,9 +119,7 @@ def _digits(options: ConfigDict) -> ConfigDict:
     config.data.update(source=source, image_size=32, num_workers=0, prefetch=2, flip=False)
     config.model.update(size=None, width=96, first_depth=1, second_depth=2, num_heads=4)
     config.model.update(head_width=96, head_depth=2, injection="spatial", scan=False)
-    config.model.update(scales=(1, 2, 4, 8), channels=4, num_classes=10, head_dim=32)
-    config.vae.update(channels=16, multipliers=(1, 2, 4), res_blocks=1, latent_channels=4)
-    config.vae.update(scale_factor=0.95, norm_groups=8)
+    config.model.update(head_dim=32)
     config.optim.update(lr=2e-3, warmup_steps=50, final=0.05)
     config.ema.update(decay=0.99, warmup=True)
     watch(config, log_every=50, figures_every=500, checkpoint_every=500)

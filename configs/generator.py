@@ -55,7 +55,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "group_size": 8,
         "causal_num": placeholder(int),  # None: one group; 0: the first group in parallel as well
         "codebook_size": 8192,
-        "num_classes": 1000,
+        "num_classes": placeholder(int),  # None: as many as the codes have
         "class_dropout": 0.1,
         "token_dropout": 0.1,
         "residual_dropout": 0.1,
@@ -88,9 +88,7 @@ def _digits(options: ConfigDict) -> ConfigDict:
     config.batch_size = batch_size
     config.total_steps = int((options.epochs or 27) * 1437 // batch_size)
     config.data.update(source=f"codes:{options.codes or 'runs/codes'}", num_workers=0)
-    config.model.update(
-        size=None, num_tokens=16, group_size=4, codebook_size=256, num_classes=10, dtype="float32"
-    )
+    config.model.update(size=None, num_tokens=16, group_size=4, codebook_size=256, dtype="float32")
     # Few layers compile and run faster without a scan.
     config.model.update(width=128, depth=3, num_heads=4, multiple_of=64, scan=False)
     config.optim.update(lr=1e-3, warmup_steps=50, final=0.05)

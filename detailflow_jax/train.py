@@ -33,6 +33,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from detailflow_jax.convert.complete import complete
 from detailflow_jax.convert.start import check_encoder, load_into
 from detailflow_jax.data import make_iterator
 from detailflow_jax.data.classes import check_same_classes, shown
@@ -112,6 +113,8 @@ def train(
         Preempted: SIGTERM or Ctrl-C; the state was saved.
     """
     started = time.perf_counter()
+    if task is None and iterator is None:
+        config = complete(config)
     check_run(config, workdir)
     with contextlib.ExitStack() as stack:
         # ------------------------------------------------------------- log, devices, task, data

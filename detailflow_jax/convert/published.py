@@ -19,6 +19,7 @@ from detailflow_jax.ops import interpolation
 from detailflow_jax.runtime.weights import WEIGHTS
 
 _POSITIONS = "position_embedding.weight"
+_CLASSES = "class_embedding/embedding"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,20 +150,42 @@ def place(
     table, skipped = network.table, network.skipped
     if network.layout:
         table, skipped = network.layout(tensors, params, source)
+    anew: tuple[str, ...] = ()
     if resize:
         tensors = _resized(table, tensors, params)
+        tensors, anew = _without_classes(table, tensors, params)
     placed, report = mapping.from_published(
         table,
         tensors,
         params,
         source=source,
         skip=skipped,
-        optional=network.optional if resize else (),
+        optional=(*network.optional, *anew) if resize else (),
         **{"allow_unused": False} | options,
     )
     used = {label: tensors[label] for label in report.loaded}
     notices = [f"{source}: {notice}" for notice in check_finite(used)]
     return Loaded(network.name, None, placed, report, notices, source, _dtypes(used))
+
+
+def _without_classes(
+    table: Iterable[mapping.Entry], tensors: Mapping[str, np.ndarray], params: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The tensors but a class table of other classes, which starts anew; and its name, if so."""
+    kept, anew = dict(tensors), []
+    tables = [entry for entry in table if _CLASSES in entry.paths]
+    for name, (rows, width) in mapping.published_shapes(tables, params).items():
+        have = tensors[name].shape if name in tensors else ()
+        if len(have) == 2 and have[0] != rows and have[1] == width:
+            del kept[name]
+            anew.append(name)
+            logging.info(
+                "%s starts anew: it has %d classes in the file, %d here",
+                name,
+                have[0] - 1,
+                rows - 1,
+            )
+    return kept, tuple(anew)
 
 
 def _dtypes(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:

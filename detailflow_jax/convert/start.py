@@ -180,7 +180,10 @@ def read_vae(fields: Any, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load_vae(fields: Any) -> Loaded:
-    overrides = {} if is_workdir(fields.path) else {"scale_factor": fields.scale_factor}
+    overrides = {}
+    if not is_workdir(fields.path):
+        names = ("scale_factor", "shift_factor", "norm_groups")  # shapes cannot tell them
+        overrides = {name: fields[name] for name in names if fields.get(name) is not None}
     return load("vae", fields.path, overrides=overrides)
 
 
@@ -188,6 +191,8 @@ def _check_described(source: str, found: Any, fields: Mapping[str, Any], section
     """Raises CheckpointError unless a configuration has the values of a section's fields."""
     for name, value in fields.items():
         there = getattr(found, name, value)
+        if value is None:
+            continue
         a, b = (list(x) if isinstance(x, tuple) else x for x in (there, value))
         if a != b:
             raise CheckpointError(

@@ -27,24 +27,32 @@ class ShardSource:
     layout_class: ClassVar[type[ShardLayout]]
     dtype: ClassVar[type]  # of the values in memory
 
+    @classmethod
+    def read_manifest(cls, directory: str) -> dict:
+        """Returns the manifest, without a look at the shards."""
+        what, folder = cls.layout_class.what, os.path.abspath(os.path.expanduser(directory))
+        path = os.path.join(folder, "manifest.json")
+        if not os.path.exists(path):
+            raise NotFoundError(
+                f"{folder} has no manifest.json: the extraction of {what} has not "
+                "finished, run the same command again"
+                if os.path.isdir(folder) and directory
+                else f"no folder of {what} {directory!r}: expected {what}:DIR"
+            )
+        manifest = read_json(path)
+        version = manifest.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ConfigError(f"{path}: format_version {version}, this code reads {FORMAT_VERSION}")
+        fields = [field.name for field in dataclasses.fields(cls.layout_class)]
+        if absent := [name for name in fields if name not in manifest]:
+            raise ConfigError(f"{folder} holds no {what}: {path} lacks {', '.join(absent)}")
+        return manifest
+
     def __init__(self, directory: str):
         what = self.layout_class.what
         self.directory = os.path.abspath(os.path.expanduser(directory))
-        path = os.path.join(self.directory, "manifest.json")
-        if not os.path.exists(path):
-            raise NotFoundError(
-                f"{self.directory} has no manifest.json: the extraction of {what} has not "
-                "finished, run the same command again"
-                if os.path.isdir(self.directory) and directory
-                else f"no folder of {what} {directory!r}: expected {what}:DIR"
-            )
-        self.manifest = read_json(path)
-        version = self.manifest.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ConfigError(f"{path}: format_version {version}, this code reads {FORMAT_VERSION}")
+        self.manifest = self.read_manifest(directory)
         fields = [field.name for field in dataclasses.fields(self.layout_class)]
-        if absent := [name for name in fields if name not in self.manifest]:
-            raise ConfigError(f"{self.directory} holds no {what}: {path} lacks {', '.join(absent)}")
         self.layout = self.layout_class(**{name: self.manifest[name] for name in fields})
         self.name = f"{what}:{directory}"
         self.num_classes = self.manifest["num_classes"]

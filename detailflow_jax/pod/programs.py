@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from detailflow_jax.inference.programs import network_of
 from detailflow_jax.inference.sampling import DECODERS, sampling_of
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.errors import ConfigError
@@ -175,8 +176,9 @@ def _abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
         shape = (size, config.model.num_tokens, 3)
         return batch | {"codes": _abstract(shape, jnp.int32, rows)}
     if config.data.source.startswith("latents:"):
-        side = config.model.scales[-1]
-        shape = (size, side, side, 2 * config.model.channels)  # mean and log variance
+        c = network_of(config).config
+        side = c.latent_side
+        shape = (size, side, side, 2 * c.channels)  # mean and log variance
         return batch | {"moments": _abstract(shape, jnp.float32, rows)}
     if "image_size" in config.data:
         side = config.data.image_size

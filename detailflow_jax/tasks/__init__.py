@@ -89,7 +89,7 @@ def from_section(kind: Callable[..., T], fields: Mapping[str, Any], section: str
 
     Args:
       kind: a dataclass that checks its values with ValueError.
-      fields: of the section, as a mapping.
+      fields: of the section, as a mapping. None stands for the dataclass's default.
       section: its name, for messages.
 
     Raises:
@@ -104,7 +104,7 @@ def from_section(kind: Callable[..., T], fields: Mapping[str, Any], section: str
                 f"{', '.join(near_names(name, known) or known)}"
             )
     try:
-        return kind(**fields)
+        return kind(**{name: value for name, value in fields.items() if value is not None})
     except ValueError as error:
         raise ConfigError(f"{section}: {error}") from error
 

@@ -138,6 +138,18 @@ def test_raw_weights_or_their_average(tmp_path, monkeypatch):
         said.clear()
 
 
+def test_other_classes_start_anew(tmp_path, caplog):
+    """Every tensor of the file but the class table, which the log names."""
+    path, params = exported(tmp_path, generator(**{"model.num_classes": 7}))
+    config = generator(**{"init_from.model": path, "model.num_classes": 10})
+    before = new_state(config)
+    with caplog.at_level("INFO", logger="absl"):
+        after = start.load_into(config, before, make_task(config).frozen, fresh=True)
+    want = params | {"class_embedding": before.params["class_embedding"]}
+    assert_equal(after.params, want)
+    assert "starts anew: it has 7 classes in the file, 10 here" in caplog.text
+
+
 def test_tables_of_another_grid_are_resized(tmp_path):
     """From 32 pixels to 48: the tables change as the network would resize them on the fly."""
     path, params = exported(tmp_path, digits())

@@ -20,12 +20,14 @@ TINY = [
     "--config.model.width=16", "--config.model.num_heads=2", "--config.model.first_depth=1",
     "--config.model.second_depth=1", "--config.model.head_width=16", "--config.model.head_depth=1",
     "--config.model.head_dim=8", "--config.model.scales=(1,2,4)", "--config.model.channels=2",
+    "--config.model.num_classes=10",
     "--config.batch_size=8", "--config.total_steps=30", "--config.optim.warmup_steps=1",
     "--config.optim.lr=1e-2", "--config.tensorboard=False",
 ]  # fmt: skip
 VAE = [
     "--config.vae.random=True", "--config.vae.channels=8", "--config.vae.multipliers=(1,1)",
     "--config.vae.latent_channels=2", "--config.data.image_size=8", "--config.data.source=digits",
+    "--config.vae.res_blocks=1", "--config.vae.norm_groups=8",
 ]  # fmt: skip
 
 
@@ -129,7 +131,7 @@ def test_without_an_autoencoder_nothing_is_drawn():
     ("overrides", "text"),
     [
         (["--config.data.source=digits"], "config.vae.path is not set"),
-        (["--config.vae.random=True"], "latents of 4 channels, this FlowAR of 2"),
+        (["--config.vae.random=True"], "latents of 16 channels, this FlowAR of 2"),
         (["--config.model.scales=(4,2)"], "no scale schedule"),
         (["--config.loss.scale_weights=(1.0,)"], "1 values, expected one for each of the 3"),
     ],
