@@ -64,6 +64,8 @@ def _settle(config: ConfigDict, fact: Fact, known: dict[str, Fact]) -> None:
     given = section.get(name)
     if given is None:
         section[name], known[fact.field] = fact.value, fact
+    elif fact.field == "model.num_classes" and given > fact.value:
+        return  # Published weights for 1,000 classes may be trained on with images of ten.
     elif _plain(given) != _plain(fact.value):
         before = known.get(fact.field)
         where = f"of {before.origin}" if before else "in the configuration"

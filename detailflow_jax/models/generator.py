@@ -211,7 +211,7 @@ class Generator(nn.Module):
         return self.to_logits(x)
 
     def step(
-        self, x: Tokens, cache: LayerCache, start: Int[Array, ""]
+        self, x: Tokens, cache: LayerCache, start: Int[Array, ""] | int
     ) -> tuple[Logits, LayerCache]:
         """Logits of T positions at once, all seeing each other and the past; float32.
 
@@ -241,7 +241,7 @@ def empty_cache(config: GeneratorConfig, batch: int) -> LayerCache:
     return pair(config.depth) if config.scan else [pair() for _ in range(config.depth)]
 
 
-def extend_cache(cache: LayerCache, new: LayerCache, start: Int[Array, ""]) -> LayerCache:
+def extend_cache(cache: LayerCache, new: LayerCache, start: Int[Array, ""] | int) -> LayerCache:
     """The cache with the keys and values [..., T, K, h] of new positions written at `start`."""
 
     def write(past, part):

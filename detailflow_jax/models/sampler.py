@@ -57,7 +57,7 @@ class _Program:
         """Sample rows [B, ...] as network rows [R, ...]: both halves see the same codes."""
         return filters.pair(x, x) if self.options.guided else x
 
-    def choose(self, logits: Array, start: Array) -> Array:
+    def choose(self, logits: Array, start: Array | int) -> Array:
         """Logits [R, m, V] of tokens start .. start + m - 1 -> codes int32 [B, m]."""
         if self.options.guided:
             scale = jax.lax.dynamic_slice_in_dim(self.scales, start, logits.shape[1])
@@ -67,7 +67,7 @@ class _Program:
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, start)
         return filters.sample_codes(keys, logits)
 
-    def advance(self, carry, start: Array, x: Array):
+    def advance(self, carry, start: Array | int, x: Array):
         """Runs embedded positions x [R, m, D] at `start`; returns codes and cache with theirs."""
         codes, cache = carry
         logits, new = self.apply("step", x, cache, start)

@@ -80,7 +80,7 @@ def make(config: Any) -> Task:
 
 
 def forward(
-    model: Tokenizer, rows: Any, key: PRNGKeyArray, *, size: int, token_count: Count
+    model: Tokenizer, rows: Any, key: PRNGKeyArray | None, *, size: int, token_count: Count
 ) -> Step:
     """What a step makes of a batch, inside of `Tokenizer.apply`.
 

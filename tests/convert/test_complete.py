@@ -62,12 +62,14 @@ def test_a_generator_takes_its_sizes_from_the_codes(codes):
     assert {name: complete(config).model[name] for name in SIZES} == SIZES
     assert config.model.num_classes is None  # the configuration given stays as it is
     assert complete(config_of(generator(codes, *FITTING))).model.num_classes == 3
+    more = generator(codes, *FITTING, "--config.model.num_classes=4")
+    assert complete(config_of(more)).model.num_classes == 4
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("num_classes", x) for x in (2, 1, 4)),
+        *(("num_classes", x) for x in (2, 1)),
         *(("codebook_size", x) for x in (8, 64)),
         *(("group_size", x) for x in (4, 1)),
         *(("num_tokens", x) for x in (4, 12)),

@@ -3,6 +3,7 @@
 The pictures are scikit-learn's two photographs, cut and scaled to several sizes.
 """
 
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -233,7 +234,7 @@ def test_the_broken_image_is_skipped_and_counted_once_an_epoch(data_dir):
     again.close()
 
 
-def test_the_commands_read_it(data_dir, tmp_path, monkeypatch):
+def test_the_commands_read_it(data_dir, tmp_path):
     """What a run draws from it, and a whole extraction with a small tokenizer."""
     skipped = []
 
@@ -257,11 +258,11 @@ def test_the_commands_read_it(data_dir, tmp_path, monkeypatch):
     init = Tokenizer(config).init
     abstract = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     tokenizer = df.Tokenizer(config, random_like(abstract)["params"])
-    monkeypatch.setattr(extract_codes.api, "load_tokenizer", {"tok": tokenizer}.get)
+    command = dataclasses.replace(extract_codes.COMMAND, load={"tok": tokenizer}.get)
     out = tmp_path / "codes"
     arguments = ["--tokenizer", "tok", "--out", str(out), "--crops", "five", "--noise_top", "4"]
     arguments += ["--source", "tfds:imagenet2012:train", "--data_dir", data_dir]
-    assert extract_codes.main(arguments) == 0
+    assert command.main(arguments) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["num_records"] == 24 and manifest["num_classes"] == 1000
     assert [TRUNCATED in name for _, name in manifest["unreadable"]] == [True]

@@ -56,6 +56,7 @@ SMALL = {
         "--config.model.head_width=32", "--config.model.head_depth=1",
         "--config.model.head_dim=8", "--config.model.attention_dropout=0.0",
         "--config.model.projection_dropout=0.0", "--config.model.scales=(1,2,4)",
+        "--config.model.channels=4", "--config.model.num_classes=10",
     ],
 }  # fmt: skip
 
