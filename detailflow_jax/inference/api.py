@@ -176,7 +176,7 @@ def save_pytorch(
     return done.path
 
 
-def check_pair(decoder: Tokenizer | VAE, model: Generator | FlowAR) -> None:
+def check_pair(decoder: Model, model: Model) -> None:
     """Raises InputError unless the model makes codes, or latents, that the decoder reads.
 
     Sizes have to agree. Where it is known on whose codes or latents the model was trained, the
