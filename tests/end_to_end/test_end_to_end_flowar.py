@@ -25,7 +25,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("flowar")
     vae = ["--config=configs/vae.py:digits:runlocal", *QUICK]
     finish("train", *vae, "--config.total_steps=8", "--workdir", root / "vae")
-    latents = ["--source", "digits", "--shard_size", "500"]
+    latents = ["--source", "digits:test", "--shard_size", "100"]
     finish("extract_latents", "--vae", root / "vae", "--out", root / "latents", *latents)
     return root
 
