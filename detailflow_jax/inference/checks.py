@@ -66,7 +66,7 @@ def check_guidance(cfg_scale: float) -> None:
 
 def check_noise(
     noise: Sequence[ArrayLike], config: FlowARConfig, batch: int
-) -> list[Float32[np.ndarray, "B i_squared C"]]:
+) -> list[Float32[np.ndarray, "_ _ C"]]:
     """The conditional half of every scale's noise.
 
     Raises:

@@ -45,7 +45,7 @@ class Sampling:
         labels: Int[Array, " B"],
         seed: int,
         indices: Int[Array, " B"],
-        noise: Sequence[Float[Array, "B i_squared C"]] | None = None,
+        noise: Sequence[Float[Array, "_ _ C"]] | None = None,
     ) -> Shaped[Array, "B ..."]:
         """Samples of labels; each depends on the seed and its own index alone."""
         return self.run(params, labels, sampler.sample_keys(seed, indices), self.guidance, noise)

@@ -189,7 +189,7 @@ def make(config: Any) -> Task:
 
 def figures(
     model: FlowAR, vae: VAE | None, state: TrainState, batch: Any, num_steps: int = 25
-) -> Mapping[str, UInt8[Array, "H W 3"]]:
+) -> Mapping[str, UInt8[Array, "_ _ 3"]]:
     """`samples`: four of each of up to eight classes, one column per class.
 
     Without an autoencoder to decode them (`config.vae.path`) there are none.

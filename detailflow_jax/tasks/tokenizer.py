@@ -220,7 +220,7 @@ class TokenizerTrainer(Trainer):
         metrics["codebook_usage"] = quantization.codebook_usage(window, c.codebook_size)
         return new.replace(extra=new.extra | {"window": window}), metrics
 
-    def figures(self, state: TrainState, batch: Any) -> Mapping[str, UInt8[Array, "H W 3"]]:
+    def figures(self, state: TrainState, batch: Any) -> Mapping[str, UInt8[Array, "_ _ 3"]]:
         """Pictures of the first 8 images of a batch; see `tokenizer_figures.draw`."""
         images = jnp.asarray(batch["image"][:8])
         counts = group_counts(self.model.config, tokens=self.tokens[images.shape[1]])

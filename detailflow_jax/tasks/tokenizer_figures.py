@@ -20,7 +20,7 @@ from detailflow_jax.ops import images as pixels
 
 def draw(
     model: Tokenizer, params: Any, images: UInt8[Array, "B s s 3"], counts: Sequence[int]
-) -> Mapping[str, UInt8[Array, "H W 3"]]:
+) -> Mapping[str, UInt8[Array, "_ _ 3"]]:
     """Pictures of images, encoded in `counts[-1]` tokens.
 
     `reconstructions`: originals above reconstructions. `coarse_to_fine`: one row per image, decoded

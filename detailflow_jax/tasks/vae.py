@@ -90,7 +90,7 @@ class VAETrainer(Trainer):
 
     def figures(
         self, state: TrainState, batch: Any, draws: int = 4
-    ) -> Mapping[str, UInt8[Array, "H W 3"]]:
+    ) -> Mapping[str, UInt8[Array, "_ _ 3"]]:
         """Pictures of the first 8 images of a batch.
 
         `reconstructions`: originals above reconstructions from the posterior's mean.
