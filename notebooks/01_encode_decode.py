@@ -58,7 +58,7 @@ for count in resolutions.token_counts:
     )
 
 # %% [markdown]
-# ## Decode from ever more codes
+# ## Decode from more and more codes
 #
 # `decode` takes the first n codes. Each row below has more of them; the last row shows the
 # originals.

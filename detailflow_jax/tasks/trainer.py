@@ -3,6 +3,7 @@
 Shapes: B batch.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ Forward = Callable[..., Step]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Trainer:
+class Trainer(abc.ABC):
     """A network, its loss terms and its optimizer. A subclass has the functions of a `Task`.
 
     Attributes:
@@ -57,19 +58,19 @@ class Trainer:
         frozen = tuple(self.frozen.values())
         return Task(self.init, self.plan, self.train_step, self.figures, frozen=frozen)
 
+    @abc.abstractmethod
     def init(self, key: PRNGKeyArray) -> TrainState:
         """See `Task`."""
-        raise NotImplementedError
 
     def plan(self, step: int) -> Plan:
         """See `Task`."""
         return no_plan(step)
 
+    @abc.abstractmethod
     def train_step(
         self, state: TrainState, batch: Any, plan: Mapping[str, Any], *, variant: Any
     ) -> tuple[TrainState, Metrics]:
         """See `Task`."""
-        raise NotImplementedError
 
     def figures(self, state: TrainState, batch: Any) -> Mapping[str, Array]:
         """See `Task`."""

@@ -67,7 +67,7 @@ def teacher_forcing(config):
 
 
 def recompute(config, params, labels, *, guided, scale=2.0):
-    """Greedy decoding without a cache: teacher forcing over everything, once a step."""
+    """Greedy decoding without a cache: teacher forcing over everything, once per step."""
     logits_of = teacher_forcing(dataclasses.replace(config, scan=True))
     classes = np.concatenate([labels, np.full_like(labels, CLASSES)]) if guided else labels
     codes = np.zeros((len(labels), config.num_tokens), np.int32)
