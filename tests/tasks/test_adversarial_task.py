@@ -138,6 +138,13 @@ class LinearTrainer(Trainer):
     last_kernel = KERNEL
     keys = ("teacher", "lpips", "adversarial")
 
+    def init(self, key):
+        return self.start(key, NOISE)
+
+    def train_step(self, state, batch, plan, *, variant=None):
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+        return self.step(state, batch, key, forward)[:2]
+
 
 def trainer_of(config):
     """A linear generator against the discriminator of a config, and the state it starts from."""
@@ -149,7 +156,7 @@ def trainer_of(config):
         losses={name: made[name] for name in ("mse", "adversarial")},
         optimizer=optax.sgd(0.0),
     )
-    init = jax.jit(lambda key: trainer.start(key, NOISE), compiler_options=FAST_TO_COMPILE)
+    init = jax.jit(trainer.init, compiler_options=FAST_TO_COMPILE)
     return trainer, nn.unbox(init(jax.random.key(0)))
 
 
