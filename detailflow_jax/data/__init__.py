@@ -1,6 +1,8 @@
 """Images, codes and latents for training: sources, crops, deterministic batches, shards.
 
-sources.py      where labelled images come from (digits, a folder, TFDS)
+source.py       what every source of labelled images offers
+sources.py      where they come from: a package, a folder, TFDS
+shipped.py      images that packages ship: two sets of digits, photographs
 prepare.py      preparing a TFDS dataset, a command
 imagenet.py     ImageNet from its tars to a TFDS dataset
 folders.py      which files of a folder are images, and of which class

@@ -1,6 +1,5 @@
-"""Labelled images with random access: scikit-learn digits, a folder, a TFDS dataset."""
+"""Labelled images with random access: those that packages ship, a folder, a TFDS dataset."""
 
-import abc
 import functools
 import hashlib
 import os
@@ -9,52 +8,25 @@ import shlex
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from detailflow_jax.data.folders import class_folders
-from detailflow_jax.data.images import Picture, decode_picture, read_file
+from detailflow_jax.data.images import decode_picture, read_file
+from detailflow_jax.data.shipped import DigitsSource, MnistSource, PhotosSource
+from detailflow_jax.data.source import Source
 from detailflow_jax.runtime import extras
 from detailflow_jax.runtime.errors import ConfigError, NotFoundError, near_names, unknown_name
 
-SOURCE_KINDS = ("digits", "folder", "tfds")
-
-
-class Source(abc.ABC):
-    """Random access to labelled images: `len(source)` and `source[i]`, 0 <= i < len.
-
-    `source[i]` is {"image": uint8 [H, W, 3] RGB, "label": int}; it raises UnreadableImage for a
-    record that cannot be decoded. `name` is for people; `fingerprint` changes whenever the data
-    do, so that what was derived from other data is recognised.
-
-    `source.read(i, reduce_to)` is the same with a Picture, which spares a crop two copies of the
-    image; see `decode_picture` for `reduce_to`.
-    """
-
-    name: str
-    class_names: Sequence[str]
-    fingerprint: str
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @abc.abstractmethod
-    def __len__(self) -> int: ...
-
-    @abc.abstractmethod
-    def read(self, index: int, reduce_to: int | None = None) -> dict: ...
-
-    def __getitem__(self, index: int) -> dict:
-        example = self.read(index)
-        return {**example, "image": np.asarray(example["image"].pixels)}
+SHIPPED = {"digits": DigitsSource, "mnist": MnistSource, "photos": PhotosSource}
+SOURCE_KINDS = (*SHIPPED, "folder", "tfds")
 
 
 def make_source(spec: str, split: str | None = None, data_dir: str | None = None) -> Source:
     """Opens the images that `spec` names.
 
     Args:
-        spec: "digits[:train|test]", "folder:PATH" or "tfds:NAME[:SPLIT]" (NAME may hold a
-            config and a version, "cifar10/cfg:1.0.0"; SPLIT any TFDS split, "train[:5%]").
+        spec: "digits", "mnist" or "photos", with ":train" or ":test" (`shipped.py`);
+            "folder:PATH"; or "tfds:NAME[:SPLIT]" (NAME may hold a config and a version,
+            "cifar10/cfg:1.0.0"; SPLIT any TFDS split, "train[:5%]").
         split: used where `spec` names no split ("train" if both are silent). A folder has no
             splits and accepts "train" only.
         data_dir: where TFDS keeps its data; else the environment's TFDS_DATA_DIR, else the
@@ -65,8 +37,8 @@ def make_source(spec: str, split: str | None = None, data_dir: str | None = None
         NotFoundError: missing or empty folder, dataset that is not prepared.
     """
     kind, _, rest = spec.partition(":")
-    if kind == "digits":
-        return DigitsSource(rest or split or "train")
+    if kind in SHIPPED:
+        return SHIPPED[kind](rest or split or "train")
     if kind == "folder":
         if split not in (None, "train"):
             raise ConfigError(
@@ -87,41 +59,6 @@ def unknown_source(spec: str, kinds: Sequence[str]) -> ConfigError:
     if os.path.isdir(os.path.expanduser(spec)):
         return ConfigError(f"data source {spec!r} is a folder: write folder:{spec}")
     return unknown_name("data source", spec.partition(":")[0], kinds)
-
-
-class DigitsSource(Source):
-    """1,797 real handwritten digits of scikit-learn, enlarged from 8x8 to 32x32 by bicubic.
-
-    A fixed fifth of every class is held out: splits "train" (1,438) and "test" (359).
-    `positions` are the rows of `sklearn.datasets.load_digits()` that the split holds.
-    """
-
-    def __init__(self, split: str = "train"):
-        load_digits = extras.require("sklearn.datasets").load_digits
-
-        if split not in ("train", "test"):
-            raise unknown_name("split of digits", split, ("train", "test"))
-        digits = load_digits()
-        # RandomState, not default_rng: its stream is frozen, and so is the held-out fifth.
-        rng = np.random.RandomState(0)
-        rows = [rng.permutation(np.flatnonzero(digits.target == c)) for c in range(10)]
-        held_out = np.concatenate([row[: round(len(row) / 5)] for row in rows])
-        is_test = np.isin(np.arange(len(digits.target)), held_out)
-        self.positions = np.flatnonzero(is_test if split == "test" else ~is_test)
-        self.name = f"digits:{split}"
-        self.class_names = tuple("0123456789")
-        self._labels = digits.target[self.positions]
-        small = np.round(digits.images[self.positions] * (255 / 16)).astype(np.uint8)
-        large = [Image.fromarray(x).resize((32, 32), Image.Resampling.BICUBIC) for x in small]
-        self._images = np.stack([np.asarray(x) for x in large])
-        self.fingerprint = f"digits:{split}:{hashlib.sha256(self._images).hexdigest()[:16]}"
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def read(self, index: int, reduce_to: int | None = None) -> dict:
-        image = np.repeat(self._images[index][..., None], 3, axis=-1)
-        return {"image": Picture.of(image), "label": int(self._labels[index])}
 
 
 class FolderSource(Source):

