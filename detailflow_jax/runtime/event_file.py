@@ -18,7 +18,12 @@ class EventFile:
     would load TensorFlow wherever it is installed, which takes seconds and accelerator memory.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, step: int = 0):
+        """Begins a file of a run that has done `step` updates.
+
+        Readers drop what earlier files of the folder hold of later steps. A run that was killed
+        after its last checkpoint computes these again.
+        """
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -28,6 +33,8 @@ class EventFile:
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._records = RecordWriter((pathlib.Path(folder) / name).open("xb"))
         self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(self._event(wall_time=time.time(), step=step + 1, session_log=restart))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one point for each name."""

@@ -157,8 +157,8 @@ class MetricWriter:
     def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool, step: int = 0):
         """Opens the files of a run that has done `step` updates.
 
-        metrics.jsonl may go further, where the run was killed after its last checkpoint: the
-        lines past `step` are dropped, for they will be written again.
+        The files may go further, where the run was killed after its last checkpoint: what they
+        hold past `step` is dropped, for it will be written again.
 
         Args:
             tensorboard: write TensorBoard files too.
@@ -172,7 +172,7 @@ class MetricWriter:
             _keep_lines_until(path, step)
             self._lines = path.open("a")
             if tensorboard:
-                self._tensorboard = EventFile(self._workdir / "tensorboard")
+                self._tensorboard = EventFile(self._workdir / "tensorboard", step)
 
     def __enter__(self):
         return self

@@ -270,6 +270,20 @@ def test_tensorboard_files_hold_scalars_and_figures(tmp_path):
     assert tags == {"loss": 3, "strange": 3, "strip": 3}
 
 
+def test_tensorboard_shows_a_killed_stretch_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed_after, steps in (0, (1, 2, 3, 4)), (2, (3,)), (2, (3, 4, 5)):
+        with MetricWriter(tmp_path, tensorboard=True, step=resumed_after) as writer:
+            for step in steps:
+                writer.scalars(step, {"loss": float(step)})
+                writer.figures(step, {"strip": np.zeros((4, 6, 3), np.uint8)})
+    folder = str(tmp_path / "tensorboard")
+    events = EventAccumulator(folder, size_guidance={"images": 0, "scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Images("strip")] == [1, 2, 3, 4, 5]
+
+
 # ------------------------------------------------------------------------------ in real processes
 
 
