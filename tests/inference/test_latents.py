@@ -59,6 +59,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_moments_are_those_of_the_image_and_of_its_mirror(vae, source, finished):
     latents = data.LatentSource(str(finished))
     assert len(latents) == len(source) == 1438

@@ -30,6 +30,7 @@ def head(injection, **fields):
     return model, {"params": random_like(params, seed=1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_every_injection_uses_the_condition(injection):
     model, variables = head(injection)
@@ -46,6 +47,7 @@ def test_every_injection_uses_the_condition(injection):
     assert jnp.abs(apply(x, time + 0.05, condition) - base).max() > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_segments_are_as_separate_calls(injection):
     model, variables = head(injection)
@@ -123,6 +125,7 @@ def test_guidance_one_is_the_conditional_half_alone():
     assert golden_files.error(never, alone) < 5e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -140,6 +143,7 @@ def test_other_ways_to_sample_differ_and_are_finite(fields):
     assert np.isfinite(other).all() and np.abs(other - base).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_one_program_serves_every_guidance_scale():
     _, params = network(TINY)
     before = flow_sampler.sample._cache_size()

@@ -140,6 +140,7 @@ def test_remat_gives_the_same_gradients(gen, gradients, remat):
     assert_equal(jax.jit(jax.grad(loss_of(gen, remat=remat)))(gen[1]), gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [True, False])
 def test_remat_computes_again(network, scan):
     """The less is kept for the backward pass, the more products are computed in it."""

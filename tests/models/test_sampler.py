@@ -139,6 +139,7 @@ def samples(gen):
     return gen.sample(LABELS, seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])  # 3: the last batch is padded
 def test_batch_size_does_not_matter(gen, samples, batch_size):
     np.testing.assert_array_equal(gen.sample(LABELS, seed=3, batch_size=batch_size), samples)
@@ -204,6 +205,7 @@ def probabilities(logits, temperature, top_k, top_p):
     return p / p.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.7, 4, 1.0), (1.5, 6, 0.8)])
 def test_first_token_has_the_chances_of_its_logits(temperature, top_k, top_p):
     config = dataclasses.replace(TINY, num_tokens=1, group_size=1, codebook_size=8)
@@ -221,6 +223,7 @@ def test_first_token_has_the_chances_of_its_logits(temperature, top_k, top_p):
     assert (np.abs(got - want) <= 5 * np.sqrt(want * (1 - want) / count) + 1e-9).all()
 
 
+@pytest.mark.slow
 def test_positions_and_steps_draw_independently():
     config = dataclasses.replace(TINY, num_tokens=8, codebook_size=4)
     params = random_params(config)

@@ -226,6 +226,7 @@ def test_two_processes_reduce_over_loopback_and_one_fails():
     subprocess.run([*command, "python", "-c", TOO_LATE], check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_jax_finds_the_processes_of_a_slurm_step():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -77,6 +77,7 @@ def test_a_workdir_without_locks_can_be_used(tmp_path, monkeypatch):
         assert (tmp_path / "run").is_dir()
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_a_mount_that_can_do_little(tmp_path, monkeypatch):
     rename = os.rename
 
