@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from detailflow_jax.convert import mapping
+from detailflow_jax.convert import mapping, published
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.convert.load import is_workdir
+from detailflow_jax.convert.load import is_workdir, load
 from detailflow_jax.convert.readers import read_checkpoint
 from detailflow_jax.convert.registry import NETWORKS, Network
 from detailflow_jax.convert.tables import discriminator
 from detailflow_jax.convert.writers import SAFETENSORS, write_pytorch
 from detailflow_jax.runtime.checkpoint import restore_field
+from detailflow_jax.runtime.errors import UserError
 
 KEYS = ("ema", "discriminator")
 """What a PyTorch file may hold besides "model"."""
@@ -65,8 +66,9 @@ def export(
       params: nested parameters, scanned or not; those in the host's memory are not copied.
       path: see `write_pytorch`.
       bare: write a state dict without a key around it, as FlowAR's `eval.py` reads it.
-      keys: what a PyTorch file holds besides "model": "ema", the same weights (once in the file);
-        "discriminator", the trained part of the one that `source` holds.
+      keys: what a PyTorch file holds besides "model": "ema", the average of the weights, where
+        `source` keeps one beside the raw weights, which are then under "model"; else the same
+        weights (once in the file). "discriminator", the trained part of that in `source`.
       source: the run or published file that the network was read from.
       encoded_by: fingerprint of the encoder that it belongs to, for `config.yaml`.
       overwrite: whether a checkpoint at `path` may be replaced.
@@ -78,30 +80,40 @@ def export(
     network = NETWORKS[kind]
     if network.describe is None:
         raise CheckpointError(f"a {network.title} is read only", remedy="Keep its published file.")
-    tensors = mapping.to_published(network.table, params)
-    left_out = [name for name in tensors if name.startswith(network.skipped)]
-    # In the published orientation and row-major, the only copy made of what is transposed.
-    written = [name for name in tensors if name not in left_out]
-    weights = {name: np.ascontiguousarray(tensors.pop(name)) for name in progress(written)}
-    buffers = network.buffers(config)
-    both, extra, notices = network.describe(config)
-    state = weights | buffers
     if unknown := [key for key in keys if key not in KEYS]:
         raise CheckpointError(f"keys={unknown[0]!r}", expected=f"one of {', '.join(KEYS)}")
     if bare and keys:
         raise CheckpointError(
             f"a bare state dict has no keys such as {', '.join(keys)}", remedy="Leave out one."
         )
+    average = None
+    if "ema" in keys and (both := _both_sets(network, params, source)):
+        params, average = both
+    tensors = mapping.to_published(network.table, params)
+    left_out = [name for name in tensors if name.startswith(network.skipped)]
+    # In the published orientation and row-major, the only copy made of what is transposed.
+    written = [name for name in tensors if name not in left_out]
+    weights = {name: np.ascontiguousarray(tensors.pop(name)) for name in progress(written)}
+    buffers = network.buffers(config)
+    described, extra, notices = network.describe(config)
+    state = weights | buffers
     single = bare or str(path).endswith(SAFETENSORS)
     more: dict[str, Mapping[str, np.ndarray]] = {}
     if "ema" in keys or (network.weights == "ema" and not single):
         more[network.ema_key] = state
+        if average is not None:
+            averages = mapping.to_published(network.table, average)
+            more[network.ema_key] = {
+                x: np.ascontiguousarray(averages[x]) for x in written
+            } | buffers
+        elif "ema" in keys:
+            notices = [*notices, f"{network.ema_key!r} holds the same weights as 'model'"]
     if "discriminator" in keys:
         more["discriminator"] = _discriminator(source)
     path = write_pytorch(
         state,
         path,
-        both,
+        described,
         wrap=None if bare else "model",
         more=more,
         extra_yaml=extra | ({"encoded_by": encoded_by} if encoded_by else {}),
@@ -111,6 +123,33 @@ def export(
     if path.suffix != SAFETENSORS:
         notices = notices + _unwritten(network, bare, more)
     return Exported(path, written, list(buffers), left_out, notices)
+
+
+def _both_sets(
+    network: Network, params: Mapping[str, Any], source: str
+) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """Raw weights and their average from the file or run that parameters were read from.
+
+    None if it does not keep both, or if the parameters are neither: they were changed since.
+    """
+    found: dict[str, Any] = {}
+    for kind in ("model", "ema"):
+        try:
+            if is_workdir(source):
+                read = load(network.name, source, weights=kind)
+            else:
+                read = published.read(network.name, source, params=params, weights=kind)
+        except UserError:  # There is no source, or none any more.
+            return None
+        if read.taken != kind:
+            return None
+        found[kind] = read.params
+    given = mapping.to_published(network.table, params)
+    for one in found.values():
+        theirs = mapping.to_published(network.table, one)
+        if all(np.array_equal(given[name], theirs.get(name)) for name in given):
+            return found["model"], found["ema"]
+    return None
 
 
 def _unwritten(network: Network, bare: bool, keys: Collection[str]) -> list[str]:

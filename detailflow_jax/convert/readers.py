@@ -21,15 +21,15 @@ import numpy as np
 from detailflow_jax.convert import select
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.locate import Located, locate, read_mapping
+from detailflow_jax.convert.numpy_pickle import ArraySpec
 from detailflow_jax.convert.select import Preference, Recognise, Weights
 from detailflow_jax.convert.torch_file import (
     PICKLE_MAGIC,
     ZIP_MAGIC,
     items_of,
     open_torch,
-    read_tensors,
-    strided_view,
 )
+from detailflow_jax.convert.torch_tensors import read_tensors, strided_view
 
 # Where a training checkpoint keeps its settings, the first one present being read.
 _ARGUMENTS = ("args", "hyper_parameters", "hparams", "config")
@@ -114,12 +114,26 @@ def read_checkpoint(
     is_tensor = {e: getattr(x, "known", isinstance(x, np.ndarray)) for e, x in entries.items()}
     holds = next(iter(files.values())).holds
     chosen = select.select(is_tensor, weights, recognise, found.source, holds)
+    chosen = _without_arrays(chosen, entries, found.source)
     tensors: dict[str, np.ndarray] = {}
     for name, file in files.items():
         mine = {bare: entries[e] for bare, e in chosen.entries.items() if shard_of[e] == name}
         tensors |= file.arrays(mine)
     ordered = {bare: tensors[bare] for bare in chosen.entries}
     return Checkpoint(ordered, config, found.source, notices + chosen.notices, chosen.taken)
+
+
+def _without_arrays(
+    chosen: select.Selected, entries: Mapping[str, Any], source: str
+) -> select.Selected:
+    """The weights without NumPy arrays that lie among tensors; weights may all be such arrays."""
+    arrays = {bare for bare, e in chosen.entries.items() if isinstance(entries[e], ArraySpec)}
+    if not 0 < len(arrays) < len(chosen.entries):
+        return chosen
+    some = ", ".join(sorted(arrays)[:5])
+    notice = f"{source}: {len(arrays)} entries are NumPy arrays among tensors, left out: {some}"
+    kept = {bare: e for bare, e in chosen.entries.items() if bare not in arrays}
+    return dataclasses.replace(chosen, entries=kept, notices=[*chosen.notices, notice])
 
 
 def check_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:

@@ -15,38 +15,37 @@ allocates memory for any memo index that a file states.
 
 from __future__ import annotations
 
-import io
-import math
 import pickle
-import re
 import struct
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from detailflow_jax.convert import numpy_pickle
 from detailflow_jax.convert.errors import CheckpointError
-
-Spans = dict[str, tuple[int, int]]  # first byte and number of bytes of each storage, by key
+from detailflow_jax.convert.numpy_pickle import ArraySpec, NumpyType
+from detailflow_jax.convert.torch_tensors import (
+    AGAIN,
+    RESAVE,
+    Spans,
+    Storage,
+    TensorSpec,
+    are_sizes,
+    tensor_spec,
+)
 
 ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_MAGIC = b"\x80"
 # About 100 bytes describe a tensor, so this leaves room for tens of thousands of them and for the
-# history of a run, and bounds what a hostile file can make us allocate.
+# history of a run, and bounds what a hostile file can make us allocate. Long strings and arrays of
+# NumPy do not count: they allocate no more than they take in the file.
 MAX_PICKLE_BYTES = 32 << 20
+_LONG = 1 << 12
 _LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
-# Tied or expanded weights may be in a file once and be read often. A file whose tensors are larger
-# than this many times its size, and than this many bytes, is made to fill the memory.
-_MAX_UNFOLDING, _ALWAYS_UNFOLDED = 4, 1 << 28
 _MOST_LISTED = 4096  # Longer lists are no lists of modules or parameters.
-_MAX_SIZE = 1 << 128  # Longer integers cannot be printed in a message.
-_AGAIN = "Download or copy the file again."
-_RESAVE = (
-    "If you trust the file, load it in PyTorch and write `torch.save(model.state_dict(), ...)`."
-)
 
 
 class Inert:
@@ -77,7 +76,9 @@ def items_of(value: Any) -> list[tuple[Any, Any]] | None:
     A module holds its parameters, buffers and modules.
     """
     if isinstance(value, list) or type(value) is tuple:
-        held = any(isinstance(x, dict | Inert | TensorSpec) for x in value[:_MOST_LISTED])
+        held = any(
+            isinstance(x, dict | Inert | TensorSpec | ArraySpec) for x in value[:_MOST_LISTED]
+        )
         few = len(value) <= _MOST_LISTED
         return [(str(i), x) for i, x in enumerate(value)] if held and few else None
     parts = value.parts if isinstance(value, Inert) else value
@@ -98,38 +99,6 @@ class Namespace(dict):
     """The attributes of a pickled `argparse.Namespace` as items."""
 
 
-class Storage(NamedTuple):
-    """`numel` numbers elsewhere in the file."""
-
-    key: str
-    dtype: np.dtype
-    numel: int
-
-
-class TensorSpec(NamedTuple):
-    """A tensor as the pickle describes it, unchecked: a strided view, counted in elements."""
-
-    storage: Any
-    offset: Any
-    shape: Any
-    strides: Any
-    dtype: Any
-    metadata: Any
-
-    @property
-    def known(self) -> bool:
-        """Whether there is a storage, and numbers of a type that NumPy has."""
-        return isinstance(self.storage, Storage) and isinstance(self.dtype, np.dtype)
-
-
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> TensorSpec:
-    """The versions of `_rebuild_tensor`; `more`: gradient, hooks, dtype where given, metadata."""
-    dtype, metadata = getattr(storage, "dtype", None), more[2:]
-    if metadata and isinstance(metadata[0], np.dtype | Inert):
-        dtype, metadata = metadata[0], metadata[1:]
-    return TensorSpec(storage, offset, shape, strides, dtype, metadata)
-
-
 def _set_items(target: Any, pairs: Any) -> None:
     """Sets items of a dict; a key whose hash the file could choose is replaced by a placeholder."""
     if isinstance(target, Inert):
@@ -147,17 +116,6 @@ def _ordered_dict(pairs: Any = ()) -> dict:
 
 def _first(value: Any = None, *_: Any) -> Any:
     return value
-
-
-def _numpy_dtype(code: Any = "", *_: Any) -> Any:
-    plain = isinstance(code, str) and re.fullmatch(r"[fiu][1248]|b1", code)
-    return np.dtype(code) if plain and code != "f1" else Inert("numpy.dtype")
-
-
-def _numpy_scalar(dtype: Any, data: Any = None, *_: Any) -> Any:
-    if isinstance(dtype, np.dtype) and isinstance(data, bytes) and len(data) == dtype.itemsize:
-        return np.frombuffer(data, dtype)[0].item()
-    return Inert("numpy.scalar")
 
 
 def _encoded(text: Any, *_: Any) -> Any:
@@ -182,7 +140,7 @@ _KNOWN: dict[str, Any] = {
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
     **{f"torch.{on}{k}Storage": _DTYPES[v] for on in ("", "cuda.") for k, v in _STORAGES.items()},
     "torch.storage.UntypedStorage": np.dtype(np.uint8),
-    **{f"torch._utils._rebuild_tensor{version}": _tensor for version in ("", "_v2", "_v3")},
+    **{f"torch._utils._rebuild_tensor{version}": tensor_spec for version in ("", "_v2", "_v3")},
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch._tensor._rebuild_from_type_v2": lambda function, kind, args, *_: function(*args),
@@ -194,10 +152,9 @@ _KNOWN: dict[str, Any] = {
     # their arguments in these.
     "ruamel.yaml.scalarbool.ScalarBoolean": lambda value=False, *_: value != 0,
     "ruamel.yaml.comments.CommentedSeq": lambda *_: [],
-    "numpy.dtype": _numpy_dtype,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
+    **numpy_pickle.KNOWN,
     "_codecs.encode": _encoded,
+    "__builtin__.bytes": lambda *args: Inert("bytes") if args else b"",  # no bytes, in protocol 2
 }
 _RUAMEL = ("ruamel.yaml.scalarfloat.", "ruamel.yaml.scalarint.", "ruamel.yaml.scalarstring.")
 # What torch.save never writes: text instructions, calls other than REDUCE, references to the
@@ -212,10 +169,35 @@ _UNUSED = (
 _Base: Any = pickle._Unpickler  # pyright: ignore
 
 
-class _Unpickler(_Base):
-    """Makes plain containers, numbers, strings, `TensorSpec`, `Namespace` and `Inert` only."""
+class _Stream:
+    """The bytes of a pickle; raises ValueError if it has too many instructions."""
 
-    def __init__(self, stream: io.BytesIO):
+    def __init__(self, raw: np.ndarray):
+        self._raw, self._at, self._short = memoryview(raw), 0, 0
+
+    def read(self, size: int) -> bytes:
+        data = bytes(self._raw[self._at : self._at + size])
+        self._at += len(data)
+        self._short += len(data) if len(data) < _LONG else 0
+        if self._short > MAX_PICKLE_BYTES:
+            raise ValueError(
+                f"more than {MAX_PICKLE_BYTES} bytes of instructions, which is enough for tens of "
+                "thousands of tensors"
+            )
+        return data
+
+    def readline(self) -> bytes:
+        end = bytes(self._raw[self._at : self._at + _LONG]).find(b"\n")
+        return self.read(end + 1 if end >= 0 else _LONG - 1)
+
+    def tell(self) -> int:
+        return self._at
+
+
+class _Unpickler(_Base):
+    """Makes plain containers, numbers, strings, `Namespace`, `Inert` and descriptions only."""
+
+    def __init__(self, stream: _Stream):
         super().__init__(stream, encoding="latin-1")
         self.storages: dict[str, Storage] = {}
 
@@ -227,7 +209,7 @@ class _Unpickler(_Base):
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
-            case ("storage", np.dtype() as dtype, str(key), _, int(numel), *view) if _are_sizes(
+            case ("storage", np.dtype() as dtype, str(key), _, int(numel), *view) if are_sizes(
                 [numel]
             ) and not any(view):
                 return self.storages.setdefault(key, Storage(key, dtype, numel))
@@ -237,7 +219,9 @@ class _Unpickler(_Base):
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, Namespace | Inert):
+        if isinstance(target, ArraySpec | NumpyType):
+            target.build(state)
+        elif isinstance(target, Namespace | Inert):
             # Objects with slots have a second dict.
             for attributes in state if isinstance(state, tuple) else (state,):
                 if isinstance(attributes, dict):
@@ -255,11 +239,15 @@ class _Unpickler(_Base):
         self.stack.pop()  # keyword arguments
         self.load_reduce()
 
+    def load_frame(self) -> None:
+        self.read(8)  # Its length; what is in it is read without it, and so counted.
+
     def load_unused(self) -> None:
         raise ValueError("an instruction that torch.save does not write")
 
     dispatch = _Base.dispatch | {
         pickle.BUILD[0]: load_build,
+        pickle.FRAME[0]: load_frame,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         # An object is made by calling what stands for its class.
@@ -275,7 +263,7 @@ class _Unpickler(_Base):
     }
 
 
-def _load(stream: io.BytesIO, name: str) -> tuple[Any, dict[str, Storage]]:
+def _load(stream: _Stream, name: str) -> tuple[Any, dict[str, Storage]]:
     """One pickle, leaving the position just after it, and the storages it refers to by key."""
     unpickler = _Unpickler(stream)
     try:
@@ -288,101 +276,8 @@ def _load(stream: io.BytesIO, name: str) -> tuple[Any, dict[str, Storage]]:
             f"{name}: its pickle is damaged or not one of torch.save, near byte {stream.tell()}: "
             f"{type(error).__name__}: {error}",
             expected="a dict of tensors written by torch.save",
-            remedy=f"{_AGAIN} {_RESAVE}",
+            remedy=f"{AGAIN} {RESAVE}",
         ) from error
-
-
-def strided_view(
-    raw: np.ndarray,
-    start: int,
-    dtype: np.dtype,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...] | None = None,
-) -> np.ndarray:
-    """Returns a read-only array over mapped bytes.
-
-    Args:
-        raw: uint8 [n], the mapped file.
-        start: byte at which the first element lies.
-        dtype: of the result.
-        shape: of the result.
-        strides: in bytes; None is row-major.
-
-    Raises:
-        ValueError: the array would reach outside `raw`, or its size overflows.
-    """
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    view = np.ndarray(shape, dtype, buffer=raw, offset=start, strides=strides)
-    # Formats that do not align their storages leave odd addresses, which few libraries accept.
-    return view if view.flags.aligned else view.copy()
-
-
-def read_tensors(
-    raw: np.ndarray, spans: Spans, specs: Mapping[str, TensorSpec], name: str
-) -> dict[str, np.ndarray]:
-    """Returns the arrays that `specs` describe, as views of the file.
-
-    Args:
-        raw: uint8 [n], the mapped file.
-        spans: where the storages lie.
-        specs: descriptions by label.
-        name: what errors call the file.
-
-    Raises:
-        CheckpointError: a description is no plain tensor, reaches outside its storage, or all
-            together unfold to far more than the file.
-    """
-    arrays, total = {}, 0
-    for label, spec in specs.items():
-        problem = _problem(spec, spans)
-        if not problem:
-            total += math.prod(spec.shape) * spec.dtype.itemsize
-            if total > max(_MAX_UNFOLDING * len(raw), _ALWAYS_UNFOLDED):
-                problem = f"{len(raw)} bytes of file unfold to tensors of {total}"
-        if not problem:
-            start, itemsize = spans[spec.storage.key][0], spec.dtype.itemsize
-            start, strides = start + spec.offset * itemsize, [n * itemsize for n in spec.strides]
-            try:
-                arrays[label] = strided_view(
-                    raw, start, spec.dtype, tuple(spec.shape), tuple(strides)
-                )
-            except (ValueError, OverflowError) as error:
-                problem = f"shape {spec.shape} is impossible: {error}"
-        if problem:
-            raise CheckpointError(
-                f"{name}: tensor {label!r}: {problem}", remedy=f"{_AGAIN} {_RESAVE}"
-            )
-    return arrays
-
-
-def _problem(spec: TensorSpec, spans: Spans) -> str:
-    """What is wrong with a description; empty if it is a plain tensor inside its storage."""
-    storage, offset, shape, strides, dtype, metadata = spec
-    if not all(map(_are_sizes, ((offset,), shape, strides))):
-        return "its shape or strides are not whole numbers"
-    if len(shape) != len(strides) or len(shape) > 64:
-        return "its shape and strides do not match"
-    if any(metadata):
-        return "it is stored negated or conjugated"
-    size, declared = spans.get(storage.key, (0, -1))[1], storage.numel * storage.dtype.itemsize
-    if size < 0:
-        return f"its storage {storage.key!r} is not in the file"
-    if size != declared:
-        return f"its storage {storage.key!r} holds {size} bytes; expected {declared}"
-    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if 0 not in shape and (last + 1) * dtype.itemsize > size:
-        return (
-            f"shape {shape} with strides {strides} from element {offset} reaches element {last}; "
-            f"expected at most the {size // dtype.itemsize} elements of its storage"
-        )
-    return ""
-
-
-def _are_sizes(numbers: Any) -> bool:
-    return isinstance(numbers, tuple | list) and all(
-        type(n) is int and 0 <= n < _MAX_SIZE for n in numbers
-    )
 
 
 def open_torch(raw: np.ndarray, path: Path, name: str) -> tuple[Any, Spans]:
@@ -421,13 +316,7 @@ def _open_zip(raw: np.ndarray, path: Path, name: str) -> tuple[Any, Spans]:
     start, size = members.get(f"{root}byteorder", (0, 0))
     _check_order(not size or raw[start : start + size].tobytes() == b"little", name)
     start, size = members[pickles[0]]
-    if size > MAX_PICKLE_BYTES:
-        raise CheckpointError(
-            f"{name}: a pickle of {size} bytes",
-            expected=f"at most {MAX_PICKLE_BYTES}, which describes tens of thousands of tensors",
-            remedy="Save the state dict alone.",
-        )
-    tree, _ = _load(io.BytesIO(raw[start : start + size].tobytes()), name)
+    tree, _ = _load(_Stream(raw[start : start + size]), name)
     prefix = f"{root}data/"
     spans = {m.removeprefix(prefix): s for m, s in members.items() if m.startswith(prefix)}
     return tree, spans
@@ -466,7 +355,7 @@ def _members(raw: np.ndarray, path: Path, name: str) -> Spans:
             f"{name}: a damaged or cut zip archive, or not one of torch.save ({len(raw)} bytes): "
             f"{error}",
             expected="a whole file of plain uncompressed members, as torch.save writes",
-            remedy=_AGAIN,
+            remedy=AGAIN,
         ) from error
     return members
 
@@ -481,7 +370,7 @@ def _check_order(little: bool, name: str) -> None:
 
 
 def _open_legacy(raw: np.ndarray, name: str) -> tuple[Any, Spans]:
-    stream = io.BytesIO(raw[:MAX_PICKLE_BYTES].tobytes())
+    stream = _Stream(raw)
     magic, _ = _load(stream, name)
     if magic != _LEGACY_MAGIC_NUMBER:
         raise CheckpointError(
@@ -505,7 +394,7 @@ def _open_legacy(raw: np.ndarray, name: str) -> tuple[Any, Spans]:
                 f"{name}: damaged, or cut at byte {len(raw)}: a storage at byte {start} says "
                 f"{numel} elements",
                 expected=f"{storage.numel} and their bytes" if storage else "one that is described",
-                remedy=_AGAIN,
+                remedy=AGAIN,
             )
         spans[key] = (start + 8, size)
         start += 8 + size

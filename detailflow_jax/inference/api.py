@@ -150,8 +150,9 @@ def save_pytorch(
       path: a folder to make (config.json, config.yaml, checkpoints/N.pt), or a file ending in
         .pt, .pth, .ckpt, .bin or .safetensors, with the two configurations beside it.
       bare: write a state dict without a key around it, as FlowAR's `eval.py` reads it.
-      keys: what a PyTorch file holds besides "model": "ema", the same weights; "discriminator", the
-        one of the run or published file that the model was loaded from.
+      keys: what a PyTorch file holds besides "model": "ema" and "discriminator". Where the run or
+        file that the model was loaded from keeps both, "ema" is the average and "model" the raw
+        weights, else they are the same. "discriminator" is that of this run or file.
       overwrite: whether a checkpoint at `path` may be replaced.
 
     Returns:

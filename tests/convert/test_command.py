@@ -309,6 +309,16 @@ def test_keys_that_published_scripts_read(tmp_path, runs, folders, capsys):
     assert "--keys ema" not in capsys.readouterr().err
     content = torch.load(tmp_path / "b" / "checkpoints" / "16.pt", weights_only=True)
     assert list(content) == ["model", "ema"]
+    # The run keeps an average beside the raw weights; a model that was changed since has one set.
+    fingerprints = {}
+    for kind in ("model", "ema"):
+        found = df.load_tokenizer(runs["tokenizer"], weights=kind)
+        fingerprints[kind] = found.fingerprint
+        assert df.load_tokenizer(tmp_path / "b", weights=kind).fingerprint == found.fingerprint
+    assert fingerprints["model"] != fingerprints["ema"]
+    found.params = jax.tree.map(lambda x: x + 1, found.params)
+    df.save_pytorch(found, tmp_path / "changed.pt", keys=["ema"])
+    content = torch.load(tmp_path / "changed.pt", weights_only=True)
     assert all(torch.equal(content["ema"][k], x) for k, x in content["model"].items())
     assert run(*command, tmp_path / "c", "--keys", "discriminator") == 2
     assert "holds no discriminator" in capsys.readouterr().err

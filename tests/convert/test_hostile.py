@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from damage import corrupt
-from detailflow_jax.convert import CheckpointError, read_checkpoint
+from detailflow_jax.convert import CheckpointError, read_checkpoint, torch_file
 
 
 class Calls:
@@ -223,7 +223,7 @@ def test_tensors_outside_their_storage(tmp_path, made, found):
     refused(write_pt(tmp_path / "x.pt", {"model": {"w": made}}), found)
 
 
-def test_zip_archives_that_torch_does_not_write(tmp_path):
+def test_zip_archives_that_torch_does_not_write(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
     good = {"x/data.pkl": pickled({"w": tensor(0, (6,), (1,))}), "x/data/0": bytes(24)}
     read_checkpoint(write_zip(path, good.items()))
@@ -235,7 +235,10 @@ def test_zip_archives_that_torch_does_not_write(tmp_path):
     refused(write_zip(path, good.items(), zipfile.ZIP_DEFLATED), "compressed")
     bomb = [("x/data.pkl", pickled({"w": [0] * 10**6})), *good.items()]
     refused(write_zip(path, bomb[:1], zipfile.ZIP_DEFLATED), "compressed")
-    refused(write_zip(path, [("x/data.pkl", bytes(33 << 20))]), "pickle of 34603008 bytes")
+    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 1 << 16)
+    for frame in (b"", b"\x95" + struct.pack("<Q", 1 << 17)):  # A frame does not hide them.
+        many = b"\x80\x04" + frame + b"N0" * (1 << 16) + b"N."
+        refused(write_zip(path, [("x/data.pkl", many)]), "more than 65536 bytes of instructions")
     refused(write_zip(path, [("a.txt", b"")]), "0 members NAME/data.pkl")
     refused(write_zip(path, [*good.items(), ("y/data.pkl", b"")]), "2 members NAME/data.pkl")
     refused(write_zip(path, [*good.items(), ("x/constants.pkl", b"")]), "TorchScript")

@@ -27,7 +27,7 @@ import yaml
 from etils.epath import gpath
 from etils.epath import testing as epath_testing
 
-from detailflow_jax.convert import CheckpointError, check_finite, read_checkpoint
+from detailflow_jax.convert import CheckpointError, check_finite, read_checkpoint, torch_file
 from detailflow_jax.convert.locate import choose_weights
 
 
@@ -292,6 +292,43 @@ def test_no_object_beside_the_weights_matters(tmp_path, monkeypatch, protocol, z
         torch.save(content, tmp_path / "x.pt", **options)
         read = read_checkpoint(tmp_path / "x.pt")
         assert read.tensors["w"].tolist() == [0, 1, 2], name
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_as_numpy_arrays(tmp_path, monkeypatch, protocol, zipped):
+    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 1 << 15)  # Numbers do not count.
+    rng = np.random.default_rng(0)
+    large = rng.standard_normal((200, 300))
+    state = {
+        "a.weight": large.astype(np.float32),
+        "a.again": large.astype(np.float16),
+        "a.bias": large[0].astype(">f4"),
+        "b.weight": np.asfortranarray(large[:5]),
+        "b.brain": large[:2].astype(ml_dtypes.bfloat16),
+        "b.mask": large[0] > 0,
+        "b.counter": np.array(7),
+        "b.none": np.zeros((0, 3), np.int32),
+    }
+    state["a.tied"] = state["a.weight"]
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    torch.save({"model": state, "args": {"lr": np.float32(0.5)}}, tmp_path / "x.pt", **options)
+    read = read_checkpoint(tmp_path / "x.pt")
+    assert read.config == {"lr": 0.5}
+    assert set(read.tensors) == set(state)
+    for name, want in state.items():
+        found = read.tensors[name]
+        np.testing.assert_array_equal(found, want.astype(want.dtype.newbyteorder("=")))
+        assert found.shape == want.shape and found.dtype.isnative, name
+    # Among tensors, as something beside the weights, they are left out with a notice.
+    tensors = {"w": torch.ones(2), "generator": np.arange(3)}
+    torch.save({"model": tensors}, tmp_path / "y.pt", **options)
+    read = read_checkpoint(tmp_path / "y.pt")
+    assert list(read.tensors) == ["w"] and "NumPy arrays among tensors" in read.notices[0]
+    strange = {"w": np.array(["a", None], object), "v": np.zeros(2, "f4,i4"), "u": np.array("a")}
+    torch.save(strange, tmp_path / "z.pt", **options)
+    with pytest.raises(CheckpointError, match="no weights in it"):
+        read_checkpoint(tmp_path / "z.pt")
 
 
 def test_expanded_tensors_and_packed_folders(tmp_path):
