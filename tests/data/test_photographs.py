@@ -3,7 +3,6 @@
 import io
 import struct
 import sys
-import types
 import zlib
 
 import numpy as np
@@ -155,20 +154,40 @@ def test_heic_names_the_package_that_reads_it(monkeypatch, fresh_formats):
         decode_image(HEIC, "x.heic")
 
 
-def test_heic_is_read_with_the_optional_package(monkeypatch, fresh_formats, tmp_path):
-    def register():
-        is_heic = lambda prefix: prefix[4:12] == b"ftypheic"  # noqa: E731
-        Image.register_open("HEIF", lambda file, name: picture(), is_heic)
+@pytest.mark.parametrize("value", [None, *range(1, 9)])
+def test_heic_photographs_are_read_upright(tmp_path, value):
+    """With the plugin that people install, in every orientation, grey and with transparency."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    exif = Image.Exif()
+    if value:
+        exif[ExifTags.Base.Orientation] = value
+    file = tmp_path / "trip" / "IMG_1.HEIC"
+    file.parent.mkdir()
+    # Telephones write the orientation twice; of bytes, the plugin does as well.
+    whole = encoded(picture(), "HEIF", quality=-1, exif=exif.tobytes() if value else b"")
+    file.write_bytes(whole)
+    found = make_source(f"folder:{tmp_path}")[0]["image"]
+    np.testing.assert_array_equal(found, plainly(whole))
+    upright = np.asarray(ImageOps.exif_transpose(with_exif(picture(), exif)))
+    assert np.abs(found.astype(int) - upright).max() < 16  # The colours are rounded.
+    grey = picture().convert("LA")
+    grey.putalpha(0)
+    assert (decode_image(encoded(grey.convert("RGBA"), "HEIF", quality=-1), "x") > 250).all()
+    for cut in (whole[: len(whole) // 2], whole[:64]):
+        with pytest.raises(UnreadableImage):
+            decode_image(cut, "x")
 
-    plugin = types.ModuleType("pillow_heif")
-    plugin.register_heif_opener = register
-    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
-    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
-    monkeypatch.setattr(Image, "ID", list(Image.ID))
-    (tmp_path / "trip").mkdir()
-    (tmp_path / "trip" / "IMG_1.HEIC").write_bytes(HEIC)
-    source = make_source(f"folder:{tmp_path}")
-    np.testing.assert_array_equal(source[0]["image"], np.asarray(picture()))
+
+def with_exif(image, exif):
+    """The image as a file with this EXIF is opened."""
+    return Image.open(io.BytesIO(encoded(image, "PNG", exif=exif)))
+
+
+def test_avif_is_read():
+    data = encoded(picture(), "AVIF", quality=100)
+    assert np.abs(decode_image(data, "x").astype(int) - np.asarray(picture())).max() < 40
+    np.testing.assert_array_equal(decode_image(data, "x"), plainly(data))
 
 
 def plainly(data):
