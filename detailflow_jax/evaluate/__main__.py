@@ -3,6 +3,8 @@
     detailflow evaluate generation --model runs/gen --decoder runs/tok \\
         --reference VIRTUAL_imagenet256_labeled.npz --cfg_scale 1.3,1.45,1.6 --out runs/scores
     detailflow evaluate generation --samples samples.npz --reference folder:photos
+    detailflow evaluate generation --samples samples.npz --reference folder:photos \\
+        --features pixels
     detailflow evaluate reconstruction --model runs/tok \\
         --reference tfds:imagenet2012:validation --num_tokens 16,64,128 --noise_groups 0,4
 
@@ -10,17 +12,22 @@ Run the same command again to resume.
 """
 
 import argparse
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from detailflow_jax.evaluate import features, generation, reconstruction, references
+from detailflow_jax.evaluate import chunks, features, generation, reconstruction, references
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.models import Reconstructor, Sampler
-from detailflow_jax.evaluate.networks import load_extractor, load_perceptual
+from detailflow_jax.evaluate.networks import (
+    FEATURES,
+    encoder_extractor,
+    load_extractor,
+    load_perceptual,
+    pixel_extractor,
+)
 from detailflow_jax.evaluate.samples import open_samples
 from detailflow_jax.inference import api
 from detailflow_jax.runtime import distributed, extras, platforms
@@ -53,7 +60,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, text, add_options in (
         (
             "generation",
-            "FID, sFID, inception score, precision and recall of samples",
+            "FID, sFID, inception score, precision and recall of samples, or figures like them of "
+            "features that need no download",
             _add_generation,
         ),
         ("reconstruction", "rFID, PSNR, SSIM and LPIPS of a tokenizer", _add_reconstruction),
@@ -83,6 +91,14 @@ def _add_generation(command: argparse.ArgumentParser) -> None:
     add("--decoder", help="what makes images of its samples: the tokenizer, or VAE")
     add("--kind", default="detailflow", choices=sorted(KINDS), help="of the model")
     add("--reference", required=True, help=".npz, folder of pictures, tfds:NAME:SPLIT, digits:test")
+    add(
+        "--features",
+        default="inception",
+        choices=FEATURES,
+        help="what images are compared by: inception gives FID; encoder, of the tokenizer or VAE "
+        "at --decoder, and pixels, after a principal component analysis, need no download and give "
+        "figures with names of their own",
+    )
     add("--cache", default=references.CACHE, help="where statistics of references are kept")
     add(
         "--cfg_scale",
@@ -145,16 +161,13 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
         raise EvaluationError("give either --samples, or --model with --decoder")
     if args.model and not args.decoder:
         raise EvaluationError("--model needs --decoder, the tokenizer or VAE that makes images")
+    if args.features == "encoder" and not args.decoder:
+        raise EvaluationError("--features encoder needs --decoder, the tokenizer or VAE it is of")
     if len(args.cfg_scale) > 1:
         extras.require("matplotlib.figure")  # Draws the curve after hours of sampling.
-    extractor = load_extractor(args.inception, args.batch_size)
-    load_reference = functools.partial(
-        references.load_reference,
-        args.reference,
-        extractor,
-        cache=args.cache,
-        data_dir=args.data_dir,
-    )
+    decoder = None
+    if args.model or args.features == "encoder":
+        decoder = KINDS[args.kind][1](args.decoder)
     if args.samples:
         images = open_samples(args.samples)
         height, width = images.shape[:2]
@@ -162,12 +175,12 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
             raise EvaluationError(
                 f"{images.name} holds {width}x{height} px images: expected squares"
             )
-        reference = load_reference(image_size=height)
+        extractor, reference = load_features(args, height, decoder)
         out.mkdir(parents=True, exist_ok=True)
         row = generation.evaluate_images(images, reference, extractor, out, args.num_samples)
-        results = {"rows": [row]}
+        results = {"unreadable": chunks.unreadable_in(out / "samples"), "rows": [row]}
     else:
-        sampler = load_sampler(args, extractor.mesh)
+        sampler = load_sampler(args, decoder)
         sweep = generation.Sweep(
             num_samples=50_000 if args.num_samples is None else args.num_samples,
             cfg_scales=args.cfg_scale,
@@ -175,22 +188,43 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
             seeds=args.seeds,
             keep_images=args.npz,
         )
-        reference = load_reference(image_size=sampler.image_size)
+        extractor, reference = load_features(args, sampler.image_size, decoder)
         out.mkdir(parents=True, exist_ok=True)
         rows = generation.evaluate_sweep(sampler, sweep, reference, extractor, out)
         results = {"rows": rows, "summary": generation.summarize(rows)}
     about = {"name": reference.name, "fingerprint": reference.fingerprint}
+    about["unreadable"] = list(reference.unreadable)
     return {"reference": about, "network": extractor.fingerprint, **results}
 
 
-def load_sampler(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Sampler:
-    """The model and decoder that the arguments name."""
-    load_model, load_decoder, names = KINDS[args.kind]
+def load_features(
+    args: argparse.Namespace, image_size: int, decoder: Any
+) -> tuple[features.FeatureExtractor, references.Reference]:
+    """What the arguments compare images by, and the reference's features."""
+    if args.features == "encoder":
+        extractor = encoder_extractor(decoder, args.batch_size)
+    elif args.features == "pixels":
+        images = references.open_images(args.reference, image_size, args.data_dir)
+        extractor = pixel_extractor(images, args.batch_size)
+    else:
+        extractor = load_extractor(args.inception, args.batch_size)
+    reference = references.load_reference(
+        args.reference,
+        extractor,
+        image_size=image_size,
+        cache=args.cache,
+        data_dir=args.data_dir,
+    )
+    return extractor, reference
+
+
+def load_sampler(args: argparse.Namespace, decoder: Any) -> Sampler:
+    """The model that the arguments name, with its decoder."""
+    load_model, _, names = KINDS[args.kind]
     model = load_model(args.model, weights=args.weights)
-    decoder = load_decoder(args.decoder)
     api.check_pair(decoder, model)
     options = {name: getattr(args, name) for name in names}
-    return Sampler(model, decoder, mesh, args.batch_size, options)
+    return Sampler(model, decoder, features.local_mesh(), args.batch_size, options)
 
 
 def run_reconstruction(args: argparse.Namespace) -> dict[str, Any]:
@@ -220,7 +254,9 @@ def run_reconstruction(args: argparse.Namespace) -> dict[str, Any]:
         extractor=extractor,
         perceptual=perceptual,
     )
-    return {"reference": {"name": images.name, "fingerprint": images.fingerprint}, "rows": rows}
+    about = {"name": images.name, "fingerprint": images.fingerprint}
+    about["unreadable"] = chunks.unreadable_in(pathlib.Path(args.out) / "reconstruction")
+    return {"reference": about, "rows": rows}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -254,8 +290,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(results["rows"]))
         if len(results.get("summary", {}).get("by_cfg_scale", ())) > 1:
             print("\n" + table(results["summary"]["by_cfg_scale"]))
-            print(f"\nlowest FID at guidance {results['summary']['best_cfg_scale']:g}")
-        print(f"\n{args.out}/results.json")
+            summary = results["summary"]
+            name = "FID" if summary["distance"] == "fid" else summary["distance"]
+            print(f"\nlowest {name} at guidance {summary['best_cfg_scale']:g}")
+        skipped = [*results["reference"]["unreadable"], *results.get("unreadable", ())]
+        print(f"\n{args.out}/results.json; {len(skipped)} unreadable")
     return 0
 
 

@@ -15,15 +15,21 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from detailflow_jax.data.errors import report_skipped
 from detailflow_jax.evaluate.errors import EvaluationError
-from detailflow_jax.evaluate.samples import readable, write_npz
+from detailflow_jax.evaluate.samples import Images, Part, readable, write_npz
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.files import write_atomically
 
 CHUNK = 1024
 
 Make = Callable[[int, int], Mapping[str, Mapping[str, np.ndarray]]]
-"""(start, stop) -> {kind: {name: array [stop - start, ...]}}; each kind is a file of its own."""
+"""(start, stop) -> {kind: {name: array [n, ...]}}; each kind is a file of its own.
+
+n is stop - start, or less where images cannot be read; a kind of no images may be left out.
+"""
+UNREADABLE = "unreadable"
+"""The kind that holds the names of images that cannot be read."""
 
 
 class ChunkFolder:
@@ -73,7 +79,8 @@ class ChunkFolder:
                     parts.append(make(at, min(at + step, stop)))
                     progress.update(min(step, stop - at))
                 for kind in kinds:
-                    joined = jax.tree.map(lambda *x: np.concatenate(x), *(p[kind] for p in parts))
+                    given = [part[kind] for part in parts if kind in part]
+                    joined = jax.tree.map(lambda *x: np.concatenate(x), *given) if given else {}
                     write_npz(self._file(kind, start), joined)
         sharding.sync_processes(f"{self.path.name}: {description}")
 
@@ -86,13 +93,24 @@ class ChunkFolder:
         for start in range(0, self.total, CHUNK):
             file = self._file(kind, start)
             missing = "missing; several processes need one folder that all of them see"
-            with readable(file, missing, "remove it and run the same command again"):
-                array = np.load(file)[name]
-            yield array
+            with (
+                readable(file, missing, "remove it and run the same command again"),
+                np.load(file) as arrays,
+            ):
+                array = arrays[name] if arrays.files else None
+            if array is not None:  # None of its images can be read.
+                yield array
 
     def read(self, kind: str, name: str) -> np.ndarray:
-        """One array of all images."""
-        return np.concatenate(list(self.parts(kind, name)))
+        """One array of all images.
+
+        Raises:
+          EvaluationError: a chunk is missing or damaged, or no image can be read.
+        """
+        parts = list(self.parts(kind, name))
+        if not parts:
+            raise EvaluationError(f"{self.path}: none of the {self.total} images can be read")
+        return np.concatenate(parts)
 
     def remove(self, kind: str | None = None) -> None:
         """Deletes one kind of file, or the whole folder, once its content is stored elsewhere."""
@@ -103,6 +121,31 @@ class ChunkFolder:
 
     def _file(self, kind: str, start: int) -> pathlib.Path:
         return self.path / f"{kind.replace(' ', '_')}-{start // CHUNK:05d}.npz"
+
+
+def of_images(images: Images, make: Callable[[Part], Mapping[str, Any]]) -> Make:
+    """What fills a folder from a set of images: the kinds of `make`, and UNREADABLE."""
+
+    def made(start: int, stop: int) -> dict[str, Any]:
+        part = images.read_part(start, stop)
+        unreadable = {"name": np.array(part.unreadable, dtype=np.str_)}
+        return {**(make(part) if len(part.images) else {}), UNREADABLE: unreadable}
+
+    return made
+
+
+def unreadable_in(path: pathlib.Path) -> list[str]:
+    """Names of the images that could not be read for a filled folder, and the reasons.
+
+    Each is logged once per process, also where another process or an earlier run met it.
+    """
+    names = []
+    for file in sorted(path.glob(f"{UNREADABLE}-*.npz")):
+        with readable(file, damaged="remove it and run the same command again"):
+            names += np.load(file)["name"].tolist()
+    for name in names:
+        report_skipped(name)
+    return names
 
 
 def _check_same(path: pathlib.Path, old: dict, new: dict) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.special
 
 from detailflow_jax.evaluate import report
-from detailflow_jax.evaluate.chunks import ChunkFolder
+from detailflow_jax.evaluate.chunks import UNREADABLE, ChunkFolder, of_images, unreadable_in
 from detailflow_jax.evaluate.distances import (
     NEIGHBOUR,
     frechet_distance,
@@ -35,6 +35,7 @@ from detailflow_jax.runtime.files import write_atomically
 
 LABELS = ("balanced", "random")
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
+"""Of Inception's features. Those of others are named after them, see `metrics_of`."""
 Parts = Callable[[str], Iterable[np.ndarray]]
 """Name of a feature ("pool", "spatial", "logits") -> its rows, in parts, in order."""
 _PREVIEW = 64  # images of each setting, at most, that are drawn as a grid
@@ -71,22 +72,35 @@ def class_labels(kind: str, count: int, num_classes: int, seed: int) -> np.ndarr
     return np.random.default_rng(seed).integers(0, num_classes, count, dtype=np.int32)
 
 
-def score(parts: Parts, reference: Reference, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """The METRICS of features; None for what the reference does not allow.
+def metrics_of(name: str) -> tuple[str, ...]:
+    """Names of the figures by the features called `name`; the first one is the distance.
+
+    METRICS of Inception, which has no name. Of others the Fréchet distance, never called FID, and
+    precision and recall: "fd_pixels", "precision_pixels", "recall_pixels".
+    """
+    return tuple(f"{kind}_{name}" for kind in ("fd", "precision", "recall")) if name else METRICS
+
+
+def score(
+    parts: Parts, reference: Reference, mesh: jax.sharding.Mesh, name: str = ""
+) -> dict[str, Any]:
+    """The figures of features, by `metrics_of(name)`; None for what the reference does not allow.
 
     Raises:
       EvaluationError: features of another network, or too few images.
     """
-    values = dict.fromkeys(METRICS)
-    values["fid"] = frechet_distance(*reference.pool, *gaussian(parts("pool")))
-    if reference.spatial:
-        values["sfid"] = frechet_distance(*reference.spatial, *gaussian(parts("spatial")))
-    probabilities = [scipy.special.softmax(part, axis=1) for part in parts("logits")]
-    values["inception_score"] = inception_score(mixed(np.concatenate(probabilities)))
+    values = dict.fromkeys(metrics_of(name))
+    distance, *_, precision, recall = values
+    values[distance] = frechet_distance(*reference.pool, *gaussian(parts("pool")))
+    if not name:
+        if reference.spatial:
+            values["sfid"] = frechet_distance(*reference.spatial, *gaussian(parts("spatial")))
+        probabilities = [scipy.special.softmax(part, axis=1) for part in parts("logits")]
+        values["inception_score"] = inception_score(mixed(np.concatenate(probabilities)))
     if reference.features is not None:
         features = np.concatenate(list(parts("pool")))
         pair = precision_recall(reference.features, features, mesh=mesh)
-        values["precision"], values["recall"] = pair
+        values[precision], values[recall] = pair
     return values
 
 
@@ -98,7 +112,7 @@ def score_images(
     FID of few images is far above that of many: it compares only with figures from as many.
     """
     features = extractor(images)
-    return score(lambda name: [features[name]], reference, extractor.mesh)
+    return score(lambda name: [features[name]], reference, extractor.mesh, extractor.name)
 
 
 def evaluate_images(
@@ -118,7 +132,7 @@ def evaluate_images(
       num_samples: only the first ones; default all.
 
     Returns:
-      one row: `name`, `num_samples` and METRICS.
+      one row: `name`, `num_samples` (as many as can be read) and METRICS.
 
     Raises:
       EvaluationError: fewer images than asked for, or images that cannot be scored.
@@ -132,12 +146,17 @@ def evaluate_images(
     definition = {"images": images.fingerprint, "network": extractor.fingerprint}
     folder = ChunkFolder(out / "samples", total, definition)
 
-    def make(start: int, stop: int) -> dict:
-        return {"features": extractor(images.read(start, stop))}
-
-    folder.fill(make, ["features"], "features", extractor.step)
-    row = {"name": images.name, "num_samples": total}
-    return row | score(lambda name: folder.parts("features", name), reference, extractor.mesh)
+    make = of_images(images, lambda part: {"features": extractor(part.images)})
+    folder.fill(make, ["features", UNREADABLE], "features", extractor.step)
+    read = total - len(unreadable_in(folder.path))
+    if read <= NEIGHBOUR:
+        raise EvaluationError(
+            f"{images.name}: only {read} of {total} images can be read, expected more than "
+            f"{NEIGHBOUR}"
+        )
+    row = {"name": images.name, "num_samples": read}
+    parts = lambda name: folder.parts("features", name)  # noqa: E731
+    return row | score(parts, reference, extractor.mesh, extractor.name)
 
 
 def evaluate_sweep(
@@ -166,6 +185,7 @@ def evaluate_sweep(
                 lambda name, folder=folder: folder.parts("features", name),
                 reference,
                 extractor.mesh,
+                extractor.name,
             )
             rows.append(row | {"seconds": round(time.perf_counter() - start, 1)})
     return rows
@@ -216,37 +236,46 @@ def sample_setting(
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds for each scale, and the scale of the lowest FID.
+    """Mean and standard deviation over seeds for each scale, and the scale of the least distance.
 
     Returns:
-      {"by_cfg_scale": [{"cfg_scale", "seeds", METRIC, METRIC_std}, ...], "best_cfg_scale": s}; a
-      deviation (divided by n - 1) is None with one seed.
+      {"by_cfg_scale": [{"cfg_scale", "seeds", METRIC, METRIC_std}, ...], "best_cfg_scale": s,
+      "distance": the METRIC that it is best by}; a deviation (divided by n - 1) is None with one
+      seed.
     """
     summary = []
+    name = next((key.removeprefix("fd_") for key in rows[0] if key.startswith("fd_")), "")
+    metrics = metrics_of(name)
     for scale in sorted({row["cfg_scale"] for row in rows}):
         group = [row for row in rows if row["cfg_scale"] == scale]
         line: dict[str, Any] = {"cfg_scale": scale, "seeds": len(group)}
-        for metric in METRICS:
+        for metric in metrics:
             values = [row[metric] for row in group if row[metric] is not None]
             line[metric] = float(np.mean(values)) if values else None
             line[f"{metric}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         summary.append(line)
-    best = min(summary, key=lambda line: line["fid"])
-    return {"by_cfg_scale": summary, "best_cfg_scale": best["cfg_scale"]}
+    best = min(summary, key=lambda line: line[metrics[0]])
+    return {
+        "by_cfg_scale": summary,
+        "best_cfg_scale": best["cfg_scale"],
+        "distance": metrics[0],
+    }
 
 
 def curve(summary: dict[str, Any]) -> bytes:
-    """FID and inception score over the guidance scale, seeds as error bars: PNG bytes."""
+    """Distance and inception score over the guidance scale, seeds as error bars: PNG bytes."""
     lines = summary["by_cfg_scale"]
     scales = [line["cfg_scale"] for line in lines]
 
     def draw(axes, metric: str) -> None:
         spread = [line[f"{metric}_std"] or 0.0 for line in lines]
         axes.errorbar(scales, [line[metric] for line in lines], spread, marker="o", capsize=3)
-        axes.axvline(summary["best_cfg_scale"], color="grey", linestyle=":", label="lowest FID")
+        axes.axvline(summary["best_cfg_scale"], color="grey", linestyle=":", label="lowest")
         axes.legend()
 
     titles = {"FID": "fid", "Inception score": "inception_score"}
+    if summary["distance"] != "fid":
+        titles = {f"Fréchet distance ({summary['distance']})": summary["distance"]}
     return report.panels(
         list(titles), lambda axes, title: draw(axes, titles[title]), "guidance scale"
     )

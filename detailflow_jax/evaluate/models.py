@@ -95,7 +95,7 @@ class Reconstructor:
         counts: Sequence[int],
         groups: Sequence[int],
         *,
-        first_index: int,
+        indices: Int[np.ndarray, " B"],
     ) -> dict[str, UInt8[np.ndarray, "B R R 3"]]:
         """Reconstructions by name.
 
@@ -104,11 +104,11 @@ class Reconstructor:
           counts: token counts, each "N tokens"; none for a VAE, whose one result is "latents".
           groups: of the self-correction test: the group is perturbed, and what follows is either
             left as it was ("group M noisy") or encoded again ("group M corrected").
-          first_index: index of the first image, which its noise depends on.
+          indices: of the images, which their noise depends on.
         """
 
         make = functools.partial(self._reconstruct, counts=counts, groups=groups)
-        rows, what = (images, _indices(first_index, images)), f"images from {first_index} on"
+        rows, what = (images, indices.astype(np.int32)), f"images from {indices[0]} on"
         return images_of(make, self.batch_size, *rows, mesh=self.mesh, what=what)
 
     def names(self, counts: Sequence[int], groups: Sequence[int]) -> list[str]:

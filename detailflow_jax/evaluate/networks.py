@@ -1,18 +1,24 @@
-"""The networks that images are scored by, from their published files."""
+"""The networks that images are scored by: from their published files, or without any."""
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
 from detailflow_jax.convert import published
 from detailflow_jax.evaluate import features, reconstruction
-from detailflow_jax.evaluate.samples import hash_file
+from detailflow_jax.evaluate.errors import EvaluationError
+from detailflow_jax.evaluate.samples import Images, hash_file
 from detailflow_jax.models.lpips import LPIPS
 from detailflow_jax.runtime import weights
 
-# Samples cannot do without it; of the scores of reconstructions only rFID needs it.
-_WITHOUT = "for reconstructions, --without rfid"
+FEATURES = ("inception", "encoder", "pixels")
+"""What images may be compared by: Inception gives FID, the others figures of their own."""
+# Of the scores of reconstructions only rFID needs it.
+_WITHOUT = "--features pixels or --features encoder, of reconstructions --without rfid"
+_MOST, _BLOCK = 2048, 8  # Images that a principal component analysis takes, and together.
 
 
 def load_extractor(
@@ -35,6 +41,29 @@ def load_extractor(
     return features.FeatureExtractor(
         features.inception(params, hash_file(file)), batch_size=batch_size
     )
+
+
+def encoder_extractor(model: Any, batch_size: int) -> features.FeatureExtractor:
+    """Features of the encoder of a loaded tokenizer or autoencoder."""
+    network = features.encoder(model.kind, model.network, model.params, model.encoder_fingerprint)
+    return features.FeatureExtractor(network, batch_size=batch_size)
+
+
+def pixel_extractor(images: Images, batch_size: int) -> features.FeatureExtractor:
+    """Pixels after a principal component analysis of images from all over a reference.
+
+    Raises:
+      EvaluationError: fewer than two can be read.
+    """
+    if len(images) <= _MOST:
+        some = images.read(0, len(images))
+    else:
+        starts = np.linspace(0, len(images) - _BLOCK, _MOST // _BLOCK).round().astype(int)
+        some = np.concatenate([images.read(i, i + _BLOCK) for i in starts.tolist()])
+    if len(some) < 2:
+        raise EvaluationError(f"{images.name} holds {len(some)} readable images, expected more")
+    network = features.principal_components(some)
+    return features.FeatureExtractor(network, batch_size=batch_size)
 
 
 def load_perceptual(paths: Sequence[str] | None) -> reconstruction.Perceptual:

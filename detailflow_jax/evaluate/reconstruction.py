@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from detailflow_jax.evaluate import image_quality
-from detailflow_jax.evaluate.chunks import ChunkFolder
+from detailflow_jax.evaluate.chunks import UNREADABLE, ChunkFolder, of_images, unreadable_in
 from detailflow_jax.evaluate.distances import frechet_distance, gaussian
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor
 from detailflow_jax.evaluate.models import Reconstructor
-from detailflow_jax.evaluate.samples import Images
+from detailflow_jax.evaluate.samples import Images, Part
 from detailflow_jax.inference.batching import in_batches
 from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.ops import images as pixels
@@ -71,7 +71,8 @@ def evaluate(
       perceptual: LPIPS; None leaves it out.
 
     Returns:
-      one row per kind of reconstruction of `Reconstructor`: `name`, `images`, means of `psnr`
+      one row per kind of reconstruction of `Reconstructor`: `name`, `images` (as many as can be
+      read), means of `psnr`
       (dB, peak 1 on [0, 1]), `ssim` (data range 1), `ssim_range_2` (the constants of published
       tokenizer tables), and `rfid` and `lpips` where asked for.
 
@@ -90,9 +91,9 @@ def evaluate(
     }
     folder = ChunkFolder(out / "reconstruction", total, definition)
 
-    def make(start: int, stop: int) -> dict[str, dict[str, np.ndarray]]:
-        originals = images.read(start, stop)
-        made = reconstructor(originals, counts, groups, first_index=start)
+    def make(part: Part) -> dict[str, dict[str, np.ndarray]]:
+        originals = part.images
+        made = reconstructor(originals, counts, groups, indices=part.positions)
         size = reconstructor.batch_size
         arrays = {kind: _compare(x, originals, size, perceptual) for kind, x in made.items()}
         if extractor:
@@ -102,8 +103,9 @@ def evaluate(
         return arrays
 
     names = reconstructor.names(counts, groups)
-    kinds = [*names, *(["originals"] if extractor else [])]
-    folder.fill(make, kinds, "reconstruct", reconstructor.batch_size)
+    kinds = [*names, *(["originals"] if extractor else []), UNREADABLE]
+    folder.fill(of_images(images, make), kinds, "reconstruct", reconstructor.batch_size)
+    total -= len(unreadable_in(folder.path))
     metrics = ["psnr", "ssim", "ssim_range_2", *(["lpips"] if perceptual else [])]
     originals = gaussian(folder.parts("originals", "pool")) if extractor else None
     rows = []

@@ -14,19 +14,23 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
 from detailflow_jax import data
-from detailflow_jax.evaluate.chunks import ChunkFolder
+from detailflow_jax.data.errors import report_skipped
+from detailflow_jax.evaluate.chunks import UNREADABLE, ChunkFolder, of_images, unreadable_in
 from detailflow_jax.evaluate.distances import NEIGHBOUR, Gaussian, gaussian
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor
 from detailflow_jax.evaluate.samples import (
     Images,
     NpzImages,
+    Part,
     PictureSource,
     SourceImages,
     hash_file,
@@ -47,7 +51,7 @@ class Reference:
 
     `pool` gives FID, `spatial` sFID (None: not in the file), `features` float32 [n, D] of some of
     the images precision and recall (None: the file holds statistics only). `count` is the number
-    of images seen here, 0 if the file holds none.
+    of images read here, 0 if the file holds none; `unreadable` names those that were skipped.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Reference:
     spatial: Gaussian | None
     features: np.ndarray | None
     count: int
+    unreadable: Sequence[str] = ()
 
 
 def load_reference(
@@ -83,6 +88,13 @@ def load_reference(
     spec, given, names = str(spec), {}, ["arr_0"]
     if spec.endswith(".npz"):
         given, names = read_arrays(spec, _STATISTICS)
+        if extractor.name and "mu" in given:
+            if "arr_0" not in names:
+                raise EvaluationError(
+                    f"{spec} holds statistics of Inception's features, not of "
+                    f"{extractor.name!r}: name a reference with images"
+                )
+            given = {}
         pairs = [[name in given for name in pair] for pair in (_STATISTICS[:2], _STATISTICS[2:])]
         if any(first != second for first, second in pairs) or not (
             "mu" in given or "arr_0" in names
@@ -91,10 +103,12 @@ def load_reference(
                 f"{spec} holds {', '.join(names) or 'nothing'}: expected mu with sigma and mu_s "
                 "with sigma_s, or images as arr_0"
             )
-    images, arrays = None, {}
+    images, unreadable = None, []
+    arrays: dict[str, Any] = {}
     if "arr_0" in names:
         images = open_images(spec, image_size, data_dir)
         arrays = _measured(images, extractor, cache)
+        unreadable = arrays.pop(UNREADABLE).tolist()
         if "mu" in given:  # Of the whole set, of which the images are a part.
             arrays = {"features": arrays["features"]}
     arrays |= given
@@ -107,7 +121,8 @@ def load_reference(
         pool=Gaussian(arrays["mu"], arrays["sigma"]),
         spatial=Gaussian(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None,
         features=arrays.get("features"),
-        count=len(images) if images else 0,
+        count=len(images) - len(unreadable) if images else 0,
+        unreadable=unreadable,
     )
 
 
@@ -131,7 +146,7 @@ def open_images(spec: str, image_size: int, data_dir: str | None = None) -> Imag
         return SourceImages(data.make_source(spec, data_dir=data_dir), image_size)
     images = SourceImages(PictureSource(path if colon else spec), image_size)
     # A few small pictures are enlarged, as in published references; a set of them is a mistake.
-    largest = max(min(images.original(i).shape[:2]) for i in range(min(len(images), 8)))
+    largest = max(min(image.shape[:2]) for image in images.first(8))
     if largest < image_size:
         raise EvaluationError(
             f"{spec}: pictures have a short side of {largest} px, the samples are {image_size}x"
@@ -162,14 +177,17 @@ def _measured(images: Images, extractor: FeatureExtractor, cache) -> dict[str, n
         folder.mkdir(parents=True, exist_ok=True)
         parts = ChunkFolder(folder / f"{key}.parts", len(images), definition)
         _measure(images, extractor, parts, file)
-    arrays, _ = read_arrays(file, (*_STATISTICS, "features"))
-    width = arrays["features"].shape[1]
-    if len(images) <= width:
+    arrays, _ = read_arrays(file, (*_STATISTICS, "features", UNREADABLE))
+    arrays = {UNREADABLE: np.zeros(0, np.str_)} | arrays  # Files of earlier versions have none.
+    for name in arrays[UNREADABLE].tolist():
+        report_skipped(name)
+    count, width = len(images) - len(arrays[UNREADABLE]), arrays["features"].shape[1]
+    if count <= width:
         logging.warning(
-            "%s holds %d images, fewer than its %d features: FID is far from that of a large set, "
-            "and comparable only with figures from as many",
+            "%s holds %d images, fewer than its %d features: the distance is far from that of a "
+            "large set, and comparable only with figures from as many",
             images.name,
-            len(images),
+            count,
             width,
         )
     return arrays
@@ -178,19 +196,24 @@ def _measured(images: Images, extractor: FeatureExtractor, cache) -> dict[str, n
 def _measure(images: Images, extractor, parts: ChunkFolder, file: pathlib.Path) -> None:
     """Writes the statistics and features of images to `file`; resumable through `parts`."""
 
-    def make(start: int, stop: int) -> dict:
-        found = images.read(start, stop)
-        digests = [hashlib.blake2b(image, digest_size=8).digest() for image in found]
+    def make(part: Part) -> dict:
+        digests = [hashlib.blake2b(image, digest_size=8).digest() for image in part.images]
         keys = np.frombuffer(b"".join(digests), np.uint64)
-        return {"features": extractor(found) | {"key": keys}}
+        return {"features": extractor(part.images) | {"key": keys}}
 
     name = f"reference {pathlib.Path(images.name).name}"
-    parts.fill(make, ["features"], name, extractor.step)
+    parts.fill(of_images(images, make), ["features", UNREADABLE], name, extractor.step)
+    unreadable = unreadable_in(parts.path)
+    count = len(images) - len(unreadable)
+    if count <= NEIGHBOUR:
+        raise EvaluationError(
+            f"{images.name}: only {count} of {len(images)} images can be read, expected at least "
+            f"{NEIGHBOUR + 1}"
+        )
     if jax.process_index() == 0:
         pool = gaussian(parts.parts("features", "pool"))
-        spatial = gaussian(parts.parts("features", "spatial"))
-        chosen, features, start = np.arange(len(images)), [], 0
-        if len(images) > MOST_NEIGHBOURS:  # The same ones in whatever order images are stored.
+        chosen, features, start = np.arange(count), [], 0
+        if count > MOST_NEIGHBOURS:  # The same ones in whatever order images are stored.
             keys = parts.read("features", "key")
             chosen = np.sort(np.argsort(keys, kind="stable")[:MOST_NEIGHBOURS])
         for part in parts.parts("features", "pool"):
@@ -198,6 +221,9 @@ def _measure(images: Images, extractor, parts: ChunkFolder, file: pathlib.Path) 
             features.append(part[chosen[inside] - start])
             start += len(part)
         arrays = {"mu": pool.mean, "sigma": pool.covariance, "features": np.concatenate(features)}
-        write_npz(file, arrays | {"mu_s": spatial.mean, "sigma_s": spatial.covariance})
+        if not extractor.name:
+            spatial = gaussian(parts.parts("features", "spatial"))
+            arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+        write_npz(file, arrays | {UNREADABLE: np.array(unreadable, dtype=np.str_)})
         parts.remove()
     sharding.sync_processes(file.name)

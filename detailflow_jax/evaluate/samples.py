@@ -12,10 +12,11 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from detailflow_jax.data.errors import UnreadableImage
+from detailflow_jax.data.errors import UnreadableImage, printable, report_skipped
 from detailflow_jax.data.folders import find_images
 from detailflow_jax.data.images import decode_picture, read_file
 from detailflow_jax.data.pipeline import iterate_crops
@@ -101,6 +102,20 @@ def hash_file(path: str | os.PathLike) -> str:
 # ---------------------------------------------------------------------------------- sets of images
 
 
+class Part(NamedTuple):
+    """Some images of a set.
+
+    Attributes:
+      images: those that can be read, uint8 [n, H, W, 3].
+      positions: their positions in the set, int32 [n].
+      unreadable: names of the others and the reasons.
+    """
+
+    images: np.ndarray
+    positions: np.ndarray
+    unreadable: list[str]
+
+
 class NpzImages:
     """`arr_0` of an `.npz`, read as a stream: `len()` images of `shape` [H, W, 3]."""
 
@@ -151,6 +166,10 @@ class NpzImages:
         self._next = stop
         return np.frombuffer(data, np.uint8).reshape(-1, *self.shape)
 
+    def read_part(self, start: int, stop: int) -> Part:
+        """Images start .. stop - 1, all of them readable."""
+        return Part(self.read(start, stop), np.arange(start, stop, dtype=np.int32), [])
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the whole file."""
@@ -193,11 +212,7 @@ class PictureSource(Source):
     def read(self, index: int, reduce_to: int | None = None) -> dict:
         """One picture; raises UnreadableImage where it cannot be read."""
         file = self._root / self._files[index]
-        try:
-            data = read_file(file)
-        except OSError as error:
-            raise UnreadableImage(str(file), str(error)) from error
-        picture = decode_picture(data, str(file), reduce_to=reduce_to)
+        picture = decode_picture(read_file(file), str(file), reduce_to=reduce_to)
         return {"image": picture, "label": 0, "name": str(file)}
 
     @functools.cached_property
@@ -215,60 +230,85 @@ class PictureSource(Source):
 class SourceImages:
     """A source of images, each reduced and centre-cropped to size x size.
 
-    Without a size, all must have the size of the first.
+    Without a size, all must have the size of the first. Images that cannot be read are skipped and
+    named, as in training and extraction.
     """
 
     def __init__(self, source: Source, size: int | None = None):
-        """Looks at the first image.
+        """Looks at the first image that can be read, if no size is given.
 
         Raises:
-          EvaluationError: without a size, if the first image cannot be read.
+          EvaluationError: there is none.
         """
         self.name, self._source, self._size = source.name, source, size
-        self.shape: tuple[int, ...] | None = None
-        self.shape = (size, size, 3) if size else self.original(0).shape
+        self.shape: tuple[int, ...] = (size, size, 3) if size else self.first(1)[0].shape
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def original(self, index: int) -> np.ndarray:
-        """One image as it is stored: uint8 [H, W, 3].
+    def first(self, count: int) -> list[np.ndarray]:
+        """The first images that can be read, as they are stored: uint8 [H, W, 3] each.
 
         Raises:
-          EvaluationError: it cannot be read, or has not the size that all must have.
+          EvaluationError: none can.
         """
-        try:
-            example = self._source[index]
-        except UnreadableImage as error:
-            raise self._unreadable(index, error) from error
-        image, shape = example["image"], self.shape
-        if not self._size and shape not in (None, image.shape):
+        found = []
+        for index in range(len(self)):
+            try:
+                found.append(self._source[index]["image"])
+            except UnreadableImage as error:
+                last = error
+                report_skipped(error)
+            if len(found) == count:
+                break
+        if not found:
             raise EvaluationError(
-                f"{example.get('name', f'{self.name}: image {index}')} is {image.shape[1]}x"
-                f"{image.shape[0]} px, the first one {shape[1]}x{shape[0]}: expected one size"
+                f"{self.name}: none of its {len(self)} images can be read; the last is {last}"
             )
-        return image
+        return found
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Images start .. stop - 1: uint8 [n, H, W, 3].
+        """Those of images start .. stop - 1 that can be read: uint8 [n, H, W, 3].
 
         Raises:
-          EvaluationError: an image that cannot be read, or is of another size than the first.
+          EvaluationError: without a size, an image of another size than the first.
         """
-        if not self._size:
-            return np.stack([self.original(index) for index in range(start, stop)])
-        images = []
-        for index, found in iterate_crops(self._source, range(start, stop), self._size, "center"):
-            if isinstance(found, UnreadableImage):
-                raise self._unreadable(index, found)
-            images.append(found["crops"][0])
-        return np.stack(images)
+        return self.read_part(start, stop).images
 
-    def _unreadable(self, index: int, error: UnreadableImage) -> EvaluationError:
-        return EvaluationError(
-            f"{self.name}: cannot read image {index}: {error}; replace or remove it, since the "
-            "score of the others would not be the score of the set"
-        )
+    def read_part(self, start: int, stop: int) -> Part:
+        """Images start .. stop - 1, and the names of those that cannot be read; see `read`."""
+        images, positions, unreadable = [], [], []
+        for index, found in self._decoded(start, stop):
+            if isinstance(found, UnreadableImage):
+                report_skipped(found)
+                unreadable.append(printable(str(found)))
+            else:
+                images.append(found)
+                positions.append(index)
+        stacked = np.stack(images) if images else np.zeros((0, *self.shape), np.uint8)
+        return Part(stacked, np.array(positions, np.int32), unreadable)
+
+    def _decoded(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
+        if self._size:
+            for index, found in iterate_crops(
+                self._source, range(start, stop), self._size, "center"
+            ):
+                is_image = not isinstance(found, UnreadableImage)
+                yield index, found["crops"][0] if is_image else found
+            return
+        for index in range(start, stop):
+            try:
+                example = self._source[index]
+            except UnreadableImage as error:
+                yield index, error
+                continue
+            image, shape = example["image"], self.shape
+            if shape != image.shape:
+                raise EvaluationError(
+                    f"{example.get('name', f'{self.name}: image {index}')} is {image.shape[1]}x"
+                    f"{image.shape[0]} px, the first one {shape[1]}x{shape[0]}: expected one size"
+                )
+            yield index, image
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -20,19 +20,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from detailflow_jax.convert import load
+from detailflow_jax.convert.fingerprint import encoder_fingerprint
+from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.evaluate import generation, image_quality
 from detailflow_jax.evaluate.distances import NEIGHBOUR, frechet_distance, gaussian
 from detailflow_jax.evaluate.errors import EvaluationError
-from detailflow_jax.evaluate.features import FeatureExtractor, local_mesh
+from detailflow_jax.evaluate.features import FeatureExtractor, encoder, local_mesh
 from detailflow_jax.evaluate.models import image_size, images_of
-from detailflow_jax.evaluate.networks import load_extractor
+from detailflow_jax.evaluate.networks import FEATURES, load_extractor, pixel_extractor
 from detailflow_jax.evaluate.references import load_reference, open_images
 from detailflow_jax.inference import programs
 from detailflow_jax.inference.batching import over_processes, whole_shares
 from detailflow_jax.inference.sampling import DECODERS, sampling_of
 from detailflow_jax.runtime import sharding
-from detailflow_jax.runtime.errors import ConfigError, NotFoundError
+from detailflow_jax.runtime.errors import ConfigError, NotFoundError, unknown_name
 from detailflow_jax.tasks import TrainState
 
 Measure = Callable[[Any], tuple[Mapping[str, Any], int]]
@@ -70,14 +72,9 @@ class Scorer:
         samples = config.task in DECODERS
         if samples and not s.features:
             raise EvaluationError("config.score.features=False leaves no score for samples")
-        self.extractor: FeatureExtractor | None = None
-        if s.features:
-            rest = "config.score.features=False, which leaves PSNR and SSIM"
-            without = "config.score.every=0" if samples else rest
-            self.extractor = load_extractor(
-                s.inception, s.batch_size, field="config.score.inception", without=without
-            )
-        self.measure = self._generation(workdir) if samples else self._reconstruction()
+        decoder = self._load_decoder() if samples else None
+        self.extractor = self._load_extractor(decoder) if s.features else None
+        self.measure = self._generation(workdir, decoder) if decoder else self._reconstruction()
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Scores the parameters of a state, and their average where there is one.
@@ -104,10 +101,10 @@ class Scorer:
         config = self.config
         side = config.model.get("image_size", config.data.image_size)
         images = open_images(config.score.reference, side, config.data.get("data_dir"))
-        count = min(config.score.num_samples or len(images), len(images))
+        originals = images.read(0, min(config.score.num_samples or len(images), len(images)))
+        count, network = len(originals), programs.network_of(config)
         if count < 2:
             raise EvaluationError(f"{images.name} holds {count} images, expected 2 at least")
-        originals, network = images.read(0, count), programs.network_of(config)
         reference = gaussian([self._features(originals)["pool"]]) if self.extractor else None
 
         def measure(params: Any) -> tuple[Mapping[str, Any], int]:
@@ -118,17 +115,43 @@ class Scorer:
             }
             if reference:
                 features = self._features(made)["pool"]
-                values["rfid"] = frechet_distance(*reference, *gaussian([features]))
+                name = f"rfd_{self.extractor.name}" if self.extractor.name else "rfid"
+                values[name] = frechet_distance(*reference, *gaussian([features]))
             return values, count
 
         return measure
 
-    def _generation(self, workdir: str) -> Measure:
+    def _load_extractor(self, decoder: Loaded | None) -> FeatureExtractor:
+        """What `config.score.network` names."""
+        s = self.config.score
+        name = s.get("network", "inception")
+        if name == "pixels":
+            if decoder:
+                side = image_size(self.config.model, decoder.config)
+            else:
+                side = self.config.model.get("image_size", self.config.data.image_size)
+            images = open_images(s.reference, side, self.config.data.get("data_dir"))
+            return pixel_extractor(images, s.batch_size)
+        if name == "encoder" and decoder:
+            network = NETWORKS[decoder.kind].module(decoder.config)
+            fingerprint = encoder_fingerprint(decoder.kind, decoder.params)
+            made = encoder(decoder.kind, network, decoder.params, fingerprint)
+            return FeatureExtractor(made, batch_size=s.batch_size)
+        if name != "inception":
+            known = FEATURES if decoder else [x for x in FEATURES if x != "encoder"]
+            raise unknown_name("config.score.network", name, known)
+        rest = "config.score.features=False, which leaves PSNR and SSIM"
+        without = f"config.score.network=pixels, or {rest if not decoder else 'every=0'}"
+        return load_extractor(
+            s.inception, s.batch_size, field="config.score.inception", without=without
+        )
+
+    def _generation(self, workdir: str, found: Loaded) -> Measure:
         """FID and its kin of samples, equally many of every class."""
         config, s = self.config, self.config.score
         # Jitted as a whole: the keys of all processes' samples are made on the devices.
         sample = jax.jit(sampling_of(config, s.cfg_scale), static_argnames="seed")
-        decoder, decoder_params = self._load_decoder()
+        decoder, decoder_params = self._placed(found)
         reference = load_reference(
             s.reference,
             self.extractor,
@@ -152,25 +175,29 @@ class Scorer:
             indices = np.arange(len(labels), dtype=np.int32)
             features = self._features(self._images(make, labels, indices))
             parts = lambda name: [features[name]]  # noqa: E731
-            return generation.score(parts, reference, self.extractor.mesh), len(labels)
+            found = generation.score(parts, reference, self.extractor.mesh, self.extractor.name)
+            return found, len(labels)
 
         return measure
 
-    def _load_decoder(self) -> tuple[Any, Any]:
-        """The decoder's network, and its parameters on every device."""
+    def _load_decoder(self) -> Loaded:
+        """What makes images of samples."""
         kind, path = DECODERS[self.config.task], self.config.score.decoder
         if not path:
             raise EvaluationError(
                 f"config.score.decoder is empty: name the {kind} that makes images of samples, a "
                 "workdir or a published checkpoint"
             )
-        found = load.load(kind, path)
+        return load.load(kind, path)
+
+    def _placed(self, found: Loaded) -> tuple[Any, Any]:
+        """The network, and its parameters on every device."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         params = jax.tree.map(
             lambda x: jax.make_array_from_callback(x.shape, everywhere, x.__getitem__),
             jax.tree.map(np.asarray, found.params),
         )
-        return NETWORKS[kind].module(found.config), params
+        return NETWORKS[found.kind].module(found.config), params
 
     def _images(self, function: Callable, *rows: np.ndarray) -> np.ndarray:
         """The images that `function` makes of rows, which it gets in batches over the mesh."""

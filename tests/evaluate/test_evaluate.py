@@ -219,11 +219,58 @@ def test_wrong_folders_are_refused(tmp_path):
     save_pictures(tmp_path, images(5, 12))
     with pytest.raises(EvaluationError, match=r"short side of 12 px.*16x16"):
         load()
-    save_pictures(tmp_path, images(5, 20))
-    broken = tmp_path / "004.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(EvaluationError, match=r"004.png.*replace or remove"):
+    for file in tmp_path.glob("*.png"):
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(EvaluationError, match=r"none of its 5 images can be read.*004.png"):
         load()
+    save_pictures(tmp_path, images(3, 20))
+    with pytest.raises(EvaluationError, match="only 3 of 5 images can be read"):
+        load()
+
+
+def test_unreadable_images_are_skipped_counted_and_named(
+    tmp_path, saved, small_chunks, monkeypatch, capsys, caplog
+):
+    """In samples, references and reconstructions, also the whole of a chunk; also when resumed."""
+    monkeypatch.setattr(command, "load_extractor", lambda path, size: extractor(size))
+    data, broken = images(50), [0, *range(16, 33), 40]
+    readable = np.delete(np.arange(50), broken)
+    save_pictures(tmp_path / "all", data)
+    save_pictures(tmp_path / "readable", data[readable])
+    for i in broken:
+        file = tmp_path / "all" / f"{i:03d}.png"
+        file.write_bytes(file.read_bytes()[:60])
+
+    def run(name, *argv):
+        out = ["--out", str(tmp_path / "out" / name), "--batch_size", "8"]
+        assert command.main([*argv, *out]) == 0
+        results = json.loads((tmp_path / "out" / name / "results.json").read_text())
+        return results, capsys.readouterr().out
+
+    rows = {}
+    for name in ("all", "readable", "all"):
+        folder = str(tmp_path / name)
+        common = ["--reference", folder, "--cache", str(tmp_path / "cache")]
+        results, printed = run(name, "generation", "--samples", folder, *common)
+        named = [results["unreadable"], results["reference"]["unreadable"]]
+        assert [len(names) for names in named] == [19 * (name == "all")] * 2
+        assert f"{38 * (name == 'all')} unreadable" in printed
+        rows[name] = results["rows"][0] | {"name": ""}
+    assert "017.png" in named[0][2]
+    assert rows["all"]["num_samples"] == 31
+    assert rows["all"] == pytest.approx(rows["readable"], rel=1e-5, abs=1e-9)
+    for i in broken:
+        assert f"{i:03d}.png" in caplog.text
+
+    model = ["reconstruction", "--model", str(saved / "tok/model.safetensors"), "--without"]
+    model += ["lpips", "--noise_groups", "1", "--reference", str(tmp_path / "all")]
+    results, printed = run("reconstruction", *model)
+    assert results["rows"][0]["images"] == 31 and "19 unreadable" in printed
+    # The noise of an image depends on its place in the set.
+    small = Reconstructor(tokenizer(), mesh_of(1), 4)
+    made = small(data[readable], [8], [1], indices=readable)
+    psnr = image_quality.psnr(made["group 1 noisy"], data[readable])
+    assert results["rows"][1]["psnr"] == pytest.approx(float(np.mean(psnr)), rel=1e-5)
 
 
 def test_statistics_of_another_network_are_refused(tmp_path, small_chunks):
@@ -396,7 +443,7 @@ def test_flowar_and_its_autoencoder(tmp_path):
 def test_reconstructions_by_tokens_and_with_noise(tmp_path):
     model, data = tokenizer(), images(11)
     reconstructor = Reconstructor(model, mesh_of(1), 8)
-    made = reconstructor(data, [4, 8], [1, 3], first_index=0)
+    made = reconstructor(data, [4, 8], [1, 3], indices=np.arange(len(data)))
     codes = model.encode(data)
     whole = np.asarray(pixels.to_uint8(model.decode(codes)))
     np.testing.assert_array_equal(made["8 tokens"], whole)
@@ -508,6 +555,49 @@ def test_the_command_reconstructs_without_further_weights(tmp_path, saved, capsy
     assert "group 0 corrected" in capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert list(rows[0]) == ["name", "images", "psnr", "ssim", "ssim_range_2"]
+
+
+@pytest.mark.parametrize("kind", ["pixels", "encoder"])
+def test_features_without_a_download_have_names_of_their_own(tmp_path, saved, capsys, kind):
+    """Their distance is small between parts of a set, and grows the more a set is changed."""
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 256, (160, 4, 4, 3)).repeat(4, 1).repeat(4, 2)
+    noise = rng.normal(0, 1, base[:80].shape)
+    sets = {"reference": base[80:]}
+    sets |= {f"noise{x}": np.clip(base[:80] + x * noise, 0, 255) for x in (0, 40, 120)}
+    for name, found in sets.items():
+        np.savez(tmp_path / f"{name}.npz", found.astype(np.uint8))
+    options = ["--features", kind, "--cache", str(tmp_path / "cache"), "--batch_size", "16"]
+    options += ["--reference", str(tmp_path / "reference.npz")]
+    decoder = ["--decoder", str(saved / "tok/model.safetensors")]
+    name = {"pixels": "fd_pixels", "encoder": "fd_tokenizer"}[kind]
+    distances_ = []
+    for samples in list(sets)[1:]:
+        out = tmp_path / samples
+        argv = ["generation", "--samples", str(tmp_path / f"{samples}.npz"), "--out", str(out)]
+        assert command.main([*argv, *options, *decoder]) == 0
+        row = json.loads((out / "results.json").read_text())["rows"][0]
+        assert not {"fid", "sfid", "inception_score", "precision"} & row.keys()
+        distances_.append(row[name])
+    assert distances_ == sorted(distances_) and distances_[2] > 2 * distances_[0]
+    if kind == "encoder":
+        assert command.main([*argv, *options]) == 2
+        assert "--features encoder needs --decoder" in capsys.readouterr().err
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(12), sigma=np.eye(12))
+    assert command.main([*argv, *options[:-1], str(tmp_path / "statistics.npz"), *decoder]) == 2
+    assert "statistics" in capsys.readouterr().err
+
+
+def test_a_sweep_by_features_without_a_download(tmp_path, saved, capsys):
+    models = ["--model", saved / "gen/model.safetensors", "--decoder", saved / "tok"]
+    models = [*models[:3], saved / "tok/model.safetensors", "--reference", saved / "reference.npz"]
+    sweep = ["--features", "pixels", "--cfg_scale", "1.25,1.5", "--num_samples", "12"]
+    out = ["--cache", tmp_path / "cache", "--out", tmp_path / "out", "--batch_size", "8"]
+    assert command.main(list(map(str, ["generation", *models, *sweep, *out]))) == 0
+    assert "lowest fd_pixels at guidance" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["summary"]["distance"] == "fd_pixels"
+    assert set(results["rows"][0]) >= {"fd_pixels", "precision_pixels", "recall_pixels"}
 
 
 if __name__ == "__main__":

@@ -90,9 +90,20 @@ def test_a_run_scores_its_tokenizer(tmp_path):
     assert scored[1]["score/raw/psnr_of_20"] > scored[0]["score/raw/psnr_of_20"]
 
 
+@pytest.mark.parametrize(("network", "name"), [("pixels", "pixels"), ("encoder", "tokenizer")])
+def test_samples_are_scored_without_a_download(folder, tmp_path, network, name):
+    config, generator = generator_config(folder), scored_models.generator()
+    config.score.network = network
+    state = TrainState(step=2, params=generator.params, opt_state=None, ema=None)
+    found = training.make_scorer(config, sharding.make_mesh({}), tmp_path)(state)
+    kinds = ("fd", "precision", "recall")
+    assert set(found) == {f"score/raw/{kind}_{name}_of_21" for kind in kinds}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"network": "pixel"}, r"unknown config.score.network 'pixel'; closest names: pixels"),
         ({"reference": ""}, r"config\.score\.reference is empty.*config\.score\.every=0"),
         ({"decoder": ""}, r"config\.score\.decoder is empty: name the tokenizer"),
         ({"features": False}, r"config\.score\.features=False leaves no score"),
