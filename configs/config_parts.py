@@ -82,6 +82,54 @@ def adam(lr: float, warmup_steps: int) -> dict[str, Any]:
     }
 
 
+def schedule(epochs: float) -> dict[str, Any]:
+    """`schedule` of a published recipe: its lengths are for ImageNet, and follow other data.
+
+    Args:
+      epochs: as the user gave them; 0 for those of the recipe.
+    """
+    return {
+        "images": IMAGENET_IMAGES,  # what the numbers of steps are for; None: for any data
+        "power": 1.0,  # numbers of steps are times (images / these images)^power
+        "least": 0 if epochs else 2000,  # steps that even few images need
+    }
+
+
+def small(config: ConfigDict, options: ConfigDict, *, batch_size: int, steps: int) -> None:
+    """The run of a `small` variant, in place: so many steps for 1,000 images.
+
+    More images need more steps, but not as many more: with the square root of their number.
+    """
+    config.batch_size = options.batch_size or batch_size
+    config.schedule.update(images=1000, power=0.5, least=min(steps, 1000))
+    if options.epochs:
+        steps = max(1, int(options.epochs * 1000 // config.batch_size))
+        config.schedule.update(power=1.0, least=1)
+    config.total_steps = steps
+    config.optim.warmup_steps = steps // 20
+    config.ema.update(decay=0.999, warmup=True)
+    if "discriminator" in config:  # For who switches these terms on.
+        config.discriminator.start_step = steps // 2
+    often = max(1, steps // 20)
+    watch(config, log_every=50, figures_every=often, checkpoint_every=often)
+
+
+def small_side(options: ConfigDict) -> int:
+    """Side of the images of a `small` variant, by default 64."""
+    side = options.image_size or 64
+    if side % 16 or not 32 <= side <= 256:
+        raise ValueError(f"image_size={side}: expected a multiple of 16 from 32 to 256")
+    return side
+
+
+def only_small(variant: str, options: ConfigDict) -> None:
+    """Raises ValueError if an option of `small` is given with another variant."""
+    if options.image_size and variant != "small":
+        raise ValueError(
+            f"image_size={options.image_size} is an option of the variant small, not of {variant}"
+        )
+
+
 def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_every: int) -> None:
     """Adds the fields that every training configuration needs: intervals in steps, and the mesh."""
     config.log_every = log_every
@@ -89,6 +137,7 @@ def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_
     config.checkpoint_every = checkpoint_every
     config.keep_checkpoints = 3
     config.accumulate = 1  # compute a batch in this many parts, to save memory
+    config.try_out = False  # True: networks and run are too small for useful weights
     config.stall_seconds = 600  # warn if no step ends within this time; 0: never
     config.tensorboard = True
     config.score = {  # of a few images, with raw and averaged weights (evaluate/training.py)
@@ -96,9 +145,14 @@ def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_
         "reference": "",  # an .npz, a folder of pictures, tfds:NAME:SPLIT, digits:test
         "num_samples": 1024,  # 0: as many as the reference; FID of few compares only with as many
         "batch_size": 64,
-        "decoder": "",  # for a generator: the tokenizer or VAE that decodes its samples
+        # The tokenizer or VAE that decodes samples, for scores and pictures of a generator or
+        # FlowAR; pictures are also drawn with the one that the codes or latents name.
+        "decoder": "",
         "cfg_scale": 1.5,
-        "features": True,  # FID and other scores by Inception; False: PSNR and SSIM alone
+        "features": True,  # distances between features; False: PSNR and SSIM alone
+        # What gives the features: "inception", for FID; without a download "pixels", or of samples
+        # "encoder", that of the decoder. Their figures have names of their own.
+        "network": "inception",
         "inception": placeholder(str),  # None: where `detailflow weights` says
     }
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": 1}

@@ -2,6 +2,7 @@
 
 Variants:
   flowar_s, flowar_b, flowar_l, flowar_h   the published recipe on ImageNet at 256 px
+  small                                    latents of the small autoencoder, on one machine
   digits                                   latents of the digits autoencoder, minutes on a CPU
 
 They train on latents that `detailflow extract` wrote, or on images with a frozen autoencoder:
@@ -17,7 +18,7 @@ a published file; needed for images, and with latents for drawing samples), `run
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from config_parts import IMAGENET_IMAGES, imagenet, watch
+from config_parts import IMAGENET_IMAGES, imagenet, schedule, small, watch
 from detailflow_jax.runtime.config import decode_variant
 
 SIZES = {
@@ -32,14 +33,15 @@ def get_config(arg: str = "digits") -> ConfigDict:
     """The configuration of a variant; see the module's docstring for `arg`."""
     variant, options = decode_variant(
         arg,
-        [*SIZES, "digits"],
+        [*SIZES, "small", "digits"],
         latents="",
         vae="",
         runlocal=False,
         batch_size=0,
         epochs=0.0,
     )
-    config = _digits(options) if variant == "digits" else _published(variant, options)
+    makers = {"small": _small, "digits": _digits}
+    config = makers[variant](options) if variant in makers else _published(variant, options)
     if options.vae:
         config.vae.path = options.vae
     if options.runlocal:
@@ -52,6 +54,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     steps_per_epoch = IMAGENET_IMAGES // batch_size
     config = ConfigDict({"task": "flowar", "seed": 0, "batch_size": batch_size})
     config.total_steps = int((options.epochs or 400) * steps_per_epoch)
+    config.schedule = schedule(options.epochs)
     # All but the source is for images: short side to 288, then a random crop of 256.
     config.data = imagenet(min_scale=256 / 288, max_scale=256 / 288)
     config.data.source = f"latents:{options.latents or f'runs/{variant}/latents'}"
@@ -109,11 +112,24 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     return config
 
 
+def _small(options: ConfigDict) -> ConfigDict:
+    """A FlowAR for the latents of the small autoencoder, of any side."""
+    config = _published("flowar_s", options)
+    source = f"latents:{options.latents or 'runs/latents'}"
+    config.data.update(source=source, num_workers=0)
+    config.model.update(size=None, width=256, first_depth=2, second_depth=4, num_heads=4)
+    config.model.update(head_width=256, head_depth=3, injection="spatial", scan=False)
+    config.optim.update(lr=6e-4, final=0.05)
+    small(config, options, batch_size=32, steps=10_000)
+    return config
+
+
 def _digits(options: ConfigDict) -> ConfigDict:
     """A small FlowAR for the 8 x 8 x 4 latents of the digits autoencoder."""
     config = _published("flowar_s", options)
     batch_size = options.batch_size or 32
     config.batch_size = batch_size
+    config.schedule.images = None
     config.total_steps = int((options.epochs or 16) * 1437 // batch_size)
     source = f"latents:{options.latents or 'runs/latents'}"
     config.data.update(source=source, image_size=32, num_workers=0, prefetch=2, flip=False)
@@ -135,3 +151,4 @@ def _shrink(config: ConfigDict) -> None:
     config.optim.warmup_steps = 5
     config.data.update(num_workers=0)
     watch(config, log_every=5, figures_every=20, checkpoint_every=10)
+    config.schedule.images, config.try_out = None, True

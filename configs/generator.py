@@ -2,6 +2,7 @@
 
 Variants:
   detailflow_16, detailflow_32, detailflow_64   the published recipe on ImageNet codes
+  small                                         codes of the small tokenizer, on one machine
   digits                                        codes of the digits tokenizer, minutes on a CPU
 
 Options, after a second colon: `size=GPT-L` (GPT-B, GPT-L, GPT-XL, GPT-XLPlus, GPT-XXL, GPT-XXLPlus,
@@ -12,7 +13,7 @@ GPT-XXXL, GPT-1B, GPT-3B, GPT-7B), `codes=DIR` (of `detailflow extract`), `runlo
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from config_parts import IMAGENET_IMAGES, watch
+from config_parts import IMAGENET_IMAGES, schedule, small, watch
 from detailflow_jax.models.generator import SIZES
 from detailflow_jax.runtime.config import choose, decode_variant
 
@@ -23,7 +24,7 @@ def get_config(arg: str = "digits") -> ConfigDict:
     """The configuration of a variant; see the module's docstring for `arg`."""
     variant, options = decode_variant(
         arg,
-        [*TOKENS, "digits"],
+        [*TOKENS, "small", "digits"],
         size="GPT-L",
         codes="",
         runlocal=False,
@@ -31,7 +32,8 @@ def get_config(arg: str = "digits") -> ConfigDict:
         epochs=0.0,
     )
     choose(options.size, SIZES, "generator size")
-    config = _digits(options) if variant == "digits" else _published(variant, options)
+    makers = {"small": _small, "digits": _digits}
+    config = makers[variant](options) if variant in makers else _published(variant, options)
     if options.runlocal:
         _shrink(config)
     return config
@@ -42,6 +44,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     batch_size = options.batch_size or (512 if num_tokens <= 256 else 256)
     config = ConfigDict({"task": "generator", "seed": 0, "batch_size": batch_size})
     config.total_steps = int((options.epochs or 300) * (IMAGENET_IMAGES // batch_size))
+    config.schedule = schedule(options.epochs)
     config.data = {
         "source": f"codes:{options.codes or f'runs/{variant}/codes'}",
         "num_workers": 4,
@@ -81,11 +84,26 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     return config
 
 
+def _small(options: ConfigDict) -> ConfigDict:
+    """A generator for the codes of the small tokenizer; it takes its sizes from them."""
+    config = _published("detailflow_16", options)
+    config.data.update(source=f"codes:{options.codes or 'runs/codes'}", num_workers=0)
+    for name in ("num_tokens", "group_size", "codebook_size"):
+        config.model[name] = placeholder(int)
+    config.model.size = None
+    config.model.update(width=256, depth=6, num_heads=4, multiple_of=64)
+    config.model.update(dtype="float32", scan=False)
+    config.optim.update(lr=6e-4, final=0.05)
+    small(config, options, batch_size=64, steps=8000)
+    return config
+
+
 def _digits(options: ConfigDict) -> ConfigDict:
     """A small generator for the codes of the digits tokenizer."""
     config = _published("detailflow_16", options)
     batch_size = options.batch_size or 64
     config.batch_size = batch_size
+    config.schedule.images = None
     config.total_steps = int((options.epochs or 27) * 1437 // batch_size)
     config.data.update(source=f"codes:{options.codes or 'runs/codes'}", num_workers=0)
     config.model.update(size=None, num_tokens=16, group_size=4, codebook_size=256, dtype="float32")
@@ -106,3 +124,4 @@ def _shrink(config: ConfigDict) -> None:
     config.optim.warmup_steps = 5
     config.data.update(num_workers=0)
     watch(config, log_every=5, figures_every=10, checkpoint_every=10)
+    config.schedule.images, config.try_out = None, True

@@ -3,6 +3,8 @@
 Variants:
   detailflow_16, detailflow_32, detailflow_64   the published recipe on ImageNet at 256 px: 128, 256
                                                 and 512 tokens, that is 16, 32 and 64 groups
+  small                                         own images at 64 px (or `image_size=128`) on one
+                                                machine, without weights of other networks
   digits                                        scikit-learn's handwritten digits, minutes on a CPU
 
 The published runs start their encoder from SigLIP2 and align with it, so they need its weights:
@@ -14,13 +16,24 @@ Options, after a second colon: `plain` leaves alignment, perceptual and adversar
 that no other network's weights are needed, with lower quality; `runlocal` shrinks the networks,
 batch and run so that a variant can be tried anywhere, with random weights and without perceptual
 and adversarial terms unless they are switched on; `batch_size=N` and `epochs=N` scale the schedule
-along.
+along; `image_size=N` of `small`.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from config_parts import IMAGENET_IMAGES, adam, discriminator, imagenet, lpips, watch
+from config_parts import (
+    IMAGENET_IMAGES,
+    adam,
+    discriminator,
+    imagenet,
+    lpips,
+    only_small,
+    schedule,
+    small,
+    small_side,
+    watch,
+)
 from detailflow_jax.runtime.config import decode_variant
 
 TOKENS = {"detailflow_16": 128, "detailflow_32": 256, "detailflow_64": 512}
@@ -29,9 +42,17 @@ TOKENS = {"detailflow_16": 128, "detailflow_32": 256, "detailflow_64": 512}
 def get_config(arg: str = "digits") -> ConfigDict:
     """The configuration of a variant; see the module's docstring for `arg`."""
     variant, options = decode_variant(
-        arg, [*TOKENS, "digits"], runlocal=False, plain=False, batch_size=0, epochs=0.0
+        arg,
+        [*TOKENS, "small", "digits"],
+        runlocal=False,
+        plain=False,
+        batch_size=0,
+        epochs=0.0,
+        image_size=0,
     )
-    config = _digits(options) if variant == "digits" else _published(variant, options)
+    only_small(variant, options)
+    makers = {"small": _small, "digits": _digits}
+    config = makers[variant](options) if variant in makers else _published(variant, options)
     if options.plain:
         for name in ("align", "perceptual", "adversarial"):
             config.losses[name].weight = 0.0
@@ -45,6 +66,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     steps_per_epoch = IMAGENET_IMAGES // batch_size
     config = ConfigDict({"task": "tokenizer", "seed": 0, "batch_size": batch_size})
     config.total_steps = int((options.epochs or 250) * steps_per_epoch)
+    config.schedule = schedule(options.epochs)
     config.data = imagenet(min_scale=0.8)  # the crop's share of the resized short side: U[0.8, 1]
     config.data.dynamic = {  # input resolution; sizes up to model.image_size
         "probability": 0.0,  # of a batch of another size, with as many tokens as decode to it
@@ -133,11 +155,41 @@ def _losses() -> dict:
     }
 
 
+def _small(options: ConfigDict) -> ConfigDict:
+    """8 groups of tokens and patches of 8 px: hours on a CPU at 64 px, minutes on a GPU."""
+    side, config = small_side(options), _published("detailflow_16", options)
+    group_size = side // 16
+    config.data.update(source="folder:photos", image_size=side, num_workers=2, scaled_decode=True)
+    config.data.dynamic.sizes = (side // 2,)
+    config.model.update(
+        image_size=side,
+        num_tokens=8 * group_size,
+        group_size=group_size,
+        codebook_size=1024,
+        teacher_width=0,
+        dtype="float32",
+        scan=False,
+    )
+    size = {"width": 256, "depth": 4, "num_heads": 4, "mlp_dim": 1024}
+    for part in ("encoder", "decoder"):
+        config.model[part].update(**size, patch_size=8, table_side=side // 8)
+    del config.teacher
+    config.correction.noise_top = 16
+    for name in ("align", "perceptual", "adversarial"):
+        config.losses[name].weight = 0.0
+    config.losses.entropy.weight = 0.02
+    config.discriminator.update(kind="patchgan", consistency=0.0, augment=False)
+    config.optim.update(lr=6e-4, final=0.05)
+    small(config, options, batch_size=32, steps=10_000)
+    return config
+
+
 def _digits(options: ConfigDict) -> ConfigDict:
     """32x32 digits, 16 tokens in 4 groups: the same code path, small enough for two CPU cores."""
     config = _published("detailflow_16", options)
     batch_size = options.batch_size or 32
     config.batch_size = batch_size
+    config.schedule.images = None
     config.total_steps = int((options.epochs or 15) * 1437 // batch_size)
     config.data.update(
         source="digits", image_size=32, min_scale=0.9, flip=False, num_workers=0, prefetch=2
@@ -189,3 +241,4 @@ def _shrink(config: ConfigDict) -> None:
     config.optim.warmup_steps = 5
     config.data.update(num_workers=0)
     watch(config, log_every=5, figures_every=20, checkpoint_every=10)
+    config.schedule.images, config.try_out = None, True

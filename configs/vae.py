@@ -2,6 +2,8 @@
 
 Variants:
   kl16     ImageNet at 256 px: 16 x 16 latents of 16 channels
+  small    own images at 64 px (or `image_size=128`) on one machine, without weights of other
+           networks: 8 x 8 (16 x 16) latents of 8 channels
   digits   scikit-learn's handwritten digits, minutes on a CPU: 8 x 8 latents of 4 channels
 
 The published KL-16 loads as it is (`df.load_vae`, docs/checkpoints.md). Of `kl16` below, the
@@ -13,22 +15,40 @@ LPIPS (`detailflow weights vae`).
 Options, after a second colon: `plain` leaves the perceptual and adversarial terms off, so that no
 other network's weights are needed, with softer reconstructions; `runlocal` shrinks the network,
 batch and run so that a variant can be tried anywhere, without these terms unless they are switched
-on; `batch_size=N` and `epochs=N` scale the schedule along.
+on; `batch_size=N` and `epochs=N` scale the schedule along; `image_size=N` of `small`.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from config_parts import IMAGENET_IMAGES, adam, discriminator, imagenet, lpips, watch
+from config_parts import (
+    IMAGENET_IMAGES,
+    adam,
+    discriminator,
+    imagenet,
+    lpips,
+    only_small,
+    schedule,
+    small,
+    small_side,
+    watch,
+)
 from detailflow_jax.runtime.config import decode_variant
 
 
 def get_config(arg: str = "digits") -> ConfigDict:
     """The configuration of a variant; see the module's docstring for `arg`."""
     variant, options = decode_variant(
-        arg, ["kl16", "digits"], runlocal=False, plain=False, batch_size=0, epochs=0.0
+        arg,
+        ["kl16", "small", "digits"],
+        runlocal=False,
+        plain=False,
+        batch_size=0,
+        epochs=0.0,
+        image_size=0,
     )
-    config = _digits(options) if variant == "digits" else _kl16(options)
+    only_small(variant, options)
+    config = {"kl16": _kl16, "small": _small, "digits": _digits}[variant](options)
     if options.plain:
         config.losses.perceptual.weight = config.losses.adversarial.weight = 0.0
     if options.runlocal:
@@ -41,6 +61,7 @@ def _kl16(options: ConfigDict) -> ConfigDict:
     steps_per_epoch = IMAGENET_IMAGES // batch_size
     config = ConfigDict({"task": "vae", "seed": 0, "batch_size": batch_size})
     config.total_steps = int((options.epochs or 50) * steps_per_epoch)
+    config.schedule = schedule(options.epochs)
     config.data = imagenet(min_scale=0.8)  # the crop's share of the resized short side: U[0.8, 1]
     config.model = {  # as published
         "channels": 128,
@@ -85,11 +106,33 @@ def _kl16(options: ConfigDict) -> ConfigDict:
     return config
 
 
+def _small(options: ConfigDict) -> ConfigDict:
+    """Stride 8: hours on a CPU at 64 px, minutes on a GPU."""
+    side, config = small_side(options), _kl16(options)
+    config.data.update(source="folder:photos", image_size=side, num_workers=2, scaled_decode=True)
+    config.model.update(
+        channels=32,
+        multipliers=(1, 2, 4, 4),
+        res_blocks=1,
+        latent_channels=8,
+        scale_factor=1.0,  # about 1 / the standard deviation that these settings end with
+        norm_groups=8,
+        dtype="float32",
+    )
+    config.losses.kl.weight = 5e-3  # for a smooth latent space, as `digits`
+    config.losses.perceptual.weight = config.losses.adversarial.weight = 0.0
+    config.discriminator.patchgan.update(channels=32, num_layers=2)
+    config.optim.update(lr=1e-3, final=0.05)
+    small(config, options, batch_size=16, steps=10_000)
+    return config
+
+
 def _digits(options: ConfigDict) -> ConfigDict:
     """32x32 digits, stride 4: the same code path, small enough for two CPU cores."""
     config = _kl16(options)
     batch_size = options.batch_size or 32
     config.batch_size = batch_size
+    config.schedule.images = None
     config.total_steps = int((options.epochs or 9) * 1437 // batch_size)
     config.data.update(
         source="digits", image_size=32, min_scale=0.9, flip=False, num_workers=0, prefetch=2
@@ -129,3 +172,4 @@ def _shrink(config: ConfigDict) -> None:
     config.optim.warmup_steps = 5
     config.data.update(num_workers=0)
     watch(config, log_every=5, figures_every=20, checkpoint_every=10)
+    config.schedule.images, config.try_out = None, True

@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,12 +34,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from detailflow_jax.convert.complete import complete
+from detailflow_jax.convert.load import reading_once
 from detailflow_jax.convert.start import check_encoder, load_into
 from detailflow_jax.data import make_iterator
 from detailflow_jax.data.classes import check_same_classes, shown
+from detailflow_jax.data.lengths import follow_images
 from detailflow_jax.data.pipeline import batch_sizes
 from detailflow_jax.evaluate.training import Scorer, make_scorer
-from detailflow_jax.runtime import distributed, platforms, sharding
+from detailflow_jax.inference.drawing import make_drawer
+from detailflow_jax.runtime import distributed, memory, platforms, sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import (
@@ -113,10 +116,15 @@ def train(
         Preempted: SIGTERM or Ctrl-C; the state was saved.
     """
     started = time.perf_counter()
-    if task is None and iterator is None:
-        config = complete(config)
-    check_run(config, workdir)
     with contextlib.ExitStack() as stack:
+        start_up = stack.enter_context(contextlib.ExitStack())
+        start_up.enter_context(reading_once())  # The weights of other networks.
+        stack.enter_context(memory.explained(config))
+        lengths = ""
+        if task is None and iterator is None:
+            config, lengths = follow_images(config, workdir)
+            config = complete(config)
+        check_run(config, workdir)
         # ------------------------------------------------------------- log, devices, task, data
         if jax.process_index() == 0:
             stack.enter_context(hold_workdir(workdir))
@@ -148,6 +156,15 @@ def train(
             step, clock = 0, {"seconds": 0.0, "averages": {}}
             state = sharding.create_sharded(task.init, key, mesh)
         log_start(config, mesh, state)
+        if lengths:
+            logging.info("%s", lengths)
+        if 0 < (count := getattr(iterator, "num_examples", 0)) < config.batch_size:
+            logging.warning(
+                "a batch of %d is larger than the data set of %d: each of its images is in every "
+                "batch; lower --config.batch_size",
+                config.batch_size,
+                count,
+            )
         if names:
             logging.info("classes: %s", shown(names))
             logging.debug("all classes: %s", shown(names, len(names)))
@@ -155,6 +172,7 @@ def train(
             logging.info("resuming after step %d of %d", step, config.total_steps)
         if step >= config.total_steps:
             logging.info("this run is finished: nothing is left to do in %s", workdir)
+            _say_try_out(config)
             return state
         state = load_into(config, state, task.frozen, fresh=restored is None)
         task.check(feed.peek())  # Data of other shapes than the network's.
@@ -172,9 +190,11 @@ def train(
             stop=stop,
             watchdog=watchdog,
             scorer=make_scorer(config, mesh, workdir),
+            drawer=make_drawer(config, mesh, encoded_by, names),
             started=started,
             record=functools.partial(write_config, config, workdir, names, encoded_by),
         )
+        start_up.close()
         train_step = sharding.jit_step(task.train_step, abstract_state)
         try:
             state = run_steps(run, task, train_step, state, step)
@@ -183,7 +203,16 @@ def train(
         logging.info("finished %d steps in %.0f s", config.total_steps, progress.seconds)
         if skipped := feed.skipped:
             logging.warning("unreadable images were skipped %d times, named above", skipped)
+        _say_try_out(config)
     return state
+
+
+def _say_try_out(config: ConfigDict) -> None:
+    if config.get("try_out"):
+        logging.warning(
+            "this was a try-out of the code (runlocal): the networks and the run are too small for "
+            "useful weights; leave runlocal out to train"
+        )
 
 
 def run_steps(
@@ -216,8 +245,7 @@ def run_steps(
             run.log(step, scores)
         with run.progress.pause():
             if last or _due(config.figures_every, step):
-                figures = task.figures(state, batch)
-                run.writer.figures(step, jax.tree.map(sharding.to_host, figures))
+                run.draw(step, state, task.figures(state, batch))
             if last or leave or _due(config.checkpoint_every, step):
                 run.save(step, state)
         if leave:
@@ -242,6 +270,7 @@ class Run:
     stop: StopRequest
     watchdog: Watchdog
     scorer: Scorer | None
+    drawer: Callable[[TrainState], Mapping[str, Any]] | None
     started: float
     record: Callable[[], None]  # writes the configuration
     programs: dict[Hashable, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
@@ -251,10 +280,13 @@ class Run:
         if variant not in self.programs:
             start = time.perf_counter()
             with self.progress.pause():
-                self.programs[variant] = train_step.lower(*args, variant=variant).compile()
+                program = train_step.lower(*args, variant=variant).compile()
+                needed = memory.check(program, self.config)
+                self.programs[variant] = program
                 # Processes compile at different speed, and a collective waits only so long.
                 sharding.sync_processes("compiled")
-            logging.info("compiled variant %s in %.1f s", variant, time.perf_counter() - start)
+            seconds, name = time.perf_counter() - start, "" if variant is None else f" {variant}"
+            logging.info("compiled the step%s in %.1f s%s", name, seconds, needed)
         return self.programs[variant]
 
     def score(self, step: int, state: TrainState) -> dict[str, float]:
@@ -272,6 +304,13 @@ class Run:
             means["skipped"] = skipped
         rate = self.progress.report(step, means["loss"])
         self.writer.scalars(step, means | scores | rate)
+
+    def draw(self, step: int, state: TrainState, figures: Mapping[str, Any]) -> None:
+        """Writes the figures of the task, and samples of what has a decoder."""
+        on_host = jax.tree.map(sharding.to_host, dict(figures))
+        if self.drawer:
+            on_host |= self.drawer(state)
+        self.writer.figures(step, on_host)
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves the state; raises Diverged if a loss so far or the state is not finite."""

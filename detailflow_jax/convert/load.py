@@ -1,9 +1,10 @@
 """A network from whatever a path leads to: a run of this project, or a published checkpoint."""
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,23 @@ def is_workdir(path: str | os.PathLike[str]) -> bool:
         return "task" in json.loads((epath.Path(path) / "config.json").read_text())
     except Exception:  # Not there, no JSON, or out of reach, which has many exceptions.
         return False
+
+
+_kept: dict[Any, Loaded] | None = None
+
+
+@contextlib.contextmanager
+def reading_once() -> Iterator[None]:
+    """Within, a network that was read is kept in memory, for `load` to return it again.
+
+    At its start, a run asks an autoencoder for its sizes, its fingerprint and its weights.
+    """
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
 
 
 def load(
@@ -56,11 +74,21 @@ def load(
     """
     if weights not in (None, "model", "ema"):
         raise ConfigError(f"weights={weights!r}; expected 'model', 'ema' or None")
+    overrides, key = overrides or {}, (kind, os.fspath(path), weights, step, scan, *options.items())
+    kept = _kept.get(key) if _kept is not None else None
+    if kept and all(getattr(kept.config, name, None) == x for name, x in overrides.items()):
+        return kept
     if is_workdir(path):
-        return _load_run(kind, path, weights, step, overrides or {})
-    if step is not None:
+        found = _load_run(kind, path, weights, step, overrides)
+    elif step is not None:
         raise ConfigError(f"step={step} is for the workdir of a run, which {path} is not")
-    return published.read(kind, path, weights=weights, scan=scan, overrides=overrides, **options)
+    else:
+        found = published.read(
+            kind, path, weights=weights, scan=scan, overrides=overrides, **options
+        )
+    if _kept is not None:
+        _kept[key] = found
+    return found
 
 
 def _load_run(

@@ -49,7 +49,7 @@ class TensorSpec(NamedTuple):
 def tensor_spec(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> TensorSpec:
     """The versions of `_rebuild_tensor`; `more`: gradient, hooks, dtype where given, metadata."""
     dtype, metadata = getattr(storage, "dtype", None), more[2:]
-    if (metadata and isinstance(metadata[0], np.dtype)) or hasattr(metadata[0], "parts"):
+    if metadata and (isinstance(metadata[0], np.dtype) or hasattr(metadata[0], "parts")):
         dtype, metadata = metadata[0], metadata[1:]
     return TensorSpec(storage, offset, shape, strides, dtype, metadata)
 

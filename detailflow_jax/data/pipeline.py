@@ -258,8 +258,8 @@ def make_iterator(
         {"codes": int32 [b, N, 3], "label": int32 [b]} or {"moments": float32 [b, h, w, 2C], mean
         and log-variance of scaled latents, "label": int32 [b]}. `get_state` and `set_state` are
         exact, with any number of worker processes, and `grain.checkpoint.CheckpointSave` takes it.
-        `class_names` has the names of the labels, `encoded_by` the fingerprint of the encoder that
-        made codes or latents.
+        `class_names` has the names of the labels, `num_examples` the size of the data,
+        `encoded_by` the fingerprint of the encoder that made codes or latents.
 
     Raises:
         ConfigError: a batch that the processes do not divide, an unknown source or crop, and
@@ -279,7 +279,7 @@ def make_iterator(
     dataset = _ProcessBlock(dataset, batch_size, process_index, process_count, sizes)
     together = _stack_rows if sizes else None
     iterator = _start(source, dataset.batch(batch_size // process_count, batch_fn=together), data)
-    iterator.class_names = source.class_names
+    iterator.class_names, iterator.num_examples = source.class_names, len(source)
     iterator.encoded_by = getattr(source, "encoded_by", "")
     return iterator
 

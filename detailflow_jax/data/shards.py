@@ -15,7 +15,7 @@ import glob
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from array_record.python import array_record_module
@@ -176,11 +176,14 @@ def write_shard(
     write_records(path, encoded())
 
 
-def write_manifest(directory: str, layout: ShardLayout) -> dict:
+def write_manifest(
+    directory: str, layout: ShardLayout, notes: Mapping[str, Any] | None = None
+) -> dict:
     """Closes the extraction: checks that every shard is there and writes manifest.json.
 
     Returns the manifest: layout.json and num_records, unreadable, shards (file, num_records,
-    num_bytes). Writing it again gives the same bytes. Raises ConfigError if shards are missing.
+    num_bytes), and `notes`, on which the records do not depend. Writing it again gives the same
+    bytes. Raises ConfigError if shards are missing.
     """
     paths = [os.path.join(directory, layout.file_name(k)) for k in range(layout.num_shards)]
     if missing := [path for path in paths if not os.path.exists(path)]:
@@ -204,6 +207,7 @@ def write_manifest(directory: str, layout: ShardLayout) -> dict:
         "num_records": sum(s["num_records"] for s in shards),
         "unreadable": unreadable,
         "shards": shards,
+        **(notes or {}),
     }
     _write_json(os.path.join(directory, "manifest.json"), manifest)
     return manifest

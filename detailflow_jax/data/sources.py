@@ -58,6 +58,8 @@ def unknown_source(spec: str, kinds: Sequence[str]) -> ConfigError:
     """Returns the error for a source of none of the kinds; a folder needs the word `folder:`."""
     if os.path.isdir(os.path.expanduser(spec)):
         return ConfigError(f"data source {spec!r} is a folder: write folder:{spec}")
+    if spec.startswith(("/", "./", "../", "~")):
+        return NotFoundError(f"there is no folder {spec}; a folder of images is folder:{spec}")
     return unknown_name("data source", spec.partition(":")[0], kinds)
 
 

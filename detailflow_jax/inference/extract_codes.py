@@ -91,6 +91,7 @@ def extract(
         num_views=count,
         batch_size=batch_size,
         mesh=tokenizer.mesh,
+        network=tokenizer.source,
     )
     return extraction.extract(plan, source, out)
 

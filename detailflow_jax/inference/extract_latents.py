@@ -86,6 +86,7 @@ def extract(
         batch_size=batch_size,
         mirrored=True,
         mesh=vae.mesh,
+        network=vae.source,
     )
     return extraction.extract(plan, source, out)
 

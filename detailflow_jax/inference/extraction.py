@@ -47,6 +47,7 @@ class Extraction:
       batch_size: views per call of the program; whole images, at least one.
       mirrored: add the mirror image of every view.
       mesh: what splits a batch, or None.
+      network: where the network was read from; noted in the manifest.
     """
 
     layout: data.ShardLayout
@@ -58,6 +59,7 @@ class Extraction:
     batch_size: int
     mirrored: bool = False
     mesh: Mesh | None = None
+    network: str = ""
 
     @property
     def num_images(self) -> int:
@@ -133,7 +135,9 @@ def extract(extraction: Extraction, source: data.Source, out: str) -> dict[str, 
     if first > 0:
         sharding.sync_processes("closed")
         return read_json(os.path.join(out, "manifest.json"))
-    manifest = data.write_manifest(out, layout)
+    network = os.path.abspath(extraction.network)
+    notes = {"network": network if os.path.exists(network) else extraction.network}
+    manifest = data.write_manifest(out, layout, notes if extraction.network else None)
     sharding.sync_processes("closed")
     for _, image in manifest["unreadable"]:
         print(f"skipping an unreadable image: {data.printable(image)}", file=sys.stderr)

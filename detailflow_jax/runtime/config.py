@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import pathlib
+import re
 import runpy
 import sys
 import types
@@ -255,6 +256,8 @@ def decode_variant(
     variants = dict.fromkeys(variants)
     if not variant:
         raise ConfigError(f"name a variant, FILE.py:VARIANT; expected one of {', '.join(variants)}")
+    if variant not in variants and (hint := _second_colon(variant, variants, options)):
+        raise ConfigError(hint)
     choose(variant, variants, "variant")
     values = ConfigDict(options)
     for item in filter(None, rest.split(",")):
@@ -264,6 +267,17 @@ def decode_variant(
             raise ConfigError(f"option {name} needs a value: {name}={options[name]!r}")
         _apply_override(values, f"--config.{name}={text if has_value else 'true'}", "option ")
     return variant, values
+
+
+def _second_colon(variant: str, variants: Iterable[str], options: Mapping[str, Any]) -> str:
+    """The error text for options that stand where a variant belongs; empty for other mistakes."""
+    first, *rest = re.split("[,=]", variant, maxsplit=1)
+    if first in variants and rest:
+        return f"unknown variant {variant!r}: options follow a second colon, {first}:{rest[0]}"
+    if first in options:
+        known = ", ".join(variants)
+        return f"{first!r} is an option: write it after a variant, VARIANT:{variant}, of {known}"
+    return ""
 
 
 def check_fields(config: ConfigDict, expected: Mapping[str, type | tuple[type, ...]]) -> None:

@@ -261,19 +261,21 @@ class Progress:
     def report(self, step: int, loss: float) -> dict[str, float]:
         """Shows the progress after `step`; returns the rate and the time for the log line."""
         elapsed = time.perf_counter() - self._since - self._paused
-        seconds_a_step = elapsed / max(step - self._step, 1)
-        rate = self._batch_size / max(seconds_a_step, 1e-9)
-        left = str(datetime.timedelta(seconds=int((self._total_steps - step) * seconds_a_step)))
-        self._bar.set_postfix_str(f"loss {loss:.4g}, {rate:.0f} images/s, {left} left", False)
+        steps = step - self._step
+        seconds_a_step = elapsed / max(steps, 1)
+        # The first step has no time of its own, beside that of compilation.
+        rate = self._batch_size / max(seconds_a_step, 1e-9) if steps else math.nan
+        left = datetime.timedelta(seconds=int((self._total_steps - step) * seconds_a_step))
+        speed = f"{rate:.0f} images/s, {left} left" if steps else "no step timed yet"
+        self._bar.set_postfix_str(f"loss {loss:.4g}, {speed}", False)
         self._bar.update(step - self._bar.n)
         logging.log(
             logging.INFO if self._bar.disable else logging.DEBUG,
-            "step %d/%d  loss %.5g  %.0f images/s  %s left",
+            "step %d/%d  loss %.5g  %s",
             step,
             self._total_steps,
             loss,
-            rate,
-            left,
+            speed.replace(", ", "  "),
         )
         self.restart(step)
         return {"images_per_second": rate, "seconds": self.seconds}

@@ -317,8 +317,9 @@ def test_keys_that_published_scripts_read(tmp_path, runs, folders, capsys):
         assert df.load_tokenizer(tmp_path / "b", weights=kind).fingerprint == found.fingerprint
     assert fingerprints["model"] != fingerprints["ema"]
     found.params = jax.tree.map(lambda x: x + 1, found.params)
-    df.save_pytorch(found, tmp_path / "changed.pt", keys=["ema"])
-    content = torch.load(tmp_path / "changed.pt", weights_only=True)
+    (tmp_path / "changed").mkdir()
+    df.save_pytorch(found, tmp_path / "changed" / "x.pt", keys=["ema"])
+    content = torch.load(tmp_path / "changed" / "x.pt", weights_only=True)
     assert all(torch.equal(content["ema"][k], x) for k, x in content["model"].items())
     assert run(*command, tmp_path / "c", "--keys", "discriminator") == 2
     assert "holds no discriminator" in capsys.readouterr().err

@@ -1,12 +1,16 @@
 """Configurations take what they leave out from the data and the autoencoder, and are checked."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import detailflow_jax as df
 from convert_models import random_params
 from detailflow_jax import data, train
+from detailflow_jax.convert import published, start
 from detailflow_jax.convert.complete import complete, doubling
+from detailflow_jax.convert.load import load, reading_once
 from detailflow_jax.models.vae import VAEConfig
 from detailflow_jax.runtime.config import load_config, read_config
 from detailflow_jax.runtime.errors import ConfigError
@@ -159,6 +163,22 @@ def test_without_latents_the_images_and_the_autoencoder_tell(vae):
     assert config.model.scales == (1, 2, 4, 8)
     with pytest.raises(ConfigError, match=r"num_classes is 9 .*, but 10 of the images"):
         complete(flowar("x", vae, *source, "--config.model.num_classes=9"))
+
+
+def test_the_autoencoder_is_read_once(latents, vae, tmp_path, monkeypatch):
+    """Its sizes, its fingerprint and its weights are asked for at the start of a run."""
+    reads, read = [], published.read
+    monkeypatch.setattr(published, "read", lambda *a, **k: reads.append(a) or read(*a, **k))
+    with reading_once():
+        config = complete(flowar(latents, vae))
+        start.check_encoder(config, "", tmp_path)
+        params = jax.tree.map(jnp.zeros_like, load("vae", vae).params)
+        start.read_vae(config.vae, params)
+        assert len(reads) == 1
+        load("vae", vae, overrides={"scale_factor": 0.75})  # Another autoencoder, so to speak.
+        assert len(reads) == 2
+    load("vae", vae)
+    assert len(reads) == 3
 
 
 def test_schedules_end_at_the_side():

@@ -1,14 +1,24 @@
 """Reading from the Hugging Face hub: from its cache offline, and from a server."""
 
+import contextlib
+import dataclasses
 import http.server
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+import detailflow_jax as df
+from convert_models import random_params
+from scored_models import SIZE, generator, tokenizer
 
 READ = """
 import json, sys
@@ -77,7 +87,7 @@ def test_cache_offline(tmp_path, repository):
 class Hub(http.server.BaseHTTPRequestHandler):
     """The three requests of the hub's protocol that a download makes."""
 
-    root = None
+    repositories: dict = {}  # noqa: RUF012
     fetched: list = []  # noqa: RUF012
 
     def do_HEAD(self):
@@ -89,18 +99,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def answer(self, body):
         path = self.path.split("?")[0]
         kind, _, name = path.partition("/main")
-        if kind == "/api/models/Owner/Name/tree":
-            files = [p for p in self.root.rglob("*") if p.is_file()]
+        api, resolve = re.match("/api/models/(.+)/tree", kind), re.match("/(.+)/resolve", kind)
+        root = self.repositories.get((api or resolve or [""] * 2)[1])
+        if api and root:
+            files = [p for p in root.rglob("*") if p.is_file()]
             listing = [
-                {"type": "file", "path": str(p.relative_to(self.root)), "oid": "0" * 40,
+                {"type": "file", "path": str(p.relative_to(root)), "oid": "0" * 40,
                  "size": p.stat().st_size}
                 for p in files
             ]  # fmt: skip
             self.send(200, json.dumps(listing).encode(), body)
-        elif kind == "/Owner/Name/resolve" and (self.root / name[1:]).is_file():
+        elif resolve and root and (root / name[1:]).is_file():
             if body:
                 self.fetched.append(name[1:])
-            self.send(200, (self.root / name[1:]).read_bytes(), body)
+            self.send(200, (root / name[1:]).read_bytes(), body)
         else:
             self.send(404, b"{}", body, **{"X-Error-Code": "RepoNotFound"})
 
@@ -119,22 +131,56 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_from_a_server_only_what_is_needed(tmp_path, repository):
-    Hub.root, Hub.fetched = repository, []
+@contextlib.contextmanager
+def served(cache, **repositories):
+    """The environment in which the hub is a server on this machine."""
+    Hub.repositories, Hub.fetched = repositories, []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        got = read_in_fresh_process(
-            "hf:Owner/Name", "hf:Owner/Name@main/checkpoints/128.pt", "hf:Owner/None",
-            HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="0",
-            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
-        )  # fmt: skip
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        yield {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_from_a_server_only_what_is_needed(tmp_path, repository):
+    with served(tmp_path / "cache", **{"Owner/Name": repository}) as hub:
+        got = read_in_fresh_process(
+            "hf:Owner/Name", "hf:Owner/Name@main/checkpoints/128.pt", "hf:Owner/None", **hub
+        )
     assert "several checkpoints" in got["hf:Owner/Name"]
     assert got["hf:Owner/Name@main/checkpoints/128.pt"] == [
         "hf:Owner/Name@main/checkpoints/128.pt", [1.0], {"dim": 8},
     ]  # fmt: skip
     assert "models--Owner--None" in got["hf:Owner/None"]
     assert sorted(Hub.fetched) == ["checkpoints/128.pt", "config.json"]
+
+
+@pytest.mark.full
+def test_published_weights_to_a_picture_in_four_lines(tmp_path):
+    """The first block of the README as it stands, with small files in the published layout."""
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    assert len([line for line in block.splitlines() if line]) == 1 + 4  # the import
+    config = dataclasses.replace(generator().config, num_classes=1000)
+    params = random_params("generator", config, scan=False)
+    models = {
+        "ByteFlow-AI/DetailFlow-16": tokenizer(),
+        "ByteFlow-AI/DetailFlow-16-GPT-L": df.Generator(config, params),
+    }
+    for name, model in models.items():
+        df.save_pytorch(model, tmp_path / name)
+    with served(tmp_path / "cache", **{name: tmp_path / name for name in models}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", block],
+            env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", **hub},
+            cwd=tmp_path, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    image = np.asarray(Image.open(tmp_path / "retriever.png"))
+    assert image.shape == (SIZE, SIZE, 3)
+    codes = models["ByteFlow-AI/DetailFlow-16-GPT-L"].sample([207, 360], cfg_scale=1.45)
+    want = df.to_uint8(tokenizer().decode(codes))[0]
+    np.testing.assert_allclose(image.astype(int), want, atol=1)

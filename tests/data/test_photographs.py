@@ -150,6 +150,7 @@ def fresh_formats():
 
 def test_heic_names_the_package_that_reads_it(monkeypatch, fresh_formats):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # As if it were not installed.
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     with pytest.raises(UnreadableImage, match="pip install pillow-heif"):
         decode_image(HEIC, "x.heic")
 
@@ -165,7 +166,8 @@ def test_heic_photographs_are_read_upright(tmp_path, value):
     file = tmp_path / "trip" / "IMG_1.HEIC"
     file.parent.mkdir()
     # Telephones write the orientation twice; of bytes, the plugin does as well.
-    whole = encoded(picture(), "HEIF", quality=-1, exif=exif.tobytes() if value else b"")
+    options = {"exif": exif.tobytes()} if value else {}
+    whole = encoded(picture(), "HEIF", quality=-1, **options)
     file.write_bytes(whole)
     found = make_source(f"folder:{tmp_path}")[0]["image"]
     np.testing.assert_array_equal(found, plainly(whole))

@@ -228,6 +228,7 @@ def test_wrong_folders_are_refused(tmp_path):
         load()
 
 
+@pytest.mark.full
 def test_unreadable_images_are_skipped_counted_and_named(
     tmp_path, saved, small_chunks, monkeypatch, capsys, caplog
 ):
@@ -255,7 +256,7 @@ def test_unreadable_images_are_skipped_counted_and_named(
         named = [results["unreadable"], results["reference"]["unreadable"]]
         assert [len(names) for names in named] == [19 * (name == "all")] * 2
         assert f"{38 * (name == 'all')} unreadable" in printed
-        rows[name] = results["rows"][0] | {"name": ""}
+        rows[name] = {k: x for k, x in results["rows"][0].items() if not isinstance(x, str)}
     assert "017.png" in named[0][2]
     assert rows["all"]["num_samples"] == 31
     assert rows["all"] == pytest.approx(rows["readable"], rel=1e-5, abs=1e-9)
@@ -564,7 +565,12 @@ def test_features_without_a_download_have_names_of_their_own(tmp_path, saved, ca
     base = rng.integers(0, 256, (160, 4, 4, 3)).repeat(4, 1).repeat(4, 2)
     noise = rng.normal(0, 1, base[:80].shape)
     sets = {"reference": base[80:]}
-    sets |= {f"noise{x}": np.clip(base[:80] + x * noise, 0, 255) for x in (0, 40, 120)}
+    # Principal components average the noise of single pixels away; darkness stays.
+    change = {
+        "pixels": lambda x: base[:80] * (1 - x / 200),
+        "encoder": lambda x: base[:80] + x * noise,
+    }
+    sets |= {f"changed{x}": np.clip(change[kind](x), 0, 255) for x in (0, 60, 120)}
     for name, found in sets.items():
         np.savez(tmp_path / f"{name}.npz", found.astype(np.uint8))
     options = ["--features", kind, "--cache", str(tmp_path / "cache"), "--batch_size", "16"]
@@ -579,7 +585,7 @@ def test_features_without_a_download_have_names_of_their_own(tmp_path, saved, ca
         row = json.loads((out / "results.json").read_text())["rows"][0]
         assert not {"fid", "sfid", "inception_score", "precision"} & row.keys()
         distances_.append(row[name])
-    assert distances_ == sorted(distances_) and distances_[2] > 2 * distances_[0]
+    assert distances_ == sorted(distances_) and distances_[2] > 1.5 * distances_[0]
     if kind == "encoder":
         assert command.main([*argv, *options]) == 2
         assert "--features encoder needs --decoder" in capsys.readouterr().err

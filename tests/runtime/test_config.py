@@ -43,6 +43,21 @@ def spec(tmp_path) -> str:
 
 
 @pytest.mark.parametrize(
+    ("arg", "words"),
+    [
+        ("small,runlocal", "options follow a second colon, small:runlocal"),
+        ("large,batch_size=4", "options follow a second colon, large:batch_size=4"),
+        ("runlocal", "'runlocal' is an option: write it after a variant, VARIANT:runlocal, of sm"),
+        ("batch_size=4", "'batch_size' is an option.*VARIANT:batch_size=4, of small, large"),
+        ("smal", "unknown variant 'smal'; closest names: small"),
+    ],
+)
+def test_options_need_a_second_colon(spec, arg, words):
+    with pytest.raises(ConfigError, match=words):
+        config_lib.load_config(spec.replace(":small", f":{arg}"))
+
+
+@pytest.mark.parametrize(
     ("override", "name", "value"),
     [
         ("batch_size=8", "batch_size", 8),
