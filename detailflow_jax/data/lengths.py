@@ -14,6 +14,7 @@ from detailflow_jax.data.codes import CodeSource
 from detailflow_jax.data.latents import LatentSource
 from detailflow_jax.data.sources import SOURCE_KINDS, make_source
 from detailflow_jax.runtime.config import flatten, read_config
+from detailflow_jax.runtime.errors import NotFoundError
 
 # In the middle of a run, at the same share of it.
 _SHARES = (
@@ -49,11 +50,14 @@ def follow_images(config: ConfigDict, workdir: str | os.PathLike) -> tuple[Confi
       workdir: of the run. One that has begun keeps its lengths, whatever the data are now.
 
     Raises:
-      ConfigError, NotFoundError: the data are not there.
+      ConfigError: the data are named in a form that cannot be read.
     """
     defaults = getattr(config, "_defaults", None)
     planned = (config.get("schedule") or {}).get("images")
-    images = count_images(config.data) if planned and defaults else None
+    try:
+        images = count_images(config.data) if planned and defaults else None
+    except NotFoundError:  # Raised again when they are opened, after what else is missing.
+        images = None
     if not images or images == planned:
         return config, ""
     fields = flatten(config)
