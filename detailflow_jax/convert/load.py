@@ -8,23 +8,25 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from etils import epath
 
 from detailflow_jax.convert import mapping, published
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.select import Weights
+from detailflow_jax.runtime import files
 from detailflow_jax.runtime.checkpoint import restore_params
 from detailflow_jax.runtime.config import read_config
-from detailflow_jax.runtime.errors import ConfigError, near_names
+from detailflow_jax.runtime.errors import BucketError, ConfigError, near_names
 
 
 def is_workdir(path: str | os.PathLike[str]) -> bool:
     """Returns whether `path` is the workdir of a training run, or a folder that `convert` made."""
     try:
-        return "task" in json.loads((epath.Path(path) / "config.json").read_text())
-    except Exception:  # Not there, no JSON, or out of reach, which has many exceptions.
+        return "task" in json.loads(files.read_bytes(files.path(path) / "config.json"))
+    except BucketError:
+        raise
+    except Exception:  # Not there, no JSON, or no path at all, such as a name on the hub.
         return False
 
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.locate import TORCH_SUFFIXES
+from detailflow_jax.runtime import files
+from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.runtime.extras import require
 from detailflow_jax.runtime.files import atomic_folder, atomic_path
 
@@ -94,11 +96,12 @@ def write_pytorch(
 
 def local_path(path: str | os.PathLike[str]) -> Path:
     """Returns the path to write to; raises CheckpointError if it is not a local one."""
-    if "://" in os.fspath(path):
+    try:
+        return files.local_path(path, "path")
+    except ConfigError as error:
         raise CheckpointError(
             f"{os.fspath(path)}: not a local path", remedy="Write here and copy it there."
-        )
-    return Path(path).expanduser()
+        ) from error
 
 
 def is_free(target: Path) -> bool:

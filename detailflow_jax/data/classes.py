@@ -10,11 +10,10 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from etils import epath
-
 from detailflow_jax.data.errors import printable
 from detailflow_jax.data.shards import read_json
 from detailflow_jax.data.sources import SOURCE_KINDS, make_source
+from detailflow_jax.runtime import files
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import read_config
 from detailflow_jax.runtime.errors import ConfigError, UserError, closest_names
@@ -33,8 +32,8 @@ def class_names(place: str) -> tuple[str, ...]:
     if place.partition(":")[0] in SOURCE_KINDS:
         return tuple(make_source(place).class_names)
     path = re.sub("^(codes|latents):", "", place)
-    folder = epath.Path(path).expanduser()
-    if (folder / "config.json").exists():
+    folder = files.path(path)
+    if files.exists(folder / "config.json"):
         config = read_config(folder)
         if names := config.get("class_names"):
             return tuple(names)
@@ -42,7 +41,7 @@ def class_names(place: str) -> tuple[str, ...]:
         if ":" in source or source in SOURCE_KINDS:  # Trained before runs kept the names.
             return class_names(source)
         raise ConfigError(f"{path} has no class names, and no data source to ask for them")
-    if (manifest := folder / "manifest.json").exists():
+    if files.exists(manifest := folder / "manifest.json"):
         return tuple(read_json(manifest)["class_names"])
     return tuple(make_source(f"folder:{path}").class_names)
 
@@ -81,7 +80,7 @@ def parse_labels(text: str, names: Sequence[str] = ()) -> list[int]:
 
 def check_same_classes(names: Sequence[str], workdir: str) -> None:
     """Raises ConfigError if a run was started with other class names, or another order of them."""
-    if not (epath.Path(workdir) / "config.json").exists():
+    if not files.exists(files.path(workdir) / "config.json"):
         return
     before = read_config(workdir).get("class_names", ())
     if before and names and tuple(before) != tuple(names):

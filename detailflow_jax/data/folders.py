@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from absl import logging
 
-from detailflow_jax.runtime.errors import ConfigError, NotFoundError
+from detailflow_jax.runtime import files
+from detailflow_jax.runtime.errors import BucketError, ConfigError, NotFoundError
 
 IMAGE_FILE = re.compile(
     r".+\.(jpe?g|jpe|jfif|jp2|a?png|webp|avif|heic|heif|hif|bmp|dib|gif|tiff?|p[pgbn]m)",
@@ -46,16 +47,15 @@ def list_folder(path: str | os.PathLike) -> Folder:
     """
     folder = Folder([], [], [], [])
     try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                is_folder, is_file = _kind(entry)
-                is_image = is_file and bool(IMAGE_FILE.fullmatch(entry.name))
-                hidden = entry.name.startswith(".")
-                if hidden or (is_folder and entry.name.casefold() in _SYSTEM):
-                    folder.left_out.extend([entry.name] if is_folder or is_image else [])
-                else:
-                    kind = folder.folders if is_folder else folder.images
-                    (kind if is_folder or is_image else folder.others).append(entry.name)
+        for name, is_folder, is_file in _entries(path):
+            is_image = is_file and bool(IMAGE_FILE.fullmatch(name))
+            if name.startswith(".") or (is_folder and name.casefold() in _SYSTEM):
+                folder.left_out.extend([name] if is_folder or is_image else [])
+            else:
+                kind = folder.folders if is_folder else folder.images
+                (kind if is_folder or is_image else folder.others).append(name)
+    except BucketError:
+        raise
     except OSError as error:
         raise ConfigError(
             f"cannot list the folder {os.fspath(path)}: {error.strerror or error}; make it "
@@ -64,6 +64,20 @@ def list_folder(path: str | os.PathLike) -> Folder:
     for names in folder:
         names.sort()
     return folder
+
+
+def _entries(path: str | os.PathLike) -> Iterator[tuple[str, bool, bool]]:
+    """(name, is a folder, is a file) of what a folder holds."""
+    if not files.is_remote(path):
+        with os.scandir(path) as entries:
+            yield from ((entry.name, *_kind(entry)) for entry in entries)
+        return
+    place = os.fspath(path).rstrip("/")
+    with files.reaching(place, "list"):
+        for entry in files.file_system(place).ls(place, detail=True):
+            inside, name = entry["name"].rstrip("/").rsplit("/", 1)
+            if place.endswith(f"://{inside}"):  # Some tools also make an object for the folder.
+                yield name, entry["type"] == "directory", entry["type"] == "file"
 
 
 def _kind(entry: os.DirEntry) -> tuple[bool, bool]:
@@ -89,7 +103,7 @@ def class_folders(root: str) -> dict[str, list[str]]:
         ConfigError: images elsewhere, a class without images, a folder that cannot be listed, or
             a `classes.txt` that does not list the subfolders.
     """
-    if not os.path.isdir(root):
+    if not root or not files.is_dir(root):
         raise NotFoundError(
             f"no image folder {root!r}: expected folder:PATH with one subfolder per class"
         )
@@ -137,7 +151,7 @@ def _check_class(where: str, folder: Folder) -> None:
 def _in_order(root: str, names: Sequence[str]) -> list[str]:
     """The class folders `names`, sorted as text, in the order of labels."""
     path = os.path.join(root, CLASSES_FILE)
-    if not os.path.isfile(path):
+    if not files.exists(path):
         ordered = natural_order(names)
         if ordered != list(names):
             first = next(i for i, name in enumerate(names) if ordered[i] != name)
@@ -152,8 +166,10 @@ def _in_order(root: str, names: Sequence[str]) -> list[str]:
             )
         return ordered
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            listed = [line for line in map(str.strip, file) if line]
+        lines = files.read_bytes(path).decode("utf-8-sig").splitlines()
+        listed = [line for line in map(str.strip, lines) if line]
+    except BucketError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}; expected UTF-8 text") from error
     if len(set(listed)) < len(listed):
@@ -190,7 +206,8 @@ def find_images(root: str | os.PathLike) -> list[str]:
     root, left_out = os.fspath(root), []
 
     def walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
-        here = os.path.realpath(os.path.join(root, folder))
+        here = os.path.join(root, folder)
+        here = here if files.is_remote(here) else os.path.realpath(here)
         if here in above:
             return
         found = list_folder(os.path.join(root, folder))

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from detailflow_jax.data.errors import UnreadableImage
+from detailflow_jax.runtime import files
 from detailflow_jax.runtime.errors import ConfigError
 
 MAX_PIXELS = "DETAILFLOW_MAX_PIXELS"
@@ -76,10 +77,9 @@ def read_file(path: str | os.PathLike) -> bytes:
         OSError: the disk or the network is.
     """
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return files.read_bytes(path)
     except OSError as error:
-        if error.errno not in _ONE_FILE:
+        if error.errno not in _ONE_FILE and not isinstance(error, FileNotFoundError):
             raise
         raise UnreadableImage(os.fspath(path), str(error)) from error
 

@@ -6,13 +6,13 @@ drawn and checkpoints saved. What the user has set stays.
 """
 
 import os
-import pathlib
 
 from ml_collections import ConfigDict
 
 from detailflow_jax.data.codes import CodeSource
 from detailflow_jax.data.latents import LatentSource
 from detailflow_jax.data.sources import SOURCE_KINDS, make_source
+from detailflow_jax.runtime import files
 from detailflow_jax.runtime.config import flatten, read_config
 from detailflow_jax.runtime.errors import NotFoundError
 
@@ -62,7 +62,7 @@ def follow_images(config: ConfigDict, workdir: str | os.PathLike) -> tuple[Confi
         return config, ""
     fields = flatten(config)
     lengths = _lengths(config, fields, defaults, images)
-    if (pathlib.Path(workdir) / "config.json").exists():
+    if files.exists(files.path(workdir) / "config.json"):
         lengths |= {k: x for k, x in flatten(read_config(workdir)).items() if k in lengths}
     changed = {k: x for k, x in lengths.items() if fields[k] == defaults[k] and x != fields[k]}
     new = config.copy_and_resolve_references()

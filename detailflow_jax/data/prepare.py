@@ -25,10 +25,10 @@ from detailflow_jax.data import imagenet
 from detailflow_jax.data.errors import UnreadableImage
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import image_and_label, make_source, unknown_dataset
-from detailflow_jax.runtime import extras
+from detailflow_jax.runtime import extras, files
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import ConfigError, FileError, UserError
-from detailflow_jax.runtime.files import hold_workdir
+from detailflow_jax.runtime.workdir import hold_workdir
 
 IMAGENET = "imagenet2012"
 _SPACE = 1.05  # Free bytes needed for each byte of the tars.
@@ -59,6 +59,8 @@ def prepare(
     Raises:
         PrepareError, TarError, ConfigError: nothing was prepared; the text says what to do.
     """
+    for place in filter(None, (data_dir, manual_dir)):
+        files.path(place)
     builder = _open_builder(name, data_dir)
     image_and_label(builder)  # Raises before anything is fetched.
     if _is_done(builder):

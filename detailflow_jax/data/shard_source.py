@@ -10,6 +10,8 @@ import grain
 import numpy as np
 
 from detailflow_jax.data.shards import FORMAT_VERSION, ShardLayout, num_records, read_json
+from detailflow_jax.runtime import files
+from detailflow_jax.runtime.copies import copy_here
 from detailflow_jax.runtime.errors import ConfigError, NotFoundError
 
 
@@ -30,13 +32,13 @@ class ShardSource:
     @classmethod
     def read_manifest(cls, directory: str) -> dict:
         """Returns the manifest, without a look at the shards."""
-        what, folder = cls.layout_class.what, os.path.abspath(os.path.expanduser(directory))
+        what, folder = cls.layout_class.what, os.fspath(files.path(directory or "."))
         path = os.path.join(folder, "manifest.json")
-        if not os.path.exists(path):
+        if not directory or not files.exists(path):
             raise NotFoundError(
                 f"{folder} has no manifest.json: the extraction of {what} has not "
                 "finished, run the same command again"
-                if os.path.isdir(folder) and directory
+                if directory and files.is_dir(folder)
                 else f"no folder of {what} {directory!r}: expected {what}:DIR"
             )
         manifest = read_json(path)
@@ -50,7 +52,6 @@ class ShardSource:
 
     def __init__(self, directory: str):
         what = self.layout_class.what
-        self.directory = os.path.abspath(os.path.expanduser(directory))
         self.manifest = self.read_manifest(directory)
         fields = [field.name for field in dataclasses.fields(self.layout_class)]
         self.layout = self.layout_class(**{name: self.manifest[name] for name in fields})
@@ -60,6 +61,11 @@ class ShardSource:
         self.class_names = tuple(self.manifest["class_names"])
         digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
         self.fingerprint = f"{what}:{digest.hexdigest()[:16]}"
+        place = os.fspath(files.path(directory))
+        self.directory = os.path.abspath(place)
+        if files.is_remote(place):  # The reader of these files knows disks only.
+            sizes = {s["file"]: s["num_bytes"] for s in self.manifest["shards"]}
+            self.directory = copy_here(place, sizes, self.fingerprint)
         self._check_shards()
         filled = [s["file"] for s in self.manifest["shards"] if s["num_records"]]
         if not filled:

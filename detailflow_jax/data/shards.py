@@ -11,7 +11,6 @@ writes the missing shards, and the result has the same bytes.
 
 import abc
 import dataclasses
-import glob
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from array_record.python import array_record_module
 
+from detailflow_jax.runtime import files
 from detailflow_jax.runtime.errors import ConfigError, FileError
 from detailflow_jax.runtime.files import atomic_path, remove_partial, write_atomically
 
@@ -103,9 +103,9 @@ def open_extraction(directory: str, layout: ShardLayout, definition: Mapping) ->
     fields = {**definition, **dataclasses.asdict(layout), "format_version": FORMAT_VERSION}
     fields = json.loads(json.dumps(fields))  # As they will be read: tuples become lists.
     path = os.path.join(directory, "layout.json")
-    os.makedirs(directory, exist_ok=True)
-    if not os.path.exists(path):
-        if glob.glob("*.array_record", root_dir=directory):
+    files.make_folder(directory)
+    if not files.exists(path):
+        if any(name.endswith(".array_record") for name in files.names(directory)):
             raise ConfigError(f"{directory} holds shards but no layout.json: use another folder")
         _write_json(path, fields)
         return
@@ -129,12 +129,12 @@ def pending_shards(
 
     Removes what an interrupted run left half-written of this process's shards.
     """
-    pending = []
+    pending, there = [], set(files.names(directory))
     for shard in range(process_index, layout.num_shards, process_count):
         path = os.path.join(directory, layout.file_name(shard))
         remove_partial(directory, os.path.basename(path))
         remove_partial(directory, os.path.basename(_sidecar(path)))
-        if not os.path.exists(path):
+        if os.path.basename(path) not in there:
             pending.append(shard)
     return pending
 
@@ -186,7 +186,8 @@ def write_manifest(
     bytes. Raises ConfigError if shards are missing.
     """
     paths = [os.path.join(directory, layout.file_name(k)) for k in range(layout.num_shards)]
-    if missing := [path for path in paths if not os.path.exists(path)]:
+    there = set(files.names(directory))
+    if missing := [path for path in paths if os.path.basename(path) not in there]:
         raise ConfigError(
             f"{len(missing)} of {len(paths)} shards are not written: {missing[0]} ..."
         )
@@ -199,7 +200,7 @@ def write_manifest(
             {
                 "file": os.path.basename(path),
                 "num_records": len(layout.positions(shard)) - len(broken),
-                "num_bytes": os.path.getsize(path),
+                "num_bytes": files.size(path),
             }
         )
     manifest = read_json(os.path.join(directory, "layout.json"))
@@ -254,8 +255,7 @@ def num_records(path: str | os.PathLike) -> int:
 
 
 def read_json(path: str) -> dict:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads(files.read_bytes(path))
 
 
 def _write_json(path: str, value: Mapping) -> None:

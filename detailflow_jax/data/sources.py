@@ -13,7 +13,7 @@ from detailflow_jax.data.folders import class_folders
 from detailflow_jax.data.images import decode_picture, read_file
 from detailflow_jax.data.shipped import DigitsSource, MnistSource, PhotosSource
 from detailflow_jax.data.source import Source
-from detailflow_jax.runtime import extras
+from detailflow_jax.runtime import extras, files
 from detailflow_jax.runtime.errors import ConfigError, NotFoundError, near_names, unknown_name
 
 SHIPPED = {"digits": DigitsSource, "mnist": MnistSource, "photos": PhotosSource}
@@ -56,7 +56,7 @@ def make_source(spec: str, split: str | None = None, data_dir: str | None = None
 
 def unknown_source(spec: str, kinds: Sequence[str]) -> ConfigError:
     """Returns the error for a source of none of the kinds; a folder needs the word `folder:`."""
-    if os.path.isdir(os.path.expanduser(spec)):
+    if files.is_remote(spec) or os.path.isdir(os.path.expanduser(spec)):
         return ConfigError(f"data source {spec!r} is a folder: write folder:{spec}")
     if spec.startswith(("/", "./", "../", "~")):
         return NotFoundError(f"there is no folder {spec}; a folder of images is folder:{spec}")
@@ -70,7 +70,9 @@ class FolderSource(Source):
     """
 
     def __init__(self, path: str):
-        self.path = path and os.path.abspath(os.path.expanduser(path))
+        self.path = path and os.fspath(files.path(path))
+        if not files.is_remote(self.path):
+            self.path = path and os.path.abspath(self.path)
         classes = class_folders(self.path)
         self.name = f"folder:{path}"
         self.class_names = tuple(classes)
@@ -80,10 +82,12 @@ class FolderSource(Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash over every file's relative name and size; the folder itself may move."""
-        digest = hashlib.sha256()
+        digest, sizes = hashlib.sha256(), {}
+        if files.is_remote(self.path):
+            sizes = files.sizes(self.path)
         for file in self._files:
             try:
-                size = os.path.getsize(os.path.join(self.path, file))
+                size = sizes[file] if sizes else os.path.getsize(os.path.join(self.path, file))
             except OSError:  # Such as a broken link: unreadable, and part of the data all the same.
                 size = -1
             digest.update(os.fsencode(f"{file.replace(os.sep, '/')}\t{size}\n"))
@@ -109,6 +113,7 @@ class TfdsSource(Source):
     def __init__(self, name: str, split: str, data_dir: str | None = None):
         tfds = extras.require("tensorflow_datasets")
         data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or str(tfds.core.constants.DATA_DIR)
+        data_dir = os.fspath(files.path(data_dir))
         builder = _prepared_builder(tfds, name, data_dir)
         self._image, self._label = image_and_label(builder)
         self._records = builder.as_data_source(

@@ -11,7 +11,7 @@ import numpy as np
 
 from detailflow_jax import data
 from detailflow_jax.evaluate import report
-from detailflow_jax.runtime import extras, pictures
+from detailflow_jax.runtime import extras, files, pictures
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 from detailflow_jax.runtime.files import write_atomically
@@ -115,8 +115,9 @@ def main(
         description="Train, sample and report on handwritten digits, in minutes on a CPU.",
     )
     parser.add_argument("--out", default=default, help="folder (default: %(default)s)")
-    out = pathlib.Path(parser.parse_args(argv).out)
+    args = parser.parse_args(argv)
     try:
+        out = files.local_path(args.out, "--out")
         for module in ("sklearn.datasets", "matplotlib.figure"):  # Before training, not after it.
             extras.require(module)
         figures = run(out)

@@ -12,7 +12,6 @@ Run the same command again to resume.
 """
 
 import argparse
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from detailflow_jax.evaluate.networks import (
 )
 from detailflow_jax.evaluate.samples import open_samples
 from detailflow_jax.inference import api
-from detailflow_jax.runtime import distributed, extras, platforms
+from detailflow_jax.runtime import distributed, extras, files, platforms
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 
@@ -156,7 +155,7 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list]:
 
 def run_generation(args: argparse.Namespace) -> dict[str, Any]:
     """Scores samples of a model, or a set of images; returns what results.json holds."""
-    out = pathlib.Path(args.out)
+    out = files.path(args.out)
     if bool(args.samples) == bool(args.model):
         raise EvaluationError("give either --samples, or --model with --decoder")
     if args.model and not args.decoder:
@@ -176,7 +175,6 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
                 f"{images.name} holds {width}x{height} px images: expected squares"
             )
         extractor, reference = load_features(args, height, decoder)
-        out.mkdir(parents=True, exist_ok=True)
         row = generation.evaluate_images(images, reference, extractor, out, args.num_samples)
         results = {"unreadable": chunks.unreadable_in(out / "samples"), "rows": [row]}
     else:
@@ -189,7 +187,6 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
             keep_images=args.npz,
         )
         extractor, reference = load_features(args, sampler.image_size, decoder)
-        out.mkdir(parents=True, exist_ok=True)
         rows = generation.evaluate_sweep(sampler, sweep, reference, extractor, out)
         results = {"rows": rows, "summary": generation.summarize(rows)}
     about = {"name": reference.name, "fingerprint": reference.fingerprint}
@@ -243,11 +240,10 @@ def run_reconstruction(args: argparse.Namespace) -> dict[str, Any]:
         args.image_size,
     )
     images = references.open_images(args.reference, reconstructor.image_size, args.data_dir)
-    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     rows = reconstruction.evaluate(
         reconstructor,
         images,
-        pathlib.Path(args.out),
+        files.path(args.out),
         counts=args.num_tokens or (),
         groups=args.noise_groups or (),
         num_images=args.num_images,
@@ -255,7 +251,7 @@ def run_reconstruction(args: argparse.Namespace) -> dict[str, Any]:
         perceptual=perceptual,
     )
     about = {"name": images.name, "fingerprint": images.fingerprint}
-    about["unreadable"] = chunks.unreadable_in(pathlib.Path(args.out) / "reconstruction")
+    about["unreadable"] = chunks.unreadable_in(files.path(args.out) / "reconstruction")
     return {"reference": about, "rows": rows}
 
 
@@ -280,10 +276,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         distributed.start(args.coordinator_address, args.num_processes, args.process_id)
+        if jax.process_index() == 0:
+            files.make_folder(args.out)
         run = {"generation": run_generation, "reconstruction": run_reconstruction}[args.command]
         results = run(args)
         if jax.process_index() == 0:
-            generation.write_results(pathlib.Path(args.out), results)
+            generation.write_results(files.path(args.out), results)
     except UserError as error:
         return error.report()
     if jax.process_index() == 0:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from detailflow_jax.data.errors import report_skipped
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.samples import Images, Part, readable, write_npz
-from detailflow_jax.runtime import sharding
+from detailflow_jax.runtime import files, sharding
 from detailflow_jax.runtime.files import write_atomically
 
 CHUNK = 1024
@@ -47,11 +47,11 @@ class ChunkFolder:
           EvaluationError: the folder holds other work; the differing fields are named.
         """
         self.path, self.total = path, total
-        path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path)
         definition = json.loads(json.dumps({**definition, "total": total, "chunk": CHUNK}))
         file = path / "definition.json"
-        if file.exists():
-            _check_same(path, json.loads(file.read_text()), definition)
+        if files.exists(file):
+            _check_same(path, json.loads(files.read_bytes(file)), definition)
         write_atomically(file, json.dumps(definition, indent=2).encode())
 
     def fill(self, make: Make, kinds: Sequence[str], description: str, step: int) -> None:
@@ -65,7 +65,8 @@ class ChunkFolder:
         """
         mine = range(0, self.total, CHUNK)[jax.process_index() :: jax.process_count()]
         sizes = {start: min(CHUNK, self.total - start) for start in mine}
-        missing = [s for s in mine if not all(self._file(kind, s).exists() for kind in kinds)]
+        there = set(files.names(self.path))
+        missing = [s for s in mine if not {self._file(kind, s).name for kind in kinds} <= there]
         with tqdm(
             total=sum(sizes.values()),
             initial=sum(sizes[start] for start in sizes.keys() - set(missing)),
@@ -93,9 +94,11 @@ class ChunkFolder:
         for start in range(0, self.total, CHUNK):
             file = self._file(kind, start)
             missing = "missing; several processes need one folder that all of them see"
+            again = "remove it and run the same command again"
             with (
-                readable(file, missing, "remove it and run the same command again"),
-                np.load(file) as arrays,
+                readable(file, missing, again),
+                files.open_file(file) as stream,
+                np.load(stream) as arrays,
             ):
                 array = arrays[name] if arrays.files else None
             if array is not None:  # None of its images can be read.
@@ -114,9 +117,10 @@ class ChunkFolder:
 
     def remove(self, kind: str | None = None) -> None:
         """Deletes one kind of file, or the whole folder, once its content is stored elsewhere."""
-        for file in self.path.glob(f"{kind}-*.npz" if kind else "*"):
-            file.unlink()
-        if kind is None:
+        for name in files.names(self.path):
+            if kind is None or name.startswith(f"{kind}-"):
+                files.remove(self.path / name)
+        if kind is None and not files.is_remote(self.path):
             self.path.rmdir()
 
     def _file(self, kind: str, start: int) -> pathlib.Path:
@@ -140,9 +144,13 @@ def unreadable_in(path: pathlib.Path) -> list[str]:
     Each is logged once per process, also where another process or an earlier run met it.
     """
     names = []
-    for file in sorted(path.glob(f"{UNREADABLE}-*.npz")):
-        with readable(file, damaged="remove it and run the same command again"):
-            names += np.load(file)["name"].tolist()
+    for file in (path / name for name in files.names(path) if name.startswith(f"{UNREADABLE}-")):
+        with (
+            readable(file, damaged="remove it and run the same command again"),
+            files.open_file(file) as stream,
+            np.load(stream) as arrays,
+        ):
+            names += arrays["name"].tolist()
     for name in names:
         report_skipped(name)
     return names

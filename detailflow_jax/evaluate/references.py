@@ -37,7 +37,7 @@ from detailflow_jax.evaluate.samples import (
     read_arrays,
     write_npz,
 )
-from detailflow_jax.runtime import sharding
+from detailflow_jax.runtime import files, sharding
 
 CACHE = "~/.cache/detailflow_jax/references"
 MOST_NEIGHBOURS = 10_000
@@ -171,10 +171,10 @@ def _measured(images: Images, extractor: FeatureExtractor, cache) -> dict[str, n
     if len(images) > MOST_NEIGHBOURS:
         definition["chosen"] = "by content"
     key = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:20]
-    folder = pathlib.Path(cache).expanduser()
+    folder = files.path(cache)
     file = folder / f"{key}.npz"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not files.exists(file):
+        files.make_folder(folder)
         parts = ChunkFolder(folder / f"{key}.parts", len(images), definition)
         _measure(images, extractor, parts, file)
     arrays, _ = read_arrays(file, (*_STATISTICS, "features", UNREADABLE))

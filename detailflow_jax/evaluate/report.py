@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detailflow_jax.runtime import extras
+from detailflow_jax.runtime import extras, files
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -23,7 +23,7 @@ td { font-variant-numeric: tabular-nums; } figcaption { color: #555; } figure { 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl, one per log step."""
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    lines = files.read_bytes(files.path(workdir) / "metrics.jsonl").splitlines()
     return [json.loads(line) for line in lines]
 
 

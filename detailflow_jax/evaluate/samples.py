@@ -22,6 +22,7 @@ from detailflow_jax.data.images import decode_picture, read_file
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import Source
 from detailflow_jax.evaluate.errors import EvaluationError
+from detailflow_jax.runtime import files
 from detailflow_jax.runtime.files import atomic_file
 
 # ------------------------------------------------------------------------------------ .npz files
@@ -89,13 +90,13 @@ def read_arrays(
     Raises:
       EvaluationError: not an `.npz`, or truncated.
     """
-    with readable(path), np.load(path, allow_pickle=False) as file:
+    with readable(path), files.open_file(path) as opened, np.load(opened) as file:
         return {name: file[name] for name in names if name in file.files}, list(file.files)
 
 
 def hash_file(path: str | os.PathLike) -> str:
     """A hash of a file's bytes, such as "file:0123456789abcdef"."""
-    with open(path, "rb") as file:
+    with files.open_file(path) as file:
         return f"file:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
@@ -126,7 +127,7 @@ class NpzImages:
           EvaluationError: not an `.npz`, truncated, or `arr_0` is missing or not images.
         """
         self.name = str(path)
-        with readable(path), zipfile.ZipFile(path) as archive:
+        with readable(path), files.open_file(path) as file, zipfile.ZipFile(file) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
             if "arr_0" not in names:
                 raise EvaluationError(
@@ -156,7 +157,8 @@ class NpzImages:
         with readable(self.name):
             # One stream for all calls: to find a place, a member is read from its beginning.
             if self._member is None or start < self._next:
-                self._member = zipfile.ZipFile(self.name).open("arr_0.npy")  # noqa: SIM115
+                archive = zipfile.ZipFile(files.open_file(self.name))
+                self._member = archive.open("arr_0.npy")
                 self._next = 0
                 _read_header(self._member)
             self._member.seek((start - self._next) * size, io.SEEK_CUR)
@@ -199,8 +201,8 @@ class PictureSource(Source):
           EvaluationError: no such folder, or no pictures in it.
         """
         self.name = str(path)
-        self._root = pathlib.Path(path).expanduser()
-        if not self._root.is_dir():
+        self._root = files.path(path)
+        if not files.is_dir(self._root):
             raise EvaluationError(f"{path}: there is no such folder or .npz file")
         self._files = find_images(self._root)
         if not self._files:
@@ -219,8 +221,12 @@ class PictureSource(Source):
     def fingerprint(self) -> str:
         """A hash over every file's relative name, size and time of change."""
         digest = hashlib.sha256()
+        sizes = files.sizes(self._root) if files.is_remote(self._root) else {}
         for name in self._files:
             file = self._root / name
+            if sizes:
+                digest.update(os.fsencode(f"{name}\t{sizes[name]}\n"))
+                continue
             stat = file.stat() if file.exists() else file.lstat()  # A link may lead nowhere.
             line = f"{pathlib.PurePath(name).as_posix()}\t{stat.st_size}\t{stat.st_mtime_ns}\n"
             digest.update(os.fsencode(line))
@@ -321,6 +327,6 @@ Images = NpzImages | SourceImages
 
 def open_samples(path: str | os.PathLike) -> Images:
     """The images of an `.npz` file or of a folder of pictures."""
-    if str(path).endswith(".npz") or pathlib.Path(path).is_file():
+    if str(path).endswith(".npz") or (files.exists(path) and not files.is_dir(path)):
         return NpzImages(path)
     return SourceImages(PictureSource(path))

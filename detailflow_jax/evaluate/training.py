@@ -10,7 +10,6 @@ FID of a few images is far above that of many: each score has its number of imag
 """
 
 import functools
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +32,7 @@ from detailflow_jax.evaluate.references import load_reference, open_images
 from detailflow_jax.inference import programs
 from detailflow_jax.inference.batching import over_processes, whole_shares
 from detailflow_jax.inference.sampling import DECODERS, sampling_of
-from detailflow_jax.runtime import sharding
+from detailflow_jax.runtime import files, sharding
 from detailflow_jax.runtime.errors import ConfigError, NotFoundError, unknown_name
 from detailflow_jax.tasks import TrainState
 
@@ -156,7 +155,7 @@ class Scorer:
             s.reference,
             self.extractor,
             image_size=image_size(config.model, decoder.config),
-            cache=pathlib.Path(workdir) / "references",
+            cache=files.path(workdir) / "references",
             data_dir=config.data.get("data_dir"),
         )
         count = s.num_samples or reference.count

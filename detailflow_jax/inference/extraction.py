@@ -25,7 +25,7 @@ from tqdm import tqdm
 from detailflow_jax import data
 from detailflow_jax.data.shards import read_json
 from detailflow_jax.inference.batching import in_batches
-from detailflow_jax.runtime import distributed, sharding
+from detailflow_jax.runtime import distributed, files, sharding
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 
@@ -119,6 +119,7 @@ def extract(extraction: Extraction, source: data.Source, out: str) -> dict[str, 
       ConfigError: the folder holds another extraction; the differing fields are named.
     """
     layout, first = extraction.layout, jax.process_index()
+    out = os.fspath(files.path(out))
     if first == 0:
         data.open_extraction(out, layout, extraction.definition)
     sharding.sync_processes("opened")
@@ -186,7 +187,11 @@ class Command:
         )
         add = parser.add_argument
         add(f"--{self.network}", required=True, help=self.takes)
-        add("--out", required=True, help="folder for the shards; manifest.json comes last")
+        add(
+            "--out",
+            required=True,
+            help="folder, also gs://..., for the shards; manifest.json comes last",
+        )
         kinds = "digits, mnist, photos (each with :SPLIT), folder:PATH or tfds:NAME[:SPLIT]"
         add("--source", default="digits", help=kinds)
         add("--split", help="split of the source, where it has any; default: its training split")
@@ -206,6 +211,7 @@ class Command:
         settings = {name: getattr(args, name) for name in ("shard_size", *self.options)}
         try:
             distributed.start(args.coordinator_address, args.num_processes, args.process_id)
+            files.path(args.out)  # Before the images and the network are read.
             source = data.make_source(args.source, args.split, args.data_dir)
             network = self.load(getattr(args, self.network))
             manifest = self.extract(network, source, args.out, **settings)

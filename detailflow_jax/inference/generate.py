@@ -16,14 +16,12 @@ import argparse
 import contextlib
 import io
 import json
-import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jaxtyping import Int, Shaped, UInt8
 from tqdm import tqdm
 
@@ -35,7 +33,7 @@ from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.inference.errors import InputError, as_input_error
 from detailflow_jax.inference.sampling import DECODERS
 from detailflow_jax.ops import flow
-from detailflow_jax.runtime import distributed, pictures
+from detailflow_jax.runtime import distributed, files, pictures
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import ConfigError, UserError
 from detailflow_jax.runtime.files import write_atomically
@@ -102,8 +100,7 @@ def write_outputs(
     single: bool,
 ) -> None:
     """Writes the pictures and samples.npz, each atomically."""
-    folder = pathlib.Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = files.path(out)
     scale = max(1, 64 // images.shape[1])
     pictures.save_png(folder / "grid.png", pictures.grid(images, columns=columns, scale=scale))
     if progressive:
@@ -113,7 +110,6 @@ def write_outputs(
         strip = pictures.grid(rows, columns=width, scale=scale, row_captions=captions)
         pictures.save_png(folder / "progressive.png", strip)
     if single:
-        (folder / "images").mkdir(exist_ok=True)
         for i, (label, image) in enumerate(zip(labels, images, strict=True)):
             pictures.save_png(folder / "images" / f"{i:06d}_class{label:04d}.png", image)
     stream = io.BytesIO()
@@ -131,7 +127,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--out", required=True, help="folder for the pictures and samples.npz")
+    add("--out", required=True, help="folder, also gs://..., for the pictures and samples.npz")
     add("--labels", required=True, help="classes, as 0-9 or dog,cat; see detailflow classes")
     add("--per_class", type=int, default=8, help="samples per class")
     add("--cfg_scale", type=float, help="guidance >= 1; 1 means none (default: 1.5, FlowAR 2.4)")
@@ -176,6 +172,9 @@ def generate(args: argparse.Namespace) -> Images:
     """
     if args.per_class < 1 or args.batch_size < 1:
         raise InputError("--per_class and --batch_size must be at least 1")
+    if jax.process_index() == 0:  # What cannot be written shows now, not after the sampling.
+        for folder in ("", "images") if args.single else ("",):
+            files.make_folder(files.path(args.out) / folder)
     kind = "flowar" if args.flowar else "generator"
     labels = np.repeat(labels_of(args.labels, getattr(args, kind)), args.per_class)
     counts = sorted(set(parse_counts(args.num_tokens))) if kind == "generator" else []
@@ -207,14 +206,14 @@ def generate(args: argparse.Namespace) -> Images:
             m.kind: {"source": m.source, "fingerprint": m.fingerprint} for m in (decoder, model)
         }
         text = json.dumps({"made_by": made_by, "arguments": vars(args)}, indent=1)
-        write_atomically(pathlib.Path(args.out) / "samples.json", text.encode())
+        write_atomically(files.path(args.out) / "samples.json", text.encode())
     return images
 
 
 def labels_of(text: str, model: str) -> list[int]:
     """Returns the labels that a text lists; names are those that the workdir `model` keeps."""
     names = ()
-    if re.search(r"[^0-9,\s-]", text) and epath.Path(model).is_dir():
+    if re.search(r"[^0-9,\s-]", text) and files.is_dir(model):
         with contextlib.suppress(ConfigError):
             names = class_names(model)
     return parse_labels(text, names)

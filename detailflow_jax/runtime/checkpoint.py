@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from detailflow_jax.runtime import sharding
+from detailflow_jax.runtime import files, sharding
 from detailflow_jax.runtime.errors import CheckpointError, Diverged, WriteError
 
 PyTree = Any
@@ -189,11 +189,13 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            cause = "is the disk full or read-only?"
+            cause = "is the disk full or read-only"
+            if files.is_remote(self.directory):
+                cause = "does the bucket answer, and may this account write there"
             if jax.process_count() > 1:
-                cause = "is the disk full or read-only, or another process gone?"
+                cause += ", or is another process gone"
             raise WriteError(
-                f"cannot write checkpoints to {self.directory}: {_reason(error)} ({cause} The "
+                f"cannot write checkpoints to {self.directory}: {_reason(error)} ({cause}? The "
                 "checkpoints already complete are whole: run again to resume)"
             ) from error
 
@@ -261,7 +263,9 @@ def restore_field(
 
 
 def _directory(workdir: str | os.PathLike) -> epath.Path:
-    return epath.Path(workdir).resolve() / "checkpoints"
+    place = files.path(workdir)
+    # Orbax wants absolute paths; an address is one, and would become a local path.
+    return epath.Path(place if files.is_remote(place) else place.resolve()) / "checkpoints"
 
 
 def _read_field(directory: epath.Path, names: tuple[str, ...]) -> dict:

@@ -22,12 +22,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import flags, logging
-from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from detailflow_jax.runtime import upgrade
-from detailflow_jax.runtime.errors import ConfigError, unknown_name
-from detailflow_jax.runtime.files import write_atomically
+from detailflow_jax.runtime import files, upgrade
+from detailflow_jax.runtime.errors import BucketError, ConfigError, unknown_name
 
 T = TypeVar("T")
 
@@ -314,11 +312,13 @@ def write_config(
         ConfigError: the workdir cannot be made or written.
     """
     try:
-        pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+        files.make_folder(workdir)
         of_data = {"class_names": list(class_names), "encoded_by": encoded_by}
         more = {name: value for name, value in of_data.items() if value}
         text = json.dumps(_as_json(config) | more, indent=2) + "\n"
-        write_atomically(pathlib.Path(workdir) / "config.json", text.encode())
+        files.write_atomically(os.path.join(workdir, "config.json"), text.encode())
+    except BucketError:
+        raise
     except OSError as error:
         raise ConfigError(f"cannot write to the workdir {workdir}: {error}") from error
 
@@ -329,11 +329,13 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     Raises:
         ConfigError: no such file, or not a configuration.
     """
-    path = epath.Path(workdir) / "config.json"  # Runs are also read from buckets.
+    path = files.path(workdir) / "config.json"
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(files.read_bytes(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{workdir} is not a workdir: it holds no config.json") from error
+    except BucketError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(fields, dict):
@@ -357,7 +359,7 @@ def check_same(
     Raises:
         ConfigError: fields differ; the text lists them with old and new values, and what to do.
     """
-    if not (pathlib.Path(workdir) / "config.json").exists():
+    if not files.exists(os.path.join(workdir, "config.json")):
         return
     new = flatten(_as_json(config))
     defaults = getattr(config, "_defaults", new)

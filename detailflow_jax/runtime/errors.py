@@ -53,6 +53,10 @@ class FileError(UserError, OSError):
     label = "failed"
 
 
+class BucketError(FileError):
+    """A bucket that does not answer; the same command may succeed when it is started again."""
+
+
 class Diverged(UserError, RuntimeError):
     """The loss or the state is no longer finite; the text says at which step."""
 

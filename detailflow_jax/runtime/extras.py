@@ -13,6 +13,8 @@ EXTRAS = {
     "sklearn": "demo",
     "matplotlib": "evaluate",
     "torch": "torch",
+    "gcsfs": "gcs",
+    "s3fs": "s3",
 }
 """Top-level module -> the extra in setup.py that brings it."""
 

@@ -1,37 +1,247 @@
-"""Files that are written whole or not at all, and the lock on a workdir."""
+"""One door for paths: local files and objects in a bucket, written whole or not at all.
+
+    files.path("~/runs/tok/")        a `pathlib.Path`
+    files.path("gs://bucket/runs")   an `epath.Path`, with much the same methods
+
+Every path that a user gives goes through `path`, or through `local_path` where only this machine's
+disks will do. The functions below take either kind. A bucket knows neither renaming nor appending:
+a file for it is made on this machine, and an upload shows it whole.
+
+Buckets are reached through fsspec. Without being told, etils would use TensorFlow where that is
+installed: another set of credentials and time limits, depending on a package that has nothing to do
+with it. gcsfs finds a TPU VM's own account by itself, as TensorStore and Orbax do.
+"""
 
 import contextlib
 import errno
-import fcntl
+import functools
 import os
 import pathlib
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from typing import BinaryIO
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
-from absl import logging
+from etils import epath
 
-from detailflow_jax.runtime.errors import ConfigError, FileError, UserError
+from detailflow_jax.runtime import extras
+from detailflow_jax.runtime.errors import BucketError, ConfigError, FileError, UserError
+
+os.environ.setdefault("EPATH_USE_TF", "false")  # Orbax, TFDS and JAX's cache use etils as well.
+
+DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
+"""Scheme -> the package that reaches it."""
+_REMOTE = tuple(f"{scheme}://" for scheme in DRIVERS)
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+)(?P<rest>.*)", re.DOTALL)
+
+PathLike = str | os.PathLike[str]
 
 # What mounts (buckets, Windows shares, FUSE) answer to what they cannot do.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
 _UNSUPPORTED |= {errno.EACCES, errno.EEXIST}
 
+# -------------------------------------------------------------------------------- which place it is
+
+
+def path(place: PathLike) -> pathlib.Path | epath.Path:
+    """Returns the path that a user named, with `~` expanded and without a slash at its end.
+
+    Raises:
+        ConfigError: empty, or an address that is not one of a bucket.
+        MissingExtra: the package that reaches the bucket is not installed.
+    """
+    text = os.fspath(place)
+    if not text:
+        raise ConfigError("an empty path: expected a local path or gs://BUCKET/PATH")
+    address = _ADDRESS.fullmatch(text)
+    if not address:
+        return pathlib.Path(os.path.expanduser(text))
+    scheme, rest = address["scheme"], address["rest"]
+    if scheme not in DRIVERS or address["slashes"] != "//" or not rest.strip("/"):
+        raise ConfigError(f"{text}: expected a local path or an address such as gs://BUCKET/PATH")
+    _connect(scheme)
+    return epath.Path(text.rstrip("/"))
+
+
+def local_path(place: PathLike, what: str) -> pathlib.Path:
+    """Returns a path of this machine's disks, as `path` does.
+
+    Args:
+        place: as the user named it.
+        what: begins the error, such as "--out".
+
+    Raises:
+        ConfigError: an address.
+    """
+    if _ADDRESS.fullmatch(os.fspath(place)):
+        raise ConfigError(
+            f"{what}={os.fspath(place)}: expected a path on this machine; write there, then copy, "
+            "or mount the bucket (gcsfuse)"
+        )
+    return pathlib.Path(path(place))
+
+
+def is_remote(place: PathLike) -> bool:
+    """Returns whether a path is one of a bucket."""
+    return os.fspath(place).startswith(_REMOTE)
+
+
+@functools.cache
+def _connect(scheme: str) -> Any:
+    """The file system of a scheme; listings are not kept, for other processes write there too."""
+    extras.require(DRIVERS[scheme])
+    import fsspec
+
+    # Also for the objects that etils makes.
+    fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+    return fsspec.filesystem(scheme)
+
+
+def file_system(place: PathLike) -> Any:
+    """Returns the fsspec file system of a path in a bucket."""
+    return _connect(os.fspath(place).partition("://")[0])
+
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary path to write to, beside `path`; it becomes `path` when the block ends well.
+def reaching(place: PathLike, doing: str = "reach") -> Iterator[None]:
+    """Raises what a bucket's driver raises as an error of this project; local errors stay.
+
+    Raises:
+        FileNotFoundError: there is no such object, or no such bucket.
+        ConfigError: the bucket refuses: no credentials, or no permission.
+        BucketError: everything else; trying again may help.
+    """
+    try:
+        yield
+    except Exception as error:  # Every driver has errors of its own, without a common base.
+        if not is_remote(place) or isinstance(error, (UserError, FileNotFoundError)):
+            raise
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
+        text = f"cannot {doing} {os.fspath(place)}: {reason}"
+        if _is_refusal(error):
+            raise ConfigError(
+                f"{text} (which account does this machine use, and may it read and write there?)"
+            ) from error
+        raise BucketError(f"{text} ({type(error).__name__}; it was tried several times)") from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    code = getattr(error, "code", None) or getattr(error, "status", None)
+    return (
+        isinstance(error, PermissionError)
+        or code in (401, 403, "401", "403")
+        or str(error).startswith("Forbidden")
+        or type(error).__name__ == "DefaultCredentialsError"
+    )
+
+
+# -------------------------------------------------------------------------------- looking, reading
+
+
+def exists(place: PathLike) -> bool:
+    """Returns whether a file or folder is there; raises what `reaching` raises."""
+    with reaching(place):
+        return path(place).exists()
+
+
+def is_dir(place: PathLike) -> bool:
+    """Returns whether a folder is there; in a bucket, whether names begin so."""
+    with reaching(place):
+        return path(place).is_dir()
+
+
+def size(place: PathLike) -> int:
+    """Returns the bytes of a file; raises FileNotFoundError if it is not there."""
+    if not is_remote(place):
+        return os.path.getsize(place)
+    with reaching(place):
+        return file_system(place).info(os.fspath(place))["size"]
+
+
+def sizes(folder: PathLike) -> dict[str, int]:
+    """Returns the bytes of every object below a folder in a bucket, by its name from there on."""
+    place = os.fspath(folder).rstrip("/")
+    with reaching(place, "list"):
+        found = file_system(place).find(place, detail=True)
+    start = len(place.partition("://")[2]) + 1
+    return {name[start:]: entry["size"] for name, entry in found.items()}
+
+
+def names(folder: PathLike) -> list[str]:
+    """Returns the sorted names in a folder; empty if it is not there."""
+    with reaching(folder):
+        found = path(folder)
+        return sorted(inside.name for inside in found.iterdir()) if found.is_dir() else []
+
+
+def open_file(place: PathLike) -> BinaryIO:
+    """Opens a file to read from, at any position."""
+    with reaching(place):
+        return file_system(place).open(os.fspath(place)) if is_remote(place) else open(place, "rb")
+
+
+def read_bytes(place: PathLike) -> bytes:
+    """Returns the content of a file; raises FileNotFoundError if it is not there."""
+    if not is_remote(place):
+        with open(place, "rb") as file:
+            return file.read()
+    with reaching(place, "read"):
+        return file_system(place).cat_file(os.fspath(place))
+
+
+def make_folder(folder: PathLike) -> None:
+    """Makes a folder; in a bucket, which has none, makes sure that one may write there.
+
+    Raises:
+        FileError: it cannot be made.
+        ConfigError, BucketError: as `reaching`, and if there is no such bucket.
+    """
+    if is_remote(folder):
+        probe = os.path.join(folder, f".writable-{secrets.token_hex(4)}")
+        write_atomically(probe, b"")
+        with contextlib.suppress(ConfigError):  # Some accounts may write, but not remove.
+            remove(probe)
+        return
+    try:
+        path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot make the folder {os.fspath(folder)}: {error}") from error
+
+
+def remove(place: PathLike) -> None:
+    """Removes a file, if it is there."""
+    with reaching(place, "remove"):
+        path(place).unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------- writing whole
+
+
+@contextlib.contextmanager
+def atomic_path(place: PathLike) -> Iterator[pathlib.Path]:
+    """A temporary path to write to, beside `place`; it becomes `place` when the block ends well.
 
     So a file is at every moment absent, the old one or the new one, also after a power cut. A
     process that is killed leaves the temporary file, see `remove_partial`. It needs no more of the
-    file system than to make, rename and remove files.
+    file system than to make, rename and remove files. Of a file in a bucket, the temporary one is
+    on this machine.
 
     Raises:
         FileError: the folder is missing or cannot be written, or the disk is full.
+        ConfigError, BucketError: as `reaching`.
     """
-    path = pathlib.Path(path)
-    temporary = _partial(path)
+    if is_remote(place):
+        with tempfile.TemporaryDirectory(prefix="detailflow-") as folder:
+            temporary = pathlib.Path(folder) / "file"
+            temporary.touch()
+            yield temporary
+            with _uploading(place):
+                file_system(place).put_file(os.fspath(temporary), os.fspath(place))
+        return
+    target = pathlib.Path(place).expanduser()
+    temporary = _partial(target)
     try:
         temporary.open("xb").close()
         mode = temporary.stat().st_mode
@@ -40,85 +250,108 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             with contextlib.suppress(OSError):
                 temporary.chmod(mode)
         sync(temporary)
-        replace(temporary, path)
-        sync(path.parent)
+        replace(temporary, target)
+        sync(target.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, UserError):
-            raise FileError(f"cannot write {path}: {error}") from error
+            raise FileError(f"cannot write {target}: {error}") from error
         raise
 
 
-def replace(new: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Renames `new` to `path`, over an existing file, which some mounts allow only once removed."""
+@contextlib.contextmanager
+def _uploading(place: PathLike) -> Iterator[None]:
     try:
-        os.replace(new, path)
+        with reaching(place, "write"):
+            yield
+    except FileNotFoundError as error:
+        raise ConfigError(f"cannot write {os.fspath(place)}: there is no such bucket") from error
+
+
+def replace(new: PathLike, target: PathLike) -> None:
+    """Renames `new` to `target`, over a file, which some mounts allow only once it is removed."""
+    try:
+        os.replace(new, target)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED or not pathlib.Path(path).is_file():
+        if error.errno not in _UNSUPPORTED or not pathlib.Path(target).is_file():
             raise
-        os.unlink(path)
-        os.rename(new, path)
+        os.unlink(target)
+        os.rename(new, target)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """As `atomic_path`, an empty folder to fill; a folder that is at `path` is replaced whole."""
-    path = pathlib.Path(path)
-    new, old = _partial(path), _partial(path)
+def atomic_folder(place: PathLike) -> Iterator[pathlib.Path]:
+    """As `atomic_path`, an empty local folder to fill; one that is at `place` is replaced whole."""
+    target = local_path(place, "folder")
+    new, old = _partial(target), _partial(target)
     made = [new]
     try:
         new.mkdir()
         yield new
         for inside in (*new.rglob("*"), new):
             sync(inside)
-        if replaced := path.exists():
-            os.replace(path, old)
+        if replaced := target.exists():
+            os.replace(target, old)
         try:
-            os.replace(new, path)
+            os.replace(new, target)
         except OSError:
             if replaced:
-                os.replace(old, path)
+                os.replace(old, target)
             raise
         made.append(old)  # Not before: until then it may be the only copy.
-        sync(path.parent)
+        sync(target.parent)
     except OSError as error:
         if isinstance(error, UserError):
             raise
-        raise FileError(f"cannot write {path}: {error}") from error
+        raise FileError(f"cannot write {target}: {error}") from error
     finally:
         for left in made:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _partial(path: pathlib.Path) -> pathlib.Path:
-    """A name beside `path` that is not taken."""
-    return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+def _partial(target: pathlib.Path) -> pathlib.Path:
+    """A name beside `target` that is not taken."""
+    return target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_file(place: PathLike) -> Iterator[BinaryIO]:
     """As `atomic_path`, an open file to write to and read from."""
-    with atomic_path(path) as temporary, temporary.open("w+b") as file:
+    with atomic_path(place) as temporary, temporary.open("w+b") as file:
         yield file
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+def write_atomically(place: PathLike, content: bytes) -> None:
     """Writes a file as `atomic_path` does, for what fits into memory."""
-    with atomic_file(path) as file:
-        file.write(content)
+    write_all({place: content})
 
 
-def remove_partial(folder: str | os.PathLike, name: str = "*") -> None:
+def write_all(contents: Mapping[PathLike, bytes]) -> None:
+    """Writes several files, each atomically; those of one bucket all at once."""
+    for place, content in contents.items():
+        if not is_remote(place):
+            with atomic_file(place) as file:
+                file.write(content)
+    remote = {os.fspath(x): content for x, content in contents.items() if is_remote(x)}
+    if remote:
+        first = next(iter(remote))
+        with _uploading(first):
+            file_system(first).pipe(remote)
+
+
+def remove_partial(folder: PathLike, name: str = "*") -> None:
     """Removes the temporary files that killed processes left of files `name`, a glob pattern."""
+    if is_remote(folder):
+        return  # What was not uploaded whole is not there.
     for left in pathlib.Path(folder).glob(f".{name}.partial-*"):
         left.unlink(missing_ok=True)
 
 
-def sync(path: str | os.PathLike) -> None:
+def sync(place: PathLike) -> None:
     """Makes a file, or the names in a folder, safe on the disk if the file system can do that."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(place, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -126,32 +359,3 @@ def sync(path: str | os.PathLike) -> None:
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-
-
-@contextlib.contextmanager
-def hold_workdir(workdir: str | os.PathLike) -> Iterator[None]:
-    """Locks a workdir against other processes; makes it if it is missing.
-
-    The lock ends with the process, however that ends.
-
-    Raises:
-        ConfigError: another process holds it, or it cannot be made.
-    """
-    path = pathlib.Path(workdir) / ".lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise ConfigError(f"cannot write to the workdir {workdir}: {error}") from error
-    with file:
-        try:
-            # A POSIX lock: unlike flock's, it is not inherited by the data workers.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ConfigError(
-                    f"another process is at work in {workdir}: stop it, or take another workdir"
-                ) from error
-            # Some network file systems have no locks.
-            logging.warning("%s cannot be locked: %s", workdir, error)
-        yield

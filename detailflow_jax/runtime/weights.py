@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from detailflow_jax.runtime import files
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 
@@ -160,7 +161,7 @@ def fields_of(names: Sequence[str]) -> list[str]:
 
 def folder() -> pathlib.Path:
     """Where published weights are expected."""
-    return pathlib.Path(os.environ.get(VARIABLE) or DEFAULT_FOLDER).expanduser()
+    return files.local_path(os.environ.get(VARIABLE) or DEFAULT_FOLDER, VARIABLE)
 
 
 def expected(name: str) -> pathlib.Path:
@@ -182,7 +183,7 @@ def locate(
     Raises:
       WeightsError: it is not.
     """
-    file = pathlib.Path(path).expanduser() if path else expected(name)
+    file = files.local_path(path, field) if path else expected(name)
     if file.is_file():
         return file
     weights = WEIGHTS[name]

@@ -422,7 +422,7 @@ def test_stopped_from_the_keyboard_it_says_how_to_go_on(unfinished, monkeypatch,
 
 def test_a_preparation_at_work_and_a_strange_folder_are_left_alone(tmp_path, capsys):
     write_tars(tmp_path, training_files(), validation_files())
-    program = "import sys; from detailflow_jax.runtime.files import hold_workdir\n"
+    program = "import sys; from detailflow_jax.runtime.workdir import hold_workdir\n"
     program += "with hold_workdir(sys.argv[1]): print(flush=True); input()"
     command = [sys.executable, "-c", program, str(tmp_path / "imagenet2012")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

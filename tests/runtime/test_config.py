@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from detailflow_jax.runtime import config as config_lib
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.workdir import hold_workdir
 
 FILE = """
 from ml_collections import ConfigDict
@@ -234,7 +235,7 @@ def test_unusable_workdir_is_an_error_with_its_name(spec, tmp_path):
         config_lib.write_config(config_lib.load_config(spec), file / "run")
     with (
         pytest.raises(ConfigError, match="cannot write to the workdir"),
-        files.hold_workdir(file / "run"),
+        hold_workdir(file / "run"),
     ):
         pass
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
@@ -245,7 +246,7 @@ def test_unusable_workdir_is_an_error_with_its_name(spec, tmp_path):
 
 
 def test_workdir_is_for_one_process_at_a_time(tmp_path):
-    with files.hold_workdir(tmp_path / "run"):
+    with hold_workdir(tmp_path / "run"):
         pass
     hold = f"import fcntl; f = open({str(tmp_path / 'run' / '.lock')!r}, 'w'); "
     hold += "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
@@ -254,11 +255,11 @@ def test_workdir_is_for_one_process_at_a_time(tmp_path):
         assert other.stdout.readline() == b"held\n"
         with (
             pytest.raises(ConfigError, match=f"another process is at work in {tmp_path}"),
-            files.hold_workdir(tmp_path / "run"),
+            hold_workdir(tmp_path / "run"),
         ):
             pass
         other.kill()
-    with files.hold_workdir(tmp_path / "run"):
+    with hold_workdir(tmp_path / "run"):
         pass
 
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 import toy_task
-from detailflow_jax.runtime import files
+from detailflow_jax.runtime import files, workdir
 from detailflow_jax.runtime.errors import FileError
 
 
@@ -72,8 +72,8 @@ def test_new_files_have_the_permissions_of_the_user(tmp_path):
 
 
 def test_a_workdir_without_locks_can_be_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.fcntl, "lockf", unable(errno.ENOLCK))
-    with files.hold_workdir(tmp_path / "run"):
+    monkeypatch.setattr(workdir.fcntl, "lockf", unable(errno.ENOLCK))
+    with workdir.hold_workdir(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
 
 
@@ -90,7 +90,7 @@ def test_a_whole_run_on_a_mount_that_can_do_little(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, unable(errno.EPERM))
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, careful)
-    monkeypatch.setattr(files.fcntl, "lockf", unable(errno.ENOTSUP))
+    monkeypatch.setattr(workdir.fcntl, "lockf", unable(errno.ENOTSUP))
     config = toy_task.get_config()
     config.update(total_steps=4, checkpoint_every=2, tensorboard=False)
     toy_task.run(config, tmp_path / "run")

@@ -1,0 +1,158 @@
+"""Files in a bucket, and who holds a workdir there; against a server that speaks its protocol."""
+
+import json
+import os
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import bucket_server
+import children
+import toy_task
+from detailflow_jax.runtime import files, workdir
+from detailflow_jax.runtime.checkpoint import restore_params
+from detailflow_jax.runtime.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with bucket_server.serve(proxy=True) as found, bucket_server.environment(found.variables):
+        files._connect.cache_clear()
+        yield found
+    files._connect.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def without_faults(bucket):
+    yield
+    bucket.proxy.fault, bucket.proxy.delay = lambda method, path: None, 0.0
+
+
+@pytest.mark.parametrize("name", ["file", "a b/ä ö/файл #1?.json"])
+def test_a_file_is_written_read_and_removed(bucket, name):
+    place = bucket.path(name)
+    assert not files.exists(place)
+    files.write_atomically(place, b"content")
+    assert bucket.read(name) == b"content"
+    assert files.exists(place) and files.size(place) == 7
+    assert files.read_bytes(place) == b"content"
+    with files.open_file(place) as file:
+        file.seek(3)
+        assert file.read() == b"tent"
+    files.remove(place)
+    files.remove(place)
+    assert not files.exists(place)
+
+
+def test_large_files_and_listings(bucket):
+    with files.atomic_path(bucket.path("folder/large")) as temporary:
+        temporary.write_bytes(bytes(6 << 20))
+    with pytest.raises(KeyError), files.atomic_file(bucket.path("folder/failed")) as file:
+        file.write(b"half")
+        raise KeyError
+    assert files.sizes(bucket.path("folder")) == {"large": 6 << 20}
+    assert files.names(bucket.path("folder/")) == ["large"]
+    assert files.is_dir(bucket.path("folder")) and not files.is_dir(bucket.path("none"))
+
+
+@pytest.mark.parametrize("fault", [503, bucket_server.CUT])
+def test_a_passing_fault_is_tried_again(bucket, fault):
+    faults = [fault]
+    bucket.proxy.fault = lambda method, path: faults.pop() if faults else None
+    files.write_atomically(bucket.path("again"), bytes(1 << 20))
+    assert not faults and len(bucket.read("again")) == 1 << 20
+
+
+def test_a_bucket_that_refuses_or_is_missing_is_the_users_to_mend(bucket):
+    with pytest.raises(ConfigError, match="there is no such bucket"):
+        files.make_folder("gs://no-such-bucket/run")
+    bucket.proxy.fault = lambda method, path: 403
+    with pytest.raises(ConfigError, match="may it read and write there"):
+        files.make_folder(bucket.path("run"))
+
+
+@pytest.mark.parametrize("place", ["", "gs:/bucket/run", "gs://", "http://host/run"])
+def test_what_is_no_path_is_refused(place):
+    with pytest.raises(ConfigError, match="expected a local path"):
+        files.path(place)
+
+
+def test_local_paths():
+    assert files.path("~/run/") == files.path(os.path.expanduser("~/run"))
+    with pytest.raises(ConfigError, match="--out=gs://b/x: expected a path on this machine"):
+        files.local_path("gs://b/x", "--out")
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    for name, seconds in {"DEAD_AFTER": 1.0, "RENEW": 0.1, "_SETTLE": 0.1}.items():
+        monkeypatch.setattr(workdir, name, seconds)
+
+
+def test_a_workdir_in_a_bucket_is_held_by_one(bucket, hasty):
+    place = bucket.path("runs/ä b")
+    with workdir.open_workdir(place) as held:
+        (held.folder / "log.txt").write_text("one\n")
+        held.upload()
+        assert bucket.read("runs/ä b/log.txt") == b"one\n"
+        with (
+            pytest.raises(ConfigError, match="another process is at work in gs://"),
+            workdir.open_workdir(place),
+        ):
+            pass
+        with (held.folder / "log.txt").open("a") as file:
+            file.write("two\n")
+    assert bucket.names("runs/ä b/") == ["runs/ä b/log.txt"]
+    with workdir.open_workdir(place) as held:
+        assert (held.folder / "log.txt").read_text() == "one\ntwo\n"
+
+
+def test_the_mark_of_a_dead_holder_is_taken_over(bucket, hasty):
+    other = {"token": "x", "host": "elsewhere", "pid": 3, "renewed": 0}
+    bucket.write("dead/.lock", json.dumps(other).encode())
+    with workdir.open_workdir(bucket.path("dead")) as held:
+        held.upload()
+        bucket.write("dead/.lock", json.dumps(other | {"token": "y"}).encode())
+        for _ in range(100):
+            try:
+                held.upload()
+            except ConfigError:
+                break
+            held._leave.wait(0.05)
+        with pytest.raises(ConfigError, match="process 3 on elsewhere"):
+            held.upload()
+    assert json.loads(bucket.read("dead/.lock"))["token"] == "y"
+
+
+@pytest.mark.full
+def test_a_run_in_a_bucket_is_killed_and_ends_with_the_bits_of_a_local_one(bucket, tmp_path):
+    config = toy_task.get_config()
+    toy_task.run(config, str(tmp_path / "run"))
+    program = toy_task.__file__
+    options = [program, f"--config={program}", f"--workdir={bucket.path('killed/')}"]
+    options.append("--config.delay=0.1")
+    child = children.start(sys.executable, *options, **bucket.variables)
+    saved = "killed/checkpoints/6/commit_success.txt"
+    for _ in range(1200):
+        if saved in bucket.names("killed/checkpoints/6/"):
+            break
+        time.sleep(0.05)
+    child.kill()
+    assert saved in bucket.names("killed/checkpoints/6/"), child.communicate()[0]
+    child.communicate()
+    printed = children.run(*options, **bucket.variables, GRPC_VERBOSITY="ERROR")
+    assert "resuming after step" in printed
+    states = [
+        jax.tree.leaves(restore_params(place))
+        for place in (tmp_path / "run", bucket.path("killed"))
+    ]
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_array_equal(a, b)
+    lines = [json.loads(x) for x in bucket.read("killed/metrics.jsonl").splitlines()]
+    local = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["loss"]) for x in lines] == [(x["step"], x["loss"]) for x in local]
+    assert "killed/log.txt" in bucket.names("killed/") and "killed/.lock" not in bucket.names()
+    assert not [name for name in os.listdir() if name.startswith("gs:")]
