@@ -101,6 +101,8 @@ def write_outputs(
 ) -> None:
     """Writes the pictures and samples.npz, each atomically."""
     folder = files.path(out)
+    for name in ("", "images") if single else ("",):
+        files.make_folder(folder / name)
     scale = max(1, 64 // images.shape[1])
     pictures.save_png(folder / "grid.png", pictures.grid(images, columns=columns, scale=scale))
     if progressive:
@@ -172,9 +174,7 @@ def generate(args: argparse.Namespace) -> Images:
     """
     if args.per_class < 1 or args.batch_size < 1:
         raise InputError("--per_class and --batch_size must be at least 1")
-    if jax.process_index() == 0:  # What cannot be written shows now, not after the sampling.
-        for folder in ("", "images") if args.single else ("",):
-            files.make_folder(files.path(args.out) / folder)
+    files.path(args.out)  # An address that cannot be written to shows before the sampling.
     kind = "flowar" if args.flowar else "generator"
     labels = np.repeat(labels_of(args.labels, getattr(args, kind)), args.per_class)
     counts = sorted(set(parse_counts(args.num_tokens))) if kind == "generator" else []
