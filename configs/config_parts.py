@@ -96,7 +96,7 @@ def schedule(epochs: float) -> dict[str, Any]:
 
 
 def small(config: ConfigDict, options: ConfigDict, *, batch_size: int, steps: int) -> None:
-    """The run of a `small` variant, in place: so many steps for 1,000 images.
+    """The run of a `small` variant, in place: `steps` for 1,000 images.
 
     More images need more steps, but not as many more: with the square root of their number.
     """

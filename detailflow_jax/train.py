@@ -160,16 +160,7 @@ def train(
         log_start(config, mesh, state)
         if lengths:
             logging.info("%s", lengths)
-        if 0 < (count := getattr(iterator, "num_examples", 0)) < config.batch_size:
-            logging.warning(
-                "a batch of %d is larger than the data set of %d: each of its images is in every "
-                "batch; lower --config.batch_size",
-                config.batch_size,
-                count,
-            )
-        if names:
-            logging.info("classes: %s", shown(names))
-            logging.debug("all classes: %s", shown(names, len(names)))
+        _log_data(names, getattr(iterator, "num_examples", 0), config.batch_size)
         if step:
             logging.info("resuming after step %d of %d", step, config.total_steps)
         if step >= config.total_steps:
@@ -208,6 +199,19 @@ def train(
             logging.warning("unreadable images were skipped %d times, named above", skipped)
         _say_try_out(config)
     return state
+
+
+def _log_data(class_names: Sequence[str], num_examples: int, batch_size: int) -> None:
+    if 0 < num_examples < batch_size:
+        logging.warning(
+            "a batch of %d is larger than the data set of %d: each of its images is in every "
+            "batch; lower --config.batch_size",
+            batch_size,
+            num_examples,
+        )
+    if class_names:
+        logging.info("classes: %s", shown(class_names))
+        logging.debug("all classes: %s", shown(class_names, len(class_names)))
 
 
 def _say_try_out(config: ConfigDict) -> None:

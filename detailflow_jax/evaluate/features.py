@@ -94,7 +94,7 @@ def principal_components(images: np.ndarray, most: int = 64) -> FeatureNetwork:
 
     Args:
       images: uint8 [N, R, R, 3].
-      most: components, if there are so many images.
+      most: components; fewer if there are not more images than that.
     """
     rows = np.asarray(_few_pixels(images), np.float64)
     mean = rows.mean(axis=0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from detailflow_jax.convert import load
@@ -191,11 +191,7 @@ class Scorer:
 
     def _placed(self, found: Loaded) -> tuple[Any, Any]:
         """The network, and its parameters on every device."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        params = jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, everywhere, x.__getitem__),
-            jax.tree.map(np.asarray, found.params),
-        )
+        params = sharding.on_every_device(found.params, self.mesh)
         return NETWORKS[found.kind].module(found.config), params
 
     def _images(self, function: Callable, *rows: np.ndarray) -> np.ndarray:

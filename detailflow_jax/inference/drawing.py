@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
@@ -54,7 +54,7 @@ def make_drawer(
     path = path or source.read_manifest(folder).get("network", "")
     found, reason = _decoder(network, path, encoded_by)
     # Processes draw together or not at all.
-    everywhere = sharding.gather_processes(np.array([found is not None])).all()
+    everywhere = sharding.in_all_processes(found is not None)
     if found is None or not everywhere:
         logging.warning(
             "no pictures of samples: %s; --config.score.decoder names the %s that makes images "
@@ -95,12 +95,8 @@ class Drawer:
         # Jitted as a whole: the keys of all processes' samples are made on the devices.
         self._sample = jax.jit(guidance, static_argnames="seed")
         self._network: Any = NETWORKS[decoder.kind].module(decoder.config)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self._params = {
-            part: jax.tree.map(lambda x: _placed(np.asarray(x), everywhere), params)
-            for part, params in decoder.params.items()
-            if part != "encoder"
-        }
+        parts = {part: x for part, x in decoder.params.items() if part != "encoder"}
+        self._params = sharding.on_every_device(parts, mesh)
 
     def __call__(self, state: TrainState) -> Mapping[str, UInt8[np.ndarray, "_ _ 3"]]:
         """The picture of a state: four samples of each of up to eight classes, one per column.
@@ -125,7 +121,3 @@ class Drawer:
         )
         columns = len(self._captions)
         return {"samples": pictures.grid(images, columns, column_captions=self._captions)}
-
-
-def _placed(array: np.ndarray, where: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, where, array.__getitem__)

@@ -174,6 +174,17 @@ def create_sharded(init: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Me
     return jax.jit(lambda key: _unboxed(init(key)), out_shardings=shardings)(key)
 
 
+def on_every_device(params: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays of this host, the same in every process, whole on every device of the mesh."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(x: Any) -> jax.Array:
+        array = np.asarray(x)
+        return jax.make_array_from_callback(array.shape, everywhere, array.__getitem__)
+
+    return jax.tree.map(place, params)
+
+
 def left_whole(state: PyTree, above: int = 2**20) -> dict[str, int]:
     """{name: bytes} of arrays above `above` bytes that fsdp leaves whole on every device.
 
