@@ -26,8 +26,8 @@ import functools
 import os
 import re
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -119,8 +119,7 @@ def train(
     """
     started = time.perf_counter()
     workdir = os.fspath(files.path(workdir))
-    with contextlib.ExitStack() as stack:
-        start_up = stack.enter_context(contextlib.ExitStack())
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as start_up:
         start_up.enter_context(reading_once())  # The weights of other networks.
         stack.enter_context(memory.explained(config))
         lengths = ""
@@ -133,11 +132,7 @@ def train(
         stack.enter_context(run_log(held.folder))
         stop = stack.enter_context(StopRequest())
         watchdog = stack.enter_context(Watchdog(config.stall_seconds))
-        mesh = sharding.make_mesh(config.mesh)
-        for size in _batch_sizes(config):
-            sharding.check_batch_size(size, mesh)
-        sharding.sync_processes("started")
-        stack.enter_context(sharding.use(mesh))
+        mesh = stack.enter_context(_devices(config))
         task, iterator = _task_and_data(config, task, iterator, mesh)
         feed = stack.enter_context(Feed(iterator, mesh))
         names = tuple(getattr(iterator, "class_names", ()))
@@ -146,40 +141,25 @@ def train(
 
         # ------------------------------------------------- state: the newest checkpoint's or new
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
-        key = jax.random.key(config.seed)
-        abstract_state = sharding.abstract_state(task.init, key, mesh)
-        restored = checkpoints.restore(_to_save(abstract_state))
-        if restored:
-            step, clock = restored.step, restored.clock
-            frozen = sharding.create_sharded(lambda key: task.init(key).frozen, key, mesh)
-            state = restored.state.replace(frozen=frozen)
-            feed.set_state(restored.data, clock["skipped"])
-        else:
-            step, clock = 0, {"seconds": 0.0, "averages": {}}
-            state = sharding.create_sharded(task.init, key, mesh)
-        log_start(config, mesh, state)
-        if lengths:
-            logging.info("%s", lengths)
-        _log_data(names, getattr(iterator, "num_examples", 0), config.batch_size)
-        if step:
-            logging.info("resuming after step %d of %d", step, config.total_steps)
-        if step >= config.total_steps:
-            logging.info("this run is finished: nothing is left to do in %s", workdir)
-            _say_try_out(config)
-            return state
-        state = load_into(config, state, task.frozen, fresh=restored is None)
+        begun = _restore_or_create(task, config.seed, mesh, checkpoints, feed)
+        log_start(config, mesh, begun.state)
+        _log_data(lengths, names, getattr(iterator, "num_examples", 0), config.batch_size)
+        if _is_finished(config, begun.step, workdir):
+            return begun.state
+        state = load_into(config, begun.state, task.frozen, fresh=begun.step == 0)
         task.check(feed.peek())  # Data of other shapes than the network's.
 
         # -------------------------------------------------------------------------------- steps
-        writer = MetricWriter(held.folder, tensorboard=config.tensorboard, step=step)
-        progress = Progress(config.total_steps, step, config.batch_size, clock["seconds"])
+        writer = MetricWriter(held.folder, tensorboard=config.tensorboard, step=begun.step)
+        spent = begun.clock["seconds"]
+        progress = Progress(config.total_steps, begun.step, config.batch_size, spent)
         run = Run(
             config=config,
             feed=feed,
             checkpoints=checkpoints,
             workdir=held,
             writer=stack.enter_context(writer),
-            averages=Averages(clock["averages"]),
+            averages=Averages(begun.clock["averages"]),
             progress=stack.enter_context(progress),
             stop=stop,
             watchdog=watchdog,
@@ -189,19 +169,52 @@ def train(
             record=functools.partial(write_config, config, workdir, names, encoded_by),
         )
         start_up.close()
-        train_step = sharding.jit_step(task.train_step, abstract_state)
+        train_step = sharding.jit_step(task.train_step, state)
         try:
-            state = run_steps(run, task, train_step, state, step)
+            state = run_steps(run, task, train_step, state, begun.step)
         except Diverged as error:
             raise Diverged(f"{error}; {checkpoints.last_good()}") from error
-        logging.info("finished %d steps in %.0f s", config.total_steps, progress.seconds)
-        if skipped := feed.skipped:
-            logging.warning("unreadable images were skipped %d times, named above", skipped)
-        _say_try_out(config)
+        _log_end(config, progress.seconds, feed.skipped)
     return state
 
 
-def _log_data(class_names: Sequence[str], num_examples: int, batch_size: int) -> None:
+class _Begun(NamedTuple):
+    """Where a run begins: the state after `step` updates, and the clock of its checkpoint."""
+
+    step: int
+    state: TrainState
+    clock: Mapping[str, Any]
+
+
+def _restore_or_create(
+    task: Task, seed: int, mesh: Mesh, checkpoints: Checkpoints, feed: Feed
+) -> _Begun:
+    """Restores the newest checkpoint, with its place in the data; without one, starts at step 0."""
+    key = jax.random.key(seed)
+    abstract_state = sharding.abstract_state(task.init, key, mesh)
+    restored = checkpoints.restore(_to_save(abstract_state))
+    if restored is None:
+        state = sharding.create_sharded(task.init, key, mesh)
+        return _Begun(0, state, {"seconds": 0.0, "averages": {}})
+    frozen = sharding.create_sharded(lambda key: task.init(key).frozen, key, mesh)
+    feed.set_state(restored.data, restored.clock["skipped"])
+    return _Begun(restored.step, restored.state.replace(frozen=frozen), restored.clock)
+
+
+def _is_finished(config: ConfigDict, step: int, workdir: str) -> bool:
+    """Whether no step is left; the log says so, or where the run is resumed."""
+    if step:
+        logging.info("resuming after step %d of %d", step, config.total_steps)
+    finished = step >= config.total_steps
+    if finished:
+        logging.info("this run is finished: nothing is left to do in %s", workdir)
+        _say_try_out(config)
+    return finished
+
+
+def _log_data(lengths: str, class_names: Sequence[str], num_examples: int, batch_size: int) -> None:
+    if lengths:
+        logging.info("%s", lengths)
     if 0 < num_examples < batch_size:
         logging.warning(
             "a batch of %d is larger than the data set of %d: each of its images is in every "
@@ -212,6 +225,13 @@ def _log_data(class_names: Sequence[str], num_examples: int, batch_size: int) ->
     if class_names:
         logging.info("classes: %s", shown(class_names))
         logging.debug("all classes: %s", shown(class_names, len(class_names)))
+
+
+def _log_end(config: ConfigDict, seconds: float, skipped: int | None) -> None:
+    logging.info("finished %d steps in %.0f s", config.total_steps, seconds)
+    if skipped:
+        logging.warning("unreadable images were skipped %d times, named above", skipped)
+    _say_try_out(config)
 
 
 def _say_try_out(config: ConfigDict) -> None:
@@ -346,10 +366,17 @@ def check_run(config: ConfigDict, workdir: str) -> None:
     check_same(config, workdir)
 
 
-def _batch_sizes(config: ConfigDict) -> set[int]:
-    """Every number of images that a batch can have."""
+@contextlib.contextmanager
+def _devices(config: ConfigDict) -> Iterator[Mesh]:
+    """The mesh of a run, in use, which can split every batch; all processes begin together."""
+    mesh = sharding.make_mesh(config.mesh)
     sizes = batch_sizes(config.get("data", {}), config.batch_size, config.seed)
-    return {config.batch_size, *(sizes.images(x) for x in (sizes.possible if sizes else ()))}
+    other = [sizes.images(side) for side in sizes.possible] if sizes else []
+    for batch_size in (config.batch_size, *other):
+        sharding.check_batch_size(batch_size, mesh)
+    sharding.sync_processes("started")
+    with sharding.use(mesh):
+        yield mesh
 
 
 def _task_and_data(

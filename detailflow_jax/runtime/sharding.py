@@ -216,7 +216,7 @@ def jit_step(train_step: Callable, state: PyTree) -> Callable:
 
     Args:
         train_step: (state, batch, plan, variant=) -> (state, metrics).
-        state: `abstract_state`.
+        state: placed arrays, or `abstract_state`.
     """
     return jax.jit(
         train_step,
