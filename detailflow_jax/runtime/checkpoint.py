@@ -99,7 +99,6 @@ class Checkpoints:
         finite, checksums = _audit(_fields(state))
         if not finite:
             raise Diverged(f"the state holds NaN or Inf after step {step}")
-        checksums = {name: int(value) for name, value in checksums.items()}
         # Through JSON at once: the iterator goes on changing its state while this is written.
         data, clock = json.loads(json.dumps([data, clock | {"checksums": checksums}]))
         with self._writing():
@@ -167,7 +166,7 @@ class Checkpoints:
         if not sharding.in_all_processes(error is None):
             return None, error or ValueError("another process cannot read its part")
         for name, value in _audit(_fields(items.state))[1].items():
-            if int(value) != checksums.get(name):
+            if value != checksums.get(name):
                 return None, ValueError(f"the checksum of {name} is wrong")
         return Restored(step, items.state, items.data, items.clock), None
 
@@ -208,7 +207,7 @@ def save_params(workdir: str | os.PathLike, params: dict) -> None:
         params: nested dict of arrays; NaN or Inf are saved too.
     """
     state = {"params": params}
-    clock = {"checksums": {name: int(_checksum(tree, np)) for name, tree in state.items()}}
+    clock = {"checksums": {name: _checksum(tree) for name, tree in state.items()}}
     handler = ocp.CompositeCheckpointHandler(
         # Weights hardly compress, and trying takes as much memory again as they do.
         state=ocp.PyTreeCheckpointHandler(use_compression=False),
@@ -278,7 +277,7 @@ def _read_field(directory: epath.Path, names: tuple[str, ...]) -> dict:
     args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
     tree = handler.restore(directory / "state", args=args)[name]
     clock = json.loads((directory / "clock" / "metadata").read_text())
-    if int(_checksum(tree, np)) != clock["checksums"][name]:
+    if _checksum(tree) != clock["checksums"][name]:
         raise ValueError(f"the checksum of {name} is wrong")
     return tree
 
@@ -309,24 +308,40 @@ def _fields(state: PyTree) -> dict[str, PyTree]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
+def _audit(fields: dict[str, PyTree]) -> tuple[bool, dict[str, int]]:
+    """(whether every number is finite, {field: uint32 checksum}); the devices read the arrays.
+
+    A program for each shape of an array is small. One for all arrays would take as long to
+    compile as a training step.
+    """
+    found = {name: [_examine(x) for x in jax.tree.leaves(tree)] for name, tree in fields.items()}
+    found = jax.device_get(found)
+    finite = all(ok for arrays in found.values() for ok, _ in arrays)
+    return finite, {name: _combine([bits for _, bits in found[name]]) for name in found}
+
+
 @jax.jit
-def _audit(fields: dict[str, PyTree]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(whether every number is finite, {field: uint32 checksum}), on the devices, one pass."""
-    floats = [x for x in jax.tree.leaves(fields) if jnp.issubdtype(x.dtype, jnp.floating)]
-    finite = jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
-    return finite, {name: _checksum(tree, jnp) for name, tree in fields.items()}
+def _examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(whether all of an array is finite, uint32 sum of its bits)."""
+    return jnp.isfinite(x).all(), _sum_of_bits(x)
 
 
-def _checksum(tree: PyTree, xp: Any) -> Any:
+def _checksum(tree: PyTree) -> int:
     """uint32: sums of the arrays' bits, weighted by the arrays' order.
 
     Integer sums are exact in any order, so the placement of the arrays does not matter.
     """
-    leaves = jax.tree.leaves(tree)
-    bits = (leaf.view(f"uint{8 * leaf.dtype.itemsize}") for leaf in leaves)
-    sums = xp.stack([np.uint32(0), *(x.astype(np.uint32).sum(dtype=np.uint32) for x in bits)])
-    weights = 2 * xp.arange(len(sums), dtype=np.uint32) + 1  # Odd: no bit of a sum is lost.
-    return (sums * weights).sum(dtype=np.uint32)
+    return _combine([_sum_of_bits(x) for x in jax.tree.leaves(tree)])
+
+
+def _sum_of_bits(x: Any) -> Any:
+    return x.view(f"uint{8 * x.dtype.itemsize}").astype(np.uint32).sum(dtype=np.uint32)
+
+
+def _combine(sums: list) -> int:
+    sums = np.array([0, *sums], np.uint32)
+    weights = 2 * np.arange(len(sums), dtype=np.uint32) + 1  # Odd: no bit of a sum is lost.
+    return int((sums * weights).sum(dtype=np.uint32))
 
 
 def _reason(error: Exception) -> str:
