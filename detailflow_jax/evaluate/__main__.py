@@ -7,6 +7,8 @@
         --features pixels
     detailflow evaluate reconstruction --model runs/tok \\
         --reference tfds:imagenet2012:validation --num_tokens 16,64,128 --noise_groups 0,4
+    detailflow evaluate reconstruction --model runs/tok --reference folder:photos \\
+        --features pixels --without lpips
 
 Run the same command again to resume.
 """
@@ -63,7 +65,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "features that need no download",
             _add_generation,
         ),
-        ("reconstruction", "rFID, PSNR, SSIM and LPIPS of a tokenizer", _add_reconstruction),
+        (
+            "reconstruction",
+            "rFID, PSNR, SSIM and LPIPS of a tokenizer or VAE, or a distance like rFID of features "
+            "that need no download",
+            _add_reconstruction,
+        ),
     ):
         command = commands.add_parser(
             name,
@@ -138,7 +145,16 @@ def _add_reconstruction(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the noise")
     lpips = "LPIPS in one file, or VGG16 and vgg.pth; default as above"
     add("--lpips", nargs="+", metavar="FILE", help=lpips)
-    add("--without", nargs="+", default=[], choices=("rfid", "lpips"), help="metrics to leave out")
+    add(
+        "--features",
+        default="inception",
+        choices=FEATURES,
+        help="what reconstructions and originals are compared by: inception gives rFID; encoder, "
+        "of the model itself, and pixels, after a principal component analysis, need no download "
+        "and give a figure with a name of its own",
+    )
+    without = "metrics to leave out; rfid is the distance of --features, whichever they are"
+    add("--without", nargs="+", default=[], choices=("rfid", "lpips"), help=without)
 
 
 def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list]:
@@ -227,19 +243,18 @@ def load_sampler(args: argparse.Namespace, decoder: Any) -> Sampler:
 def run_reconstruction(args: argparse.Namespace) -> dict[str, Any]:
     """Scores reconstructions; returns what results.json holds."""
     perceptual = None if "lpips" in args.without else load_perceptual(args.lpips)
-    extractor = None
-    if "rfid" not in args.without:
+    wanted, extractor = "rfid" not in args.without, None
+    if wanted and args.features == "inception":  # Before the model, since its file may be missing.
         extractor = load_extractor(args.inception, args.batch_size)
     load = {"tokenizer": api.load_tokenizer, "vae": api.load_vae}[args.kind]
-    reconstructor = Reconstructor(
-        load(args.model, weights=args.weights),
-        extractor.mesh if extractor else features.local_mesh(),
-        args.batch_size,
-        args.seed,
-        args.noise_top,
-        args.image_size,
-    )
+    model = load(args.model, weights=args.weights)
+    mesh, noise = features.local_mesh(), (args.seed, args.noise_top)
+    reconstructor = Reconstructor(model, mesh, args.batch_size, *noise, args.image_size)
     images = references.open_images(args.reference, reconstructor.image_size, args.data_dir)
+    if wanted and args.features == "encoder":
+        extractor = encoder_extractor(model, args.batch_size)
+    elif wanted and args.features == "pixels":
+        extractor = pixel_extractor(images, args.batch_size)
     rows = reconstruction.evaluate(
         reconstructor,
         images,

@@ -16,8 +16,7 @@ from detailflow_jax.runtime import weights
 
 FEATURES = ("inception", "encoder", "pixels")
 """What images may be compared by: Inception gives FID, the others figures of their own."""
-# Of the scores of reconstructions only rFID needs it.
-_WITHOUT = "--features pixels or --features encoder, of reconstructions --without rfid"
+_WITHOUT = "--features pixels or --features encoder"
 _MOST, _BLOCK = 2048, 8  # Images that a principal component analysis takes, and together.
 
 

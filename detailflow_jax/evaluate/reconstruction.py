@@ -67,14 +67,14 @@ def evaluate(
       counts: token counts; default all tokens. A VAE has none.
       groups: which groups to perturb, for the self-correction test.
       num_images: only the first ones.
-      extractor: for rFID; None leaves it out.
+      extractor: for rFID, or a distance of other features; None leaves it out.
       perceptual: LPIPS; None leaves it out.
 
     Returns:
       one row per kind of reconstruction of `Reconstructor`: `name`, `images` (as many as can be
-      read), means of `psnr`
-      (dB, peak 1 on [0, 1]), `ssim` (data range 1), `ssim_range_2` (the constants of published
-      tokenizer tables), and `rfid` and `lpips` where asked for.
+      read), means of `psnr` (dB, peak 1 on [0, 1]), `ssim` (data range 1), `ssim_range_2` (the
+      constants of published tokenizer tables), and where asked for `lpips` and `rfid`, which with
+      features of another network is called after them, such as `fd_pixels`.
 
     Raises:
       EvaluationError: images of another size, too few, or NaN from the model; token counts or
@@ -108,11 +108,12 @@ def evaluate(
     total -= len(unreadable_in(folder.path))
     metrics = ["psnr", "ssim", "ssim_range_2", *(["lpips"] if perceptual else [])]
     originals = gaussian(folder.parts("originals", "pool")) if extractor else None
+    distance = f"fd_{extractor.name}" if extractor and extractor.name else "rfid"
     rows = []
     for name in names:
         row: dict[str, Any] = {"name": name, "images": total}
         if originals:
-            row["rfid"] = frechet_distance(*originals, *gaussian(folder.parts(name, "pool")))
+            row[distance] = frechet_distance(*originals, *gaussian(folder.parts(name, "pool")))
         for metric in metrics:
             row[metric] = float(np.mean(folder.read(name, metric), dtype=np.float64))
         rows.append(row)

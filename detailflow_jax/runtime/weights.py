@@ -145,7 +145,7 @@ RECIPES = {
         ),
     ),
     "evaluate": (
-        Need("inception", "FID and the scores beside it", "--inception", "--without rfid"),
+        Need("inception", "FID and the scores beside it", "--inception", "--features pixels"),
         Need("vgg16", "LPIPS", "--lpips", "--without lpips"),
         Need("lpips", "LPIPS", "--lpips", "--without lpips"),
     ),

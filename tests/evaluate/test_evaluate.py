@@ -594,6 +594,19 @@ def test_features_without_a_download_have_names_of_their_own(tmp_path, saved, ca
     assert "statistics" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("kind", "name"), [("pixels", "fd_pixels"), ("encoder", "fd_tokenizer")])
+def test_reconstructions_by_features_without_a_download(tmp_path, saved, capsys, kind, name):
+    model = ["--model", saved / "tok/model.safetensors", "--without", "lpips", "--batch_size", "8"]
+    reference = ["--reference", saved / "reference.npz", "--num_tokens", "2,8"]
+    argv = ["reconstruction", *model, *reference, "--features", kind, "--out", tmp_path]
+    assert command.main(list(map(str, argv))) == 0
+    assert name in capsys.readouterr().out
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    columns = ["name", "images", name, "psnr", "ssim", "ssim_range_2"]
+    assert [list(row) for row in rows] == [columns] * 2
+    assert all(np.isfinite(row[name]) and row[name] > 0 for row in rows)
+
+
 def test_a_sweep_by_features_without_a_download(tmp_path, saved, capsys):
     models = ["--model", saved / "gen/model.safetensors", "--decoder", saved / "tok"]
     models = [*models[:3], saved / "tok/model.safetensors", "--reference", saved / "reference.npz"]

@@ -95,7 +95,7 @@ def test_the_usual_place_without_the_variable(monkeypatch):
 
 
 def test_evaluation_reads_the_usual_places(folder, monkeypatch):
-    with pytest.raises(WeightsError, match=r"--inception.*--without rfid"):
+    with pytest.raises(WeightsError, match=r"--inception.*--features pixels"):
         networks.load_extractor(None, 8)
     with pytest.raises(WeightsError, match=r"vgg16-397923af\.pth.*--lpips.*--without lpips"):
         networks.load_perceptual(None)
