@@ -23,9 +23,13 @@ _MODEL_KEYS = ("model", "module", "state_dict")
 _AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])|EMA|shadow|averag|(?<![a-z])swa(?![a-z])")
 _DISCRIMINATOR = re.compile(r"disc(riminator)?s?$")
 _COUNTERS = {"n_averaged", "num_updates", "decay", "initted", "step"}  # beside an average
-# What torch.compile, FSDP and activation checkpointing put into names, and what
-# DistributedDataParallel and DeepSpeed put before them.
-_WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
+# What torch.compile, FSDP, checkpointing and adapters put into names, such as "_orig_mod",
+# "_fsdp_wrapped_module" and "base_layer", and what DistributedDataParallel and DeepSpeed put before
+# them.
+_WRAPPERS = (
+    "_(?![a-z_]*(?:ema|swa|averag))[a-z_]*mod(?:ule)?|"
+    "(?:orig|original|wrapped|inner|base)_(?:mod|module|layer)"
+)
 _WRAPPER = re.compile(rf"(?<![^.])(?:{_WRAPPERS})\.")
 _ANY_WRAPPER = re.compile(rf"(?<![^.])(?:{_WRAPPERS}|module)\.")
 _FRONT = re.compile(r"^(?:module\.)+")

@@ -87,8 +87,9 @@ def items_of(value: Any) -> list[tuple[Any, Any]] | None:
     if "_parameters" in parts:
         stores = [parts.get(name) for name in ("_parameters", "_buffers", "_modules")]
         return [item for store in stores for item in items_of(store) or ()]
-    if isinstance(parts.get("_content"), dict):  # of OmegaConf
-        parts = parts["_content"]
+    for inside in ("_content", "_fields"):  # of OmegaConf, of ml_collections
+        if isinstance(parts.get(inside), dict):
+            parts = parts[inside]
     plain = {
         k: x.parts["_val"] for k, x in parts.items() if isinstance(x, Inert) and "_val" in x.parts
     }
@@ -123,6 +124,15 @@ def _encoded(text: Any, *_: Any) -> Any:
     return text.encode("latin-1", "replace") if isinstance(text, str) else Inert("bytes")
 
 
+def _of_type(function: Any, _: Any, args: Any, state: Any = None, *__: Any) -> Any:
+    """A tensor of some class; of a DTensor the part of its process, if that is all of it."""
+    local = state.get("_local_tensor") if isinstance(state, dict) else None
+    # Its arguments are a class, a type and the whole shape.
+    if isinstance(local, TensorSpec) and len(args) > 2 and local.shape == args[2]:
+        return local
+    return function(*args)
+
+
 _DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name))
     for name in (
@@ -143,7 +153,11 @@ _KNOWN: dict[str, Any] = {
     **{f"torch._utils._rebuild_tensor{version}": tensor_spec for version in ("", "_v2", "_v3")},
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
-    "torch._tensor._rebuild_from_type_v2": lambda function, kind, args, *_: function(*args),
+    # What was saved on a TPU or the like lies here as a tensor or array of the host.
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
+    "torch._utils._rebuild_device_tensor_from_numpy": _first,
+    "torch._utils._rebuild_xla_tensor": _first,
+    "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch.Size": _first,
     "collections.OrderedDict": _ordered_dict,
     "argparse.Namespace": lambda *_: Namespace(),

@@ -9,7 +9,6 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -26,8 +25,9 @@ _MAX_PIXELS = 178_956_970  # Pillow's own limit.
 _WANTED = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
 _PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_avif": None}  # Used if installed.
 _DRAFTED = ("JPEG", "MPO")  # What can be decoded at a fraction of its size.
-_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # Of PNG, and those of them with an orientation:
-_ORIENTED = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+_ORIENTED = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # Texts of PNG with an orientation.
+# Of JPEG: what follows this marker are pixels; APP0 to APP15 and comments lie beside them.
+_SCAN, _ADOBE, _BESIDE = 0xDA, 0xEE, (*range(0xE0, 0xF0), 0xFE)
 _TURNS = {  # EXIF orientation -> what makes the image upright.
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -110,24 +110,22 @@ def decode_picture(
         UnreadableImage: not an image, truncated, broken, too large, or of a pixel type without a
             defined range (32-bit integers beyond 16 bits, floating point).
     """
-    try:
-        for kept in (_ORIENTED, ()):
-            try:
-                return _decode(data, reduce_to, upright)
-            except ValueError as error:
-                if "MAX_TEXT" not in str(error):
-                    raise
-                data = _without_text(data, kept)
-        return _decode(data, reduce_to, upright)
-    except (MemoryError, ConfigError):
-        raise
-    except Exception as error:  # On broken bytes Pillow's readers raise almost any class.
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = f"not an image of {', '.join(_formats())}"
-            if data[4:8] == b"ftyp" and "HEIF" not in _formats():
-                reason += "; HEIC needs the package pillow-heif: pip install pillow-heif"
-        raise UnreadableImage(name, reason) from error
+    first = None
+    for beside in ("all", "orientation", "nothing"):
+        try:
+            return _decode(_trimmed(data, beside), reduce_to, upright)
+        except (MemoryError, ConfigError):
+            raise
+        except Exception as error:  # On broken bytes Pillow's readers raise almost any class.
+            first = first or error
+            if _trimmed(data, "nothing") == data:  # There is nothing beside the pixels.
+                break
+    reason = f"{type(first).__name__}: {first}"
+    if isinstance(first, Image.UnidentifiedImageError):
+        reason = f"not an image of {', '.join(_formats())}"
+        if data[4:8] == b"ftyp" and "HEIF" not in _formats():
+            reason += "; HEIC needs the package pillow-heif: pip install pillow-heif"
+    raise UnreadableImage(name, reason) from first
 
 
 def _decode(data: bytes, reduce_to: int | None, upright: bool) -> Picture:
@@ -173,21 +171,47 @@ def _orientation(image: Image.Image) -> object:
         return 1
 
 
-def _without_text(data: bytes, keywords: Sequence[bytes]) -> bytes:
-    """A PNG without its texts and its colour profile, which may be larger than Pillow accepts.
+def _trimmed(data: bytes, beside: str) -> bytes:
+    """A JPEG or PNG with "all", only the "orientation" or "nothing" of what lies beside its pixels.
 
-    Texts of certain keywords stay, and so does what is broken, to be noticed.
+    Texts, profiles and the like may be malformed, or larger than Pillow accepts. What is damaged by
+    the checksums of a PNG stays, to be noticed.
     """
+    if beside == "all":
+        return data
+    orientation = beside == "orientation"
+    if data.startswith(b"\x89PNG"):
+        return _trimmed_png(data, orientation)
+    return _trimmed_jpeg(data, orientation) if data.startswith(b"\xff\xd8") else data
+
+
+def _trimmed_png(data: bytes, orientation: bool) -> bytes:
     kept, start = [data[:8]], 8
     while start + 8 <= len(data):
         length, kind = struct.unpack(">I4s", data[start : start + 8])
         end = start + length + 12
         is_whole = struct.pack(">I", zlib.crc32(data[start + 4 : end - 4])) == data[end - 4 : end]
         keyword = data[start + 8 : end].partition(b"\0")[0]
-        if kind not in _TEXT or not is_whole or keyword in keywords:
+        turns = kind == b"eXIf" or (orientation and keyword in _ORIENTED)
+        # An upper-case initial means that the pixels need it.
+        if kind[:1].isupper() or kind == b"tRNS" or turns or not is_whole:
             kept.append(data[start:end])
         start = end
     return b"".join(kept)
+
+
+def _trimmed_jpeg(data: bytes, orientation: bool) -> bytes:
+    kept, start = [data[:2]], 2
+    while start + 4 <= len(data) and data[start] == 0xFF and data[start + 1] != _SCAN:
+        kind, end = data[start + 1], start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        content = data[start + 4 : end]
+        turns = orientation and content.startswith(b"Exif\0")
+        # Adobe's segment tells the colours, if it is a whole one.
+        colours = kind == _ADOBE and content.startswith(b"Adobe") and len(content) >= 12
+        if end > len(data) or kind not in _BESIDE or turns or colours:
+            kept.append(data[start:end])
+        start = end
+    return b"".join([*kept, data[start:]])
 
 
 def _max_pixels() -> int:

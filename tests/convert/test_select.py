@@ -7,6 +7,7 @@ import datetime
 import json
 import pathlib
 
+import ml_collections
 import ml_dtypes
 import numpy as np
 import pytest
@@ -68,6 +69,29 @@ def flat(tree, prefix=""):
             yield from flat(x, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", x
+
+
+class OnDevice:
+    """A tensor as it is saved from a TPU or the like."""
+
+    def __init__(self, x, how):
+        self.function, self.x = getattr(torch._utils, f"_rebuild_{how}"), x
+
+    def __reduce__(self):
+        return self.function, (self.x, torch.float32, "xla:0", False)
+
+
+class Sharded:
+    """A DTensor as it is saved: the part of one process, and the shape of the whole."""
+
+    def __init__(self, part, shape):
+        self.part, self.shape = part, shape
+
+    def __reduce__(self):
+        whole = Sharded, torch.float32, self.shape, self.part.stride(), 0
+        kind = torch._utils._rebuild_wrapper_subclass
+        args = kind, Sharded, whole, {"_local_tensor": self.part}
+        return torch._tensor._rebuild_from_type_v2, args
 
 
 @dataclasses.dataclass
@@ -134,6 +158,22 @@ FORMS = {
             for name, x in AVERAGE.items()
         },
     },
+    "other wrappers": {
+        "model": {
+            name.replace("attention.", "_fpw_module.attention.base_layer.").replace(
+                "layers.", "layers._orig_module."
+            ): x
+            for name, x in MODEL.items()
+        },
+        "_ema_module": prefixed("_wrapped_module.", AVERAGE),
+    },
+    "of a TPU": {
+        "model": {k: OnDevice(x, "device_tensor_from_cpu_tensor") for k, x in MODEL.items()},
+        "ema": {k: OnDevice(x.numpy(), "device_tensor_from_numpy") for k, x in AVERAGE.items()},
+    },
+    "of one process": {
+        "model": {k: Sharded(x, x.shape) for k, x in MODEL.items()}, "ema": AVERAGE,
+    },
     "defaultdict": {
         "model": collections.defaultdict(list, MODEL),
         "ema": collections.OrderedDict(AVERAGE),
@@ -188,7 +228,7 @@ def test_types_and_tied_storages(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("kind", ["dataclass", "namespace", "dict", "numpy"])
+@pytest.mark.parametrize("kind", ["dataclass", "namespace", "dict", "numpy", "ConfigDict"])
 @pytest.mark.parametrize("key", ["args", "hyper_parameters", "config"])
 def test_settings_of_any_type(tmp_path, key, kind, protocol):
     plain = {"dim": 64, "n_head": 4, "block_size": 32, "out": pathlib.Path("x")}
@@ -196,6 +236,7 @@ def test_settings_of_any_type(tmp_path, key, kind, protocol):
         "dataclass": lambda: Arguments(**plain),
         "namespace": lambda: argparse.Namespace(**plain, when=datetime.datetime(2025, 1, 2)),
         "dict": lambda: plain,
+        "ConfigDict": lambda: ml_collections.ConfigDict(plain),
         "numpy": lambda: {
             "dim": np.int64(64), "n_head": np.int32(4), "block_size": np.int16(32),
             "lr": np.float32(0.5), "rng": np.random.get_state(),
@@ -234,3 +275,10 @@ def test_two_of_the_same_kind_are_named(tmp_path):
     torch.save({"old": AVERAGE, "model": MODEL}, tmp_path / "x.pt")
     found = load("generator", tmp_path / "x.pt", overrides={"num_heads": 4, "num_tokens": 32})
     assert any("reading the weights under 'model', not 'old'" in n for n in found.notices)
+
+
+def test_a_part_of_a_sharded_tensor_is_no_tensor(tmp_path):
+    state = {k: Sharded(x, (2 * len(x), *x.shape[1:])) for k, x in MODEL.items()}
+    torch.save({"model": state}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="no weights in it"):
+        df.load_generator(tmp_path / "x.pt", num_heads=4)

@@ -106,6 +106,41 @@ def test_large_texts_and_profiles_cost_no_png(text, before_pixels, monkeypatch):
         decode_image(data[: data.index(b"IDAT") + 20], "x")
 
 
+BESIDE_PNG = {
+    "pHYs": b"abc", "gAMA": b"a", "cHRM": b"abcd", "sRGB": b"", "iCCP": b"", "zTXt": b"a\0\x09b",
+    "acTL": b"a",
+}  # fmt: skip
+BESIDE_JPEG = {
+    "Photoshop": b"\xed\0\x16Photoshop 3.0\x008BIM\x03\xed",
+    "Adobe": b"\xee\0\x07Adobe",
+}
+
+
+@pytest.mark.parametrize(("kind", "content"), BESIDE_PNG.items(), ids=BESIDE_PNG)
+def test_what_is_malformed_beside_the_pixels_costs_no_png(kind, content):
+    data = encoded(picture(), "PNG", exif=exif_block(orientation(6)))
+    data = data[:33] + chunk(kind.encode(), content) + data[33:]
+    assert plainly(data) is None
+    np.testing.assert_array_equal(decode_image(data, "x"), np.rot90(np.asarray(picture()), -1))
+    with pytest.raises(UnreadableImage):
+        decode_image(data[: data.index(b"IDAT") + 20], "x")
+    pixels = bytearray(data)
+    pixels[data.index(b"IDAT") + 20] ^= 1
+    with pytest.raises(UnreadableImage):
+        decode_image(bytes(pixels), "x")
+
+
+@pytest.mark.parametrize("segment", BESIDE_JPEG.values(), ids=BESIDE_JPEG)
+def test_what_is_malformed_beside_the_pixels_costs_no_jpeg(segment):
+    for image in (picture(), picture().convert("CMYK")):
+        data = encoded(image, "JPEG", exif=exif_block(orientation(6)))
+        broken = data[:2] + b"\xff" + segment + data[2:]
+        assert plainly(broken) is None
+        np.testing.assert_array_equal(decode_image(broken, "x"), plainly(data))
+        with pytest.raises(UnreadableImage):
+            decode_image(broken[:-200], "x")
+
+
 def test_a_scan_too_large_for_memory_is_read_as_a_draft_if_it_is_a_jpeg(monkeypatch):
     large = picture(480, 640)
     monkeypatch.setenv(images.MAX_PIXELS, "10000")
