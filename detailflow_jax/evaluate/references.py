@@ -142,9 +142,9 @@ def open_images(spec: str, image_size: int, data_dir: str | None = None) -> Imag
             )
         return images
     kind, colon, path = spec.partition(":")
-    if colon and kind != "folder":
+    if colon and kind != "folder" and not files.is_remote(spec):
         return SourceImages(data.make_source(spec, data_dir=data_dir), image_size)
-    images = SourceImages(PictureSource(path if colon else spec), image_size)
+    images = SourceImages(PictureSource(path if kind == "folder" else spec), image_size)
     # A few small pictures are enlarged, as in published references; a set of them is a mistake.
     largest = max(min(image.shape[:2]) for image in images.first(8))
     if largest < image_size:

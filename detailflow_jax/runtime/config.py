@@ -113,6 +113,7 @@ _SHIPPED = _shipped_folder()
 
 
 def _run_config_file(spec: str) -> ConfigDict:
+    files.local_path(spec, "--config")
     path, has_arg, arg = spec.partition(":")
     file = find_config_file(path)
     with _imports_beside(file):

