@@ -72,6 +72,7 @@ TEST = [
     "torch==2.13.0",  # the build without an accelerator; torch is imported by tests only
     "transformers>=5",  # the reference for SigLIP2
     "ty==0.0.107",  # before version 1 its findings change with every release
+    "wandb",
 ]
 
 setup(
@@ -93,6 +94,7 @@ setup(
         "all": ALL,
         "gcs": GCS,
         "s3": ["s3fs"],
+        "wandb": ["wandb"],  # curves and pictures on Weights & Biases, config.wandb.project
         "tpu": ["jax[tpu]", *GCS],
         "cuda": ["jax[cuda13]"],
         "torch": ["torch"],  # to write .pt files; reading them needs nothing

@@ -140,6 +140,12 @@ def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_
     config.try_out = False  # True: networks and run are too small for useful weights
     config.stall_seconds = 600  # warn if no step ends within this time; 0: never
     config.tensorboard = True
+    config.wandb = {"project": ""}  # on Weights & Biases; empty: nothing goes there
+    config.profile = {  # xprof files in WORKDIR/profile
+        "start": 0,  # after this step, or after the first one of a part that begins later
+        "steps": 0,  # so many steps; 0: none
+        "port": 0,  # where `jax.profiler` answers, one port per process; 0: nowhere
+    }
     config.score = {  # of a few images, with raw and averaged weights (evaluate/training.py)
         "every": 0,  # steps; 0: never
         "reference": "",  # an .npz, a folder of pictures, tfds:NAME:SPLIT, digits:test

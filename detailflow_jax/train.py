@@ -43,8 +43,9 @@ from detailflow_jax.data.lengths import follow_images
 from detailflow_jax.data.pipeline import batch_sizes
 from detailflow_jax.evaluate.training import Scorer, make_scorer
 from detailflow_jax.inference.drawing import make_drawer
-from detailflow_jax.runtime import distributed, files, memory, platforms, sharding
+from detailflow_jax.runtime import distributed, files, flops, memory, platforms, sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints
+from detailflow_jax.runtime.clock import Clock, describe
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import (
     check_fields,
@@ -56,6 +57,7 @@ from detailflow_jax.runtime.config import (
 from detailflow_jax.runtime.errors import ConfigError, Diverged, UserError
 from detailflow_jax.runtime.feed import Feed
 from detailflow_jax.runtime.metrics import Averages, MetricWriter, Progress, log_start, run_log
+from detailflow_jax.runtime.profiler import Profiler
 from detailflow_jax.runtime.stop import StopRequest
 from detailflow_jax.runtime.watchdog import Watchdog
 from detailflow_jax.runtime.workdir import Workdir, open_workdir
@@ -80,6 +82,8 @@ LOOP_FIELDS = {
     "score.batch_size": 1,
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices"), -1),
 }
+# The same, where the configuration has them; those of older runs do not.
+NEWER_FIELDS = dict.fromkeys(("profile.start", "profile.steps", "profile.port"), 0)
 
 
 class Preempted(UserError, SystemExit):
@@ -104,7 +108,7 @@ def train(
     Args:
         config: see `LOOP_FIELDS`; the task and the data read the rest.
         workdir: on a disk or gs://; written: config.json, log.txt, metrics.jsonl, checkpoints,
-            figures, tensorboard.
+            figures, tensorboard, clock.json; on request profile, wandb.
         task: what to train; default, the task that `config.task` names.
         iterator: a Grain `DatasetIterator` of dicts of numpy arrays, this process's rows of each
             batch; default, made from `config.data`. It is closed at the end.
@@ -120,6 +124,7 @@ def train(
     started = time.perf_counter()
     workdir = os.fspath(files.path(workdir))
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as start_up:
+        clock = stack.enter_context(Clock())
         start_up.enter_context(reading_once())  # The weights of other networks.
         stack.enter_context(memory.explained(config))
         lengths = ""
@@ -141,7 +146,7 @@ def train(
 
         # ------------------------------------------------- state: the newest checkpoint's or new
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
-        begun = _restore_or_create(task, config.seed, mesh, checkpoints, feed)
+        begun = _restore_or_create(task, config.seed, mesh, checkpoints, feed, clock)
         log_start(config, mesh, begun.state)
         _log_data(lengths, names, getattr(iterator, "num_examples", 0), config.batch_size)
         if _is_finished(config, begun.step, workdir):
@@ -150,7 +155,14 @@ def train(
         task.check(feed.peek())  # Data of other shapes than the network's.
 
         # -------------------------------------------------------------------------------- steps
-        writer = MetricWriter(held.folder, tensorboard=config.tensorboard, step=begun.step)
+        clock.go_on(held.folder, begun.clock.get("spent"))
+        writer = MetricWriter(
+            held.folder,
+            tensorboard=config.tensorboard,
+            wandb=_wandb(config, workdir),
+            step=begun.step,
+        )
+        profiler = Profiler(held.folder, **config.get("profile", {}))
         spent = begun.clock["seconds"]
         progress = Progress(config.total_steps, begun.step, config.batch_size, spent)
         run = Run(
@@ -163,6 +175,8 @@ def train(
             progress=stack.enter_context(progress),
             stop=stop,
             watchdog=watchdog,
+            clock=clock,
+            profiler=stack.enter_context(profiler),
             scorer=make_scorer(config, mesh, workdir),
             drawer=make_drawer(config, mesh, encoded_by, names),
             started=started,
@@ -174,7 +188,7 @@ def train(
             state = run_steps(run, task, train_step, state, begun.step)
         except Diverged as error:
             raise Diverged(f"{error}; {checkpoints.last_good()}") from error
-        _log_end(config, progress.seconds, feed.skipped)
+        _log_end(config, progress.seconds, clock, feed.skipped)
     return state
 
 
@@ -187,12 +201,13 @@ class _Begun(NamedTuple):
 
 
 def _restore_or_create(
-    task: Task, seed: int, mesh: Mesh, checkpoints: Checkpoints, feed: Feed
+    task: Task, seed: int, mesh: Mesh, checkpoints: Checkpoints, feed: Feed, clock: Clock
 ) -> _Begun:
     """Restores the newest checkpoint, with its place in the data; without one, starts at step 0."""
     key = jax.random.key(seed)
     abstract_state = sharding.abstract_state(task.init, key, mesh)
-    restored = checkpoints.restore(_to_save(abstract_state))
+    with clock.doing("restore"):
+        restored = checkpoints.restore(_to_save(abstract_state))
     if restored is None:
         state = sharding.create_sharded(task.init, key, mesh)
         return _Begun(0, state, {"seconds": 0.0, "averages": {}})
@@ -227,8 +242,16 @@ def _log_data(lengths: str, class_names: Sequence[str], num_examples: int, batch
         logging.debug("all classes: %s", shown(class_names, len(class_names)))
 
 
-def _log_end(config: ConfigDict, seconds: float, skipped: int | None) -> None:
-    logging.info("finished %d steps in %.0f s", config.total_steps, seconds)
+def _wandb(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
+    """What a run on Weights & Biases is called; None where there is to be none."""
+    project = config.get("wandb", {}).get("project", "")
+    name = os.path.basename(workdir.rstrip("/"))
+    return {"project": project, "name": name, "config": config.to_dict()} if project else None
+
+
+def _log_end(config: ConfigDict, seconds: float, clock: Clock, skipped: int | None) -> None:
+    shares = clock.shares_shown()
+    logging.info("finished %d steps in %.0f s: %s", config.total_steps, seconds, shares)
     if skipped:
         logging.warning("unreadable images were skipped %d times, named above", skipped)
     _say_try_out(config)
@@ -249,15 +272,19 @@ def run_steps(
     config, first = run.config, step + 1
     while step < config.total_steps:
         run.watchdog.beat(f"step {step + 1}")
-        batch = run.feed.take()
+        with run.clock.doing("input"):
+            batch = run.feed.take()
         variant, plan = task.plan(step)
-        program = run.compiled(train_step, variant, state, batch, plan)
-        state, step_metrics = program(state, batch, plan)
+        program, work = run.compiled(train_step, variant, state, batch, plan)
+        with run.clock.dispatch(step + 1):
+            state, step_metrics = program(state, batch, plan)
+        run.clock.watch(step_metrics["loss"], work)
         step += 1
         # The call returns before the devices are done: meanwhile the next batch is read.
         run.averages.add(step, step_metrics)
         if step < config.total_steps:
-            run.feed.prefetch()
+            with run.clock.doing("input"):
+                run.feed.prefetch()
         if step == first:
             jax.block_until_ready(step_metrics)
             logging.info("first step done after %.1f s", time.perf_counter() - run.started)
@@ -270,11 +297,15 @@ def run_steps(
         scores = run.score(step, state) if _due(config.score.every, step) else {}
         if last or scores or _due(config.log_every, step):
             run.log(step, scores)
-        with run.progress.pause():
-            if last or _due(config.figures_every, step):
+        if last or _due(config.figures_every, step):
+            with run.pause("figures"):
                 run.draw(step, state, task.figures(state, batch))
-            if last or leave or _due(config.checkpoint_every, step):
+        if last or leave or _due(config.checkpoint_every, step):
+            with run.pause("save"):
                 run.save(step, state)
+        if run.profiler.is_due(step):
+            with run.pause("profile"):
+                run.profiler.switch(step, step_metrics)
         if leave:
             raise Preempted(step)
     return state
@@ -297,20 +328,29 @@ class Run:
     progress: Progress
     stop: StopRequest
     watchdog: Watchdog
+    clock: Clock
+    profiler: Profiler
     scorer: Scorer | None
     drawer: Callable[[TrainState], Mapping[str, Any]] | None
     started: float
     record: Callable[[], None]  # writes the configuration
-    programs: dict[Hashable, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
+    programs: dict[Hashable, tuple[Callable, int]] = dataclasses.field(default_factory=dict)
 
-    def compiled(self, train_step, variant: Hashable, *args: Any) -> jax.stages.Compiled:
-        """Returns the program of a variant; its compilation does not count in the rate."""
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """The time of the block is not in the rate; if the devices are idle, `what` took it."""
+        with self.progress.pause(), self.clock.doing(what):
+            yield
+
+    def compiled(self, train_step, variant: Hashable, *args: Any) -> tuple[Callable, int]:
+        """Returns the program of a variant, and its FLOPs without recomputation."""
         if variant not in self.programs:
             start = time.perf_counter()
-            with self.progress.pause():
-                program = train_step.lower(*args, variant=variant).compile()
+            with self.pause("compile"):
+                traced = train_step.trace(*args, variant=variant)
+                program = traced.lower().compile()
                 needed = memory.check(program, self.config)
-                self.programs[variant] = program
+                self.programs[variant] = program, flops.written(traced, recomputed=False)
                 # Processes compile at different speed, and a collective waits only so long.
                 sharding.sync_processes("compiled")
             seconds, name = time.perf_counter() - start, "" if variant is None else f" {variant}"
@@ -320,7 +360,7 @@ class Run:
     def score(self, step: int, state: TrainState) -> dict[str, float]:
         """Returns scores of a few images; the rate leaves this time out."""
         self.watchdog.beat(f"the scores of step {step}")
-        with self.progress.pause():
+        with self.pause("score"):
             scores = self.scorer(state)
         logging.info("step %d  %s", step, "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         return scores
@@ -330,8 +370,10 @@ class Run:
         means = self.averages.take_means()
         if (skipped := self.feed.skipped) is not None:
             means["skipped"] = skipped
-        rate = self.progress.report(step, means["loss"])
-        self.writer.scalars(step, means | scores | rate)
+        perf = self.clock.report()
+        rate = self.progress.report(step, means["loss"], describe(perf))
+        self.writer.scalars(step, means | scores | rate | perf)
+        self.clock.write(self.workdir.folder, finished=False)
 
     def draw(self, step: int, state: TrainState, figures: Mapping[str, Any]) -> None:
         """Writes the figures of the task, and samples of what has a decoder."""
@@ -342,10 +384,13 @@ class Run:
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves the state; raises Diverged if a loss so far or the state is not finite."""
+        spent = dict(self.clock.settle())
+        self.clock.write(self.workdir.folder, finished=step == self.config.total_steps)
         # Before the checkpoint: resumed from it, a run does not write these lines again.
         self.workdir.upload()
         self.averages.fetch()
         clock = {
+            "spent": spent,
             "seconds": self.progress.seconds,
             "skipped": self.feed.skipped,
             "averages": self.averages.totals,
@@ -360,7 +405,11 @@ def check_run(config: ConfigDict, workdir: str) -> None:
     """Checks the fields of the loop, and that the workdir belongs to this configuration."""
     check_fields(config, dict.fromkeys(LOOP_FIELDS, int) | {"tensorboard": bool})
     values = flatten(config)
-    for name, least in LOOP_FIELDS.items():
+    newer = {name: least for name, least in NEWER_FIELDS.items() if name in values}
+    check_fields(config, dict.fromkeys(newer, int))
+    if "wandb.project" in values:
+        check_fields(config, {"wandb.project": str})
+    for name, least in (LOOP_FIELDS | newer).items():
         if values[name] < least:
             raise ConfigError(f"config.{name}={values[name]}: expected at least {least}")
     check_same(config, workdir)

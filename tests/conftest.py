@@ -4,7 +4,9 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 import tempfile
+import types
 
 import jax
 import jaxlib
@@ -14,6 +16,9 @@ import pytest
 # Before the package is imported: every call of an annotated function checks its shapes and dtypes.
 ROOMS = ("ops", "models", "inference", "tasks")
 jaxtyping.install_import_hook([f"detailflow_jax.{room}" for room in ROOMS], "typechecker.check")
+
+# TensorBoard's readers then leave TensorFlow alone, whose import takes seconds.
+sys.modules["tensorboard.compat.notf"] = types.ModuleType("notf")
 
 # The background jobs of a shell script ignore SIGINT, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

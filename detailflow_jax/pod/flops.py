@@ -1,26 +1,21 @@
-"""Floating-point operations of matrix products and convolutions, counted twice.
+"""Floating-point operations of matrix products and convolutions in a compiled program.
 
-`executed` counts what the compiled program does on one chip, recomputation and work that is
-repeated on several chips included. `written` counts what the traced code asks for, over the whole
-pod. Their ratio tells how much of the work is useful to the one who wrote the code. Operations on
-single numbers (softmax, norms, Adam) are left out of both: they are bound by memory.
+They are those of one chip, with recomputation and work that is repeated on several chips. What the
+code asks for is counted by `runtime.flops`; the ratio tells how much of the work is useful to the
+one who wrote the code. Operations on single numbers (softmax, norms, Adam) are left out of both:
+they are bound by memory.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
-from jax.extend import core
 
 from detailflow_jax.pod import hlo
 
 # Passes of the matrix unit for a product in float32 of the given precision.
 _PASSES = {"default": 1, "high": 3, "highest": 6}
-
-
-# ------------------------------------------------------------------------------ compiled programs
 
 
 def executed(module: hlo.Module, executions: Iterable[hlo.Execution]) -> tuple[int, int]:
@@ -84,53 +79,3 @@ def _valid_pairs(size: int, kernel: int, out: int, window: dict[str, list[str]],
     position = np.arange(out)[:, None] * stride + np.arange(kernel) * spread - low
     valid = (position >= 0) & (position <= (size - 1) * gap) & (position % gap == 0)
     return int(valid.sum())
-
-
-# ---------------------------------------------------------------------------------- traced code
-
-
-def written(traced: Any) -> int:
-    """FLOPs of the matrix products and convolutions of a `jax.stages.Traced`, loops unrolled."""
-    return _count(traced.jaxpr.jaxpr)
-
-
-def _count(jaxpr: core.Jaxpr) -> int:
-    return sum(_equation(equation) for equation in jaxpr.eqns)
-
-
-def _equation(equation: core.JaxprEqn) -> int:
-    parameters, name = equation.params, equation.primitive.name
-    if name == "dot_general":
-        (contracted, _), _ = parameters["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2 * equation.outvars[0].aval.size * math.prod(left[i] for i in contracted)
-    if name == "conv_general_dilated":
-        return _traced_convolution(equation)
-    inner = [_count(jaxpr) for jaxpr in _inner(parameters)]
-    if name == "cond":
-        return max(inner)
-    times = parameters["length"] if name == "scan" else 1
-    if name == "shard_map":
-        times = math.prod(parameters["mesh"].shape.values())
-    return times * sum(inner)
-
-
-def _traced_convolution(equation: core.JaxprEqn) -> int:
-    kernel = equation.invars[1].aval.shape
-    numbers = equation.params["dimension_numbers"]
-    per_output = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-    if math.prod(equation.params["lhs_dilation"]) == 1:
-        return 2 * equation.outvars[0].aval.size * per_output
-    # The gradient of a strided convolution: as many products as the convolution itself.
-    left = equation.invars[0].aval.shape
-    return 2 * math.prod(left) * math.prod(kernel) // kernel[numbers.rhs_spec[1]]
-
-
-def _inner(parameters: dict[str, Any]) -> Iterator[core.Jaxpr]:
-    for value in parameters.values():
-        values: Sequence = value if isinstance(value, tuple | list) else (value,)
-        for candidate in values:
-            if isinstance(candidate, core.ClosedJaxpr):
-                yield candidate.jaxpr
-            elif isinstance(candidate, core.Jaxpr):
-                yield candidate

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from detailflow_jax.pod import collectives, flops, hlo, traffic
 from detailflow_jax.pod.programs import Compiled, Program
 from detailflow_jax.pod.topologies import GIB, Topology
+from detailflow_jax.runtime.flops import written
 
 SAMPLES = 50_000  # how many images a published evaluation generates
 
@@ -68,7 +69,7 @@ def summary(compiled: Compiled, config: ConfigDict, topology: Topology) -> dict[
         },
         "memory_share": stats.peak_memory_in_bytes / chip.memory,
         "flops": done,
-        "flops_written_pod": flops.written(compiled.traced),
+        "flops_written_pod": written(compiled.traced),
         "bytes": moved,
         "collectives": collectives.totals(sent),
         "seconds": seconds,
@@ -113,13 +114,13 @@ def _whole(found: dict[str, Any]) -> str:
 def _work_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     memory = {name: size(value) for name, value in found["memory"].items()}
     useful = found["flops_written_pod"] / max(found["flops"] * found["chips"], 1)
-    written = f"{found['flops_written_pod'] / 1e12:.4g} T as written"
+    as_written = f"{found['flops_written_pod'] / 1e12:.4g} T as written"
     rows = [
         ("HBM of a chip, arguments", memory["arguments"]),
         ("HBM of a chip, temporaries", memory["temporaries"]),
         ("HBM of a chip, peak", f"{memory['peak']}, {found['memory_share']:.0%} of the chip's"),
         ("FLOPs of a chip", f"{found['flops'] / 1e12:.4g} T"),
-        ("FLOPs of the pod", f"{written}, {useful:.0%} of those executed"),
+        ("FLOPs of the pod", f"{as_written}, {useful:.0%} of those executed"),
         ("HBM traffic of a chip", f"{found['bytes'] / 1e9:.3g} GB"),
     ]
     for kind, entry in found["collectives"].items():

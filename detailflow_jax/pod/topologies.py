@@ -14,6 +14,7 @@ import os
 import jax
 
 from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.flops import PEAKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Chip:
 
 GIB = 2**30
 CHIPS = {
-    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 50e9, 16, "v5e"),
-    "v6e": Chip(int(31.24 * GIB), 918e12, 1638e9, 100e9, 16, "v6e"),
-    "v5p": Chip(int(95.73 * GIB), 459e12, 2765e9, 100e9, 4, "v5"),
+    "v5e": Chip(int(15.75 * GIB), PEAKS["TPU v5e"], 819e9, 50e9, 16, "v5e"),
+    "v6e": Chip(int(31.24 * GIB), PEAKS["TPU v6e"], 1638e9, 100e9, 16, "v6e"),
+    "v5p": Chip(int(95.73 * GIB), PEAKS["TPU v5"], 2765e9, 100e9, 4, "v5"),
 }
 
 # Chips of a slice -> its shape. The names of v5p count cores, two per chip.

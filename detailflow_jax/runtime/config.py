@@ -39,6 +39,8 @@ MAY_DIFFER = (
     "keep_checkpoints",
     "tensorboard",
     "stall_seconds",
+    "profile",
+    "wandb",
     "score",
     "accumulate",
     "mesh",

@@ -47,8 +47,8 @@ class EventFile:
         """Writes one picture uint8 [H, W, 3] for each name."""
         self._add(step, [self._image(name, image) for name, image in images.items()])
 
-    def close(self) -> None:
-        """Closes the file; every call before has reached it."""
+    def close(self, failed: bool = False) -> None:
+        """Closes the file; every call before has reached it, whether the run failed or not."""
         self._records.close()
 
     def _image(self, name: str, image: np.ndarray):

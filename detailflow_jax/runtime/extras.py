@@ -15,6 +15,7 @@ EXTRAS = {
     "torch": "torch",
     "gcsfs": "gcs",
     "s3fs": "s3",
+    "wandb": "wandb",
 }
 """Top-level module -> the extra in setup.py that brings it."""
 

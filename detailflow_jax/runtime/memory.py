@@ -108,3 +108,11 @@ def advice(
     if config.get("task") in ("tokenizer", "vae", "generator", "flowar"):
         lines.append(f"or train a smaller network, such as configs/{config.task}.py:small")
     return ", ".join(lines) + "."
+
+
+def in_use() -> tuple[int, int]:
+    """(bytes now, bytes at most so far) of the local device that has most; zeros on a CPU."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    names = "bytes_in_use", "peak_bytes_in_use"
+    now, most = (max(stat.get(name, 0) for stat in stats) for name in names)
+    return now, most

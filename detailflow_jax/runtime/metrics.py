@@ -2,11 +2,12 @@
 
     WORKDIR/log.txt          every message, with the parameter table and tracebacks
             metrics.jsonl    one JSON object per log step: "step", the means of the task's metrics
-                             since the line before, "images_per_second", "seconds"
+                             since the line before, "images_per_second", "seconds", and what
+                             `Clock.report` tells under "perf/..."
             tensorboard/     the same scalars, and the figures
             figures/         the figures as NAME_STEP.png
 
-Only process 0 writes.
+On request, scalars and figures go to Weights & Biases too. Only process 0 writes.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ from detailflow_jax.runtime.errors import Diverged
 from detailflow_jax.runtime.event_file import EventFile
 from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.runtime.pictures import save_png
+from detailflow_jax.runtime.wandb_run import WandbRun
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -154,7 +156,14 @@ class Averages:
 class MetricWriter:
     """Writes metrics and figures of process 0; a context manager that flushes on leaving."""
 
-    def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool, step: int = 0):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool,
+        wandb: Mapping[str, Any] | None = None,
+        step: int = 0,
+    ):
         """Opens the files of a run that has done `step` updates.
 
         The files may go further, where the run was killed after its last checkpoint: what they
@@ -162,45 +171,48 @@ class MetricWriter:
 
         Args:
             tensorboard: write TensorBoard files too.
+            wandb: project, name and config of `WandbRun`, where Weights & Biases gets all too.
         """
         self._workdir = pathlib.Path(workdir)
         self._primary = jax.process_index() == 0
-        self._tensorboard = None
+        self._copies: list[EventFile | WandbRun] = []
         if self._primary:
             (self._workdir / "figures").mkdir(exist_ok=True)
             path = self._workdir / "metrics.jsonl"
             _keep_lines_until(path, step)
             self._lines = path.open("a")
             if tensorboard:
-                self._tensorboard = EventFile(self._workdir / "tensorboard", step)
+                self._copies.append(EventFile(self._workdir / "tensorboard", step))
+            if wandb:
+                self._copies.append(WandbRun(self._workdir, **wandb))
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *exception) -> None:
         if self._primary:
             self._lines.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        for copy in self._copies:
+            copy.close(failed=kind is not None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl (null for what is not finite), and TensorBoard scalars."""
+        """One line of metrics.jsonl (null for what is not finite), and the same elsewhere."""
         if not self._primary:
             return
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, **line}) + "\n")
         self._lines.flush()
-        if self._tensorboard:
-            self._tensorboard.scalars(step, values)
+        for copy in self._copies:
+            copy.scalars(step, values)
 
     def figures(self, step: int, figures: Mapping[str, np.ndarray]) -> None:
-        """figures/NAME_STEP.png and TensorBoard images from {NAME: uint8 [H, W, 3]}."""
+        """figures/NAME_STEP.png, and the same elsewhere, from {NAME: uint8 [H, W, 3]}."""
         if not self._primary:
             return
         for name, picture in figures.items():
             save_png(self._workdir / "figures" / f"{name}_{step:06d}.png", picture)
-        if self._tensorboard:
-            self._tensorboard.images(step, figures)
+        for copy in self._copies:
+            copy.images(step, figures)
 
 
 def _keep_lines_until(path: pathlib.Path, step: int) -> None:
@@ -258,8 +270,11 @@ class Progress:
         yield
         self._paused += time.perf_counter() - start
 
-    def report(self, step: int, loss: float) -> dict[str, float]:
-        """Shows the progress after `step`; returns the rate and the time for the log line."""
+    def report(self, step: int, loss: float, more: str = "") -> dict[str, float]:
+        """Shows the progress after `step`; returns the rate and the time for the log line.
+
+        `more` stands at the end of the message of the log.
+        """
         elapsed = time.perf_counter() - self._since - self._paused
         steps = step - self._step
         seconds_a_step = elapsed / max(steps, 1)
@@ -271,11 +286,12 @@ class Progress:
         self._bar.update(step - self._bar.n)
         logging.log(
             logging.INFO if self._bar.disable else logging.DEBUG,
-            "step %d/%d  loss %.5g  %s",
+            "step %d/%d  loss %.5g  %s  %s",
             step,
             self._total_steps,
             loss,
             speed.replace(", ", "  "),
+            more,
         )
         self.restart(step)
         return {"images_per_second": rate, "seconds": self.seconds}

@@ -34,7 +34,7 @@ from detailflow_jax.runtime.errors import BucketError, ConfigError, FileError, U
 
 RENEW, DEAD_AFTER, UPLOAD = 10.0, 60.0, 60.0
 _SETTLE = 2.0  # Seconds after a take-over: of two that take over together, the later one counts.
-_CONTINUED = ("log.txt", "metrics.jsonl")
+_CONTINUED = ("log.txt", "metrics.jsonl", "clock.json", "wandb_id")
 
 
 class Workdir:

@@ -29,7 +29,7 @@ from detailflow_jax.train import FINISHED, PREEMPTED, UNUSABLE
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOY = ROOT / "tests" / "helpers" / "toy_task.py"
-TIMES = ("images_per_second", "seconds")
+TIMES = ("images_per_second", "seconds", "perf/")
 
 
 def toy_config(**fields):
@@ -43,7 +43,7 @@ def metrics_of(workdir) -> list[dict]:
 
 
 def without_times(lines: list[dict]) -> list[dict]:
-    return [{name: line[name] for name in line if name not in TIMES} for line in lines]
+    return [{name: line[name] for name in line if not name.startswith(TIMES)} for line in lines]
 
 
 def state_of(workdir, config) -> TrainState:
