@@ -11,12 +11,15 @@ import re
 from collections.abc import Sequence
 
 from detailflow_jax.data.errors import printable
+from detailflow_jax.data.folders import composed
 from detailflow_jax.data.shards import read_json
 from detailflow_jax.data.sources import SOURCE_KINDS, make_source
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import read_config
 from detailflow_jax.runtime.errors import ConfigError, UserError, closest_names
+
+_MOST_LABELS = 1_000_000  # in a range; more are a slip of the pen
 
 
 def class_names(place: str) -> tuple[str, ...]:
@@ -57,14 +60,21 @@ def parse_labels(text: str, names: Sequence[str] = ()) -> list[int]:
     Raises:
         ConfigError: a name that is not one of them; the text suggests the closest names.
     """
-    if text in names and not re.fullmatch(r"[\d,\s-]+", text):
-        return [list(names).index(text)]  # A name with a comma in it.
+    known = {composed(name): label for label, name in reversed([*enumerate(names)])}
+    if composed(text) in known and not re.fullmatch(r"[\d,\s-]+", text):
+        return [known[composed(text)]]  # A name with a comma in it.
     labels = []
     for part in map(str.strip, text.split(",")):
-        if match := re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part):
-            labels.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
-        elif part in names:
-            labels.append(list(names).index(part))
+        if match := re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part):
+            first, last = int(match[1]), int(match[2] or match[1])
+            if not first <= last < first + _MOST_LABELS:
+                raise ConfigError(
+                    f"cannot read labels {text!r}: {part} is no range of labels, expected the "
+                    "first and the last one, as in 0-9"
+                )
+            labels.extend(range(first, last + 1))
+        elif composed(part) in known:
+            labels.append(known[composed(part)])
         elif names:
             raise ConfigError(
                 f"cannot read labels {text!r}: there is no class {part!r} among {shown(names)}; "

@@ -6,6 +6,7 @@ add by themselves, are left out with one notice.
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,10 +22,13 @@ IMAGE_FILE = re.compile(
 CLASSES_FILE = "classes.txt"
 """In the folder of the class folders: their names in the order of the labels, one per line."""
 
-_SYSTEM = {
-    *("__macosx", "lost+found", "$recycle.bin", "system volume information", "__pycache__"),
-    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
-}
+_SYSTEM = re.compile(
+    r"__macosx|lost\+found|lost\.dir|found\.\d{3}|\$recycle\.bin|__pycache__|"
+    r"system volume information|network trash folder|temporary items|thevolumesettingsfolder|"
+    r"@(eadir|tmp|recycle|recently-snapshot|sharebin|sharesnap|transcode|syno\w*)|"
+    r"[#~]snapshot|#recycle",
+    re.IGNORECASE,
+)
 
 
 class Folder(NamedTuple):
@@ -49,7 +53,7 @@ def list_folder(path: str | os.PathLike) -> Folder:
     try:
         for name, is_folder, is_file in _entries(path):
             is_image = is_file and bool(IMAGE_FILE.fullmatch(name))
-            if name.startswith(".") or (is_folder and name.casefold() in _SYSTEM):
+            if name.startswith(".") or (is_folder and _SYSTEM.fullmatch(name)):
                 folder.left_out.extend([name] if is_folder or is_image else [])
             else:
                 kind = folder.folders if is_folder else folder.images
@@ -167,7 +171,8 @@ def _in_order(root: str, names: Sequence[str]) -> list[str]:
         return ordered
     try:
         lines = files.read_bytes(path).decode("utf-8-sig").splitlines()
-        listed = [line for line in map(str.strip, lines) if line]
+        there = {composed(name): name for name in names}
+        listed = [there.get(composed(line), line) for line in map(str.strip, lines) if line]
     except BucketError:
         raise
     except (OSError, UnicodeDecodeError) as error:
@@ -184,6 +189,11 @@ def _in_order(root: str, names: Sequence[str]) -> list[str]:
             "folder name per line, in the order of the labels"
         )
     return listed
+
+
+def composed(name: str) -> str:
+    """Returns a name with its accents in one form; some systems write them as characters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def natural_order(names: Sequence[str]) -> list[str]:

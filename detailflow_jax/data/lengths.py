@@ -6,6 +6,7 @@ drawn and checkpoints saved. What the user has set stays.
 """
 
 import os
+from collections.abc import Collection
 
 from ml_collections import ConfigDict
 
@@ -45,8 +46,8 @@ def follow_images(config: ConfigDict, workdir: str | os.PathLike) -> tuple[Confi
     """The configuration with lengths for its own number of images, and what the log says of it.
 
     Args:
-      config: of `load_config`, which remembers the values of the file: other values were set by
-        the user, and stay.
+      config: of `load_config`, which remembers the values of the file and what was given on the
+        command line. What was set there, or has another value than in the file, stays.
       workdir: of the run. One that has begun keeps its lengths, whatever the data are now.
 
     Raises:
@@ -61,10 +62,11 @@ def follow_images(config: ConfigDict, workdir: str | os.PathLike) -> tuple[Confi
     if not images or images == planned:
         return config, ""
     fields = flatten(config)
-    lengths = _lengths(config, fields, defaults, images)
+    chosen = {k for k, x in fields.items() if x != defaults.get(k)} | config._given
+    lengths = _lengths(config, chosen, defaults, images)
     if files.exists(files.path(workdir) / "config.json"):
         lengths |= {k: x for k, x in flatten(read_config(workdir)).items() if k in lengths}
-    changed = {k: x for k, x in lengths.items() if fields[k] == defaults[k] and x != fields[k]}
+    changed = {k: x for k, x in lengths.items() if k not in chosen and x != fields[k]}
     new = config.copy_and_resolve_references()
     object.__setattr__(new, "_defaults", defaults)
     for name, value in changed.items():
@@ -77,16 +79,18 @@ def follow_images(config: ConfigDict, workdir: str | os.PathLike) -> tuple[Confi
     return new, f"for {images:,} images: {shown}" if changed else ""
 
 
-def _lengths(config: ConfigDict, fields: dict, defaults: dict, images: int) -> dict[str, float]:
-    """Every length for this number of images; the total as it was set, if it was."""
+def _lengths(
+    config: ConfigDict, chosen: Collection[str], defaults: dict, images: int
+) -> dict[str, float]:
+    """Every length for this number of images; the total as it was set, if it was `chosen`."""
     schedule, planned = config.schedule, defaults["total_steps"]
     total = config.total_steps
-    if total == planned:
+    if "total_steps" not in chosen:
         total = round(planned * (images / schedule.images) ** schedule.power)
         total = max(total, min(planned, schedule.least), 1)
     lengths: dict[str, float] = {"total_steps": total}
     for name in _SHARES:
-        if fields.get(name):
+        if defaults.get(name):
             least = min(defaults[name], total // 20)
             lengths[name] = max(round(defaults[name] * total / planned), least)
     for name, times in _TIMES.items():

@@ -14,6 +14,12 @@ from detailflow_jax.runtime import files
 from detailflow_jax.runtime.copies import copy_here
 from detailflow_jax.runtime.errors import ConfigError, NotFoundError
 
+_NUMBERS = {
+    *("num_classes", "num_records", "num_examples", "shard_size", "image_size"),
+    *("num_crops", "num_tokens", "codebook_size", "group_size", "causal_num"),
+}
+_PROBED = 64  # Records that are read when a folder is opened.
+
 
 class ShardSource:
     """Random access to a finished folder of shards.
@@ -46,8 +52,17 @@ class ShardSource:
         if version != FORMAT_VERSION:
             raise ConfigError(f"{path}: format_version {version}, this code reads {FORMAT_VERSION}")
         fields = [field.name for field in dataclasses.fields(cls.layout_class)]
+        fields += [*sorted(cls.layout_class.needed), "num_records", "shards"]
         if absent := [name for name in fields if name not in manifest]:
             raise ConfigError(f"{folder} holds no {what}: {path} lacks {', '.join(absent)}")
+        for name in _NUMBERS.intersection(manifest):
+            if type(manifest[name]) is not int or manifest[name] < 0:
+                raise ConfigError(f"{path}: {name} is {manifest[name]!r}, expected a whole number")
+        classes, names = manifest["num_classes"], manifest["class_names"]
+        if not isinstance(names, list) or len(names) not in (0, classes):
+            raise ConfigError(
+                f"{path} contradicts itself: num_classes is {classes}, class_names {names!r:.99}"
+            )
         return manifest
 
     def __init__(self, directory: str):
@@ -72,7 +87,10 @@ class ShardSource:
             raise ConfigError(f"{self.directory}: every image was unreadable, there are no {what}")
         paths = [os.path.join(self.directory, file) for file in filled]
         self._records = grain.sources.ArrayRecordDataSource(paths)
-        self[0]  # Refuses another record format here, not in the middle of a run.
+        # What contradicts the manifest shows here, not in the middle of a run. Records are in the
+        # order of the images, and these mostly in that of the labels: the last one has the largest.
+        for index in sorted({round(x) for x in np.linspace(0, len(self) - 1, _PROBED)}):
+            self[index]
 
     def _check_shards(self) -> None:
         for shard in self.manifest["shards"]:
@@ -104,4 +122,13 @@ class ShardSource:
         record = np.frombuffer(data, dtype)[0]
         value = record[self.layout.field].astype(self.dtype)
         label, position = int(record["label"]), int(record["index"])
+        try:
+            self.layout.check(position, value)
+        except ValueError as error:
+            raise ConfigError(f"{self.directory} contradicts its manifest.json: {error}") from error
+        if not 0 <= label < self.num_classes:
+            raise ConfigError(
+                f"{self.directory} contradicts its manifest.json: the label of {position} is "
+                f"{label}, num_classes is {self.num_classes}"
+            )
         return {self.layout.field: value, "label": label, "index": position}

@@ -73,8 +73,10 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     config = _run_config_file(spec)
     upgrade.check_names(config)
     config.lock()
-    # Beside the fields, not among them; a copy of the configuration does not have it.
+    # Beside the fields, not among them; a copy of the configuration does not have them.
     object.__setattr__(config, "_defaults", flatten(_as_json(config)))
+    given = {override.partition("=")[0].removeprefix("--config.") for override in overrides}
+    object.__setattr__(config, "_given", given)
     for override in overrides:
         _apply_override(config, override)
     return config

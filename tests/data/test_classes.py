@@ -38,6 +38,17 @@ def test_labels_are_numbers_or_names(text, expected):
     assert parse_labels(text, NAMES) == expected
 
 
+def test_accents_are_the_same_in_either_form():
+    assert parse_labels("caf\u00e9", ["dog", "cafe\u0301"]) == [1]
+    assert parse_labels("cafe\u0301,dog", ["dog", "caf\u00e9"]) == [1, 0]
+
+
+@pytest.mark.parametrize("text", ["5-3", "0-99999999", "1,9-8"])
+def test_ranges_that_are_none(text):
+    with pytest.raises(ConfigError, match="is no range of labels"):
+        parse_labels(text, NAMES)
+
+
 def test_unknown_labels_suggest_names():
     with pytest.raises(ConfigError, match=r"no class 'dgo'.*closest names: dog"):
         parse_labels("cat,dgo", NAMES)

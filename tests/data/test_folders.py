@@ -27,6 +27,8 @@ def warnings(monkeypatch):
 
 
 SYSTEM = ("__MACOSX", "@eaDir", "lost+found", ".ipynb_checkpoints", "$RECYCLE.BIN", ".git")
+SYSTEM += ("@SynoResource", "@Recycle", "@Transcode", "~snapshot", "LOST.DIR", "FOUND.000")
+SYSTEM += ("Network Trash Folder", "Temporary Items")
 
 
 @pytest.mark.parametrize("name", SYSTEM)
@@ -115,6 +117,9 @@ def test_classes_txt_gives_the_order(tmp_path, warnings):
         listed.write_text(text)
         with pytest.raises(ValueError, match=message):
             class_folders(str(tmp_path))
+    add(tmp_path, "cafe\u0301/1.png")  # As macOS writes it.
+    listed.write_text("10\ncaf\u00e9\n1\n2\n", encoding="utf-8")
+    assert list(class_folders(str(tmp_path))) == ["10", "cafe\u0301", "1", "2"]
     listed.write_bytes(b"\xff\xfe1\x00")
     with pytest.raises(ValueError, match="expected UTF-8"):
         class_folders(str(tmp_path))

@@ -39,6 +39,9 @@ def test_a_published_recipe_on_a_few_photographs(tmp_path, photos):
     config, _ = follow_images(load_config(spec, [photos(20), *asked]), tmp_path / "run")
     assert (config.total_steps, config.figures_every, config.optim.warmup_steps) == (500, 7, 3)
     assert config.checkpoint_every == 25
+    usual = ["--config.total_steps=5004500", "--config.log_every=100"]  # What the file says.
+    config, _ = follow_images(load_config(spec, [photos(30), *usual]), tmp_path / "run")
+    assert (config.total_steps, config.log_every) == (5_004_500, 100)
     epochs = load_config(f"{spec},epochs=4", [photos(64)])
     assert follow_images(epochs, tmp_path / "run")[0].total_steps == 4
 
@@ -72,6 +75,9 @@ def test_a_run_that_has_begun_keeps_its_lengths(tmp_path, photos):
     config, _ = follow_images(longer, run)
     assert config.total_steps == 9000 and config.optim.warmup_steps == begun.optim.warmup_steps
     check_same(config, run)
+    as_the_file = load_config(spec, ["--config.total_steps=10000"])
+    as_the_file.data.source = begun.data.source
+    assert follow_images(as_the_file, run)[0].total_steps == 10_000
 
 
 @pytest.mark.parametrize("spec", ["tokenizer.py:digits", "tokenizer.py:detailflow_16:runlocal"])
