@@ -19,6 +19,7 @@ from detailflow_jax.ops import interpolation
 from detailflow_jax.runtime.weights import WEIGHTS
 
 _POSITIONS = "position_embedding.weight"
+_TOKENS = ("latent_pos_embed", "latent_tokens", "refined_tokens")  # rows in the order of tokens
 _CLASSES = "class_embedding/embedding"
 
 
@@ -140,8 +141,8 @@ def place(
       tensors: published name -> array.
       params: nested arrays or shapes that are wanted.
       source: what messages call the file.
-      resize: for training that starts from the file: position tables are resized to the grids of
-        `params`, and parameters of the network's `optional` tensors may be absent.
+      resize: for training that starts from the file: tables of positions and of tokens are resized
+        to `params`, and parameters of the network's `optional` tensors may be absent.
       **options: see `mapping.from_published`.
 
     Raises:
@@ -196,8 +197,15 @@ def _dtypes(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
 def _resized(
     table: Iterable[mapping.Entry], tensors: Mapping[str, np.ndarray], params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The tensors with their position tables resized to the grids of `params`."""
+    """The tensors with their tables resized to the grids and numbers of tokens of `params`."""
     resized = dict(tensors)
+    tables = [entry for entry in table if entry.name.endswith(_TOKENS)]
+    for name, (one, rows, width) in mapping.published_shapes(tables, params).items():
+        have = tensors[name].shape if name in tensors else ()
+        if len(have) == 3 and have[1] != rows and (have[0], have[2]) == (one, width):
+            logging.info("%s resized from %d to %d tokens", name, have[1], rows)
+            weights = interpolation.antialiased_bilinear_matrix(have[1], rows)
+            resized[name] = np.asarray(weights @ np.asarray(tensors[name], np.float32), np.float32)
     tables = [entry for entry in table if entry.name.endswith(_POSITIONS)]
     for name, (rows, width) in mapping.published_shapes(tables, params).items():
         have = tensors[name].shape if name in tensors else ()

@@ -12,7 +12,8 @@
 LPIPS and DINO have usual places, which need not be named (`detailflow_jax.runtime.weights`).
 SigLIP2 is a folder, file or hub name in Hugging Face's format, or a published training checkpoint
 of a tokenizer, which has its teacher inside. Position tables of another grid are resized as the
-network resizes them (antialiased bilinear); layers beyond the depth wanted are left out.
+network resizes them (antialiased bilinear), a tokenizer's tables of its tokens in the same way
+along their order; layers beyond the depth wanted are left out.
 """
 
 import dataclasses
@@ -238,5 +239,6 @@ def _told(read: Loaded) -> dict[str, Any]:
     for notice in read.notices:
         logging.warning("%s", notice)
     loaded, skipped = len(read.report.loaded), len(read.report.skipped)
-    logging.info("%s: %d tensors read, %d left out by design", read.source, loaded, skipped)
+    if loaded:  # A run of this project has its parameters as they are.
+        logging.info("%s: %d tensors read, %d left out by design", read.source, loaded, skipped)
     return read.params

@@ -174,7 +174,7 @@ def generate(args: argparse.Namespace) -> Images:
     """
     if args.per_class < 1 or args.batch_size < 1:
         raise InputError("--per_class and --batch_size must be at least 1")
-    files.path(args.out)  # An address that cannot be written to shows before the sampling.
+    files.check_folder(args.out)  # Before the sampling.
     kind = "flowar" if args.flowar else "generator"
     labels = np.repeat(labels_of(args.labels, getattr(args, kind)), args.per_class)
     counts = sorted(set(parse_counts(args.num_tokens))) if kind == "generator" else []

@@ -214,6 +214,19 @@ def make_folder(folder: PathLike) -> None:
         raise FileError(f"cannot make the folder {os.fspath(folder)}: {error}") from error
 
 
+def check_folder(folder: PathLike) -> None:
+    """Raises ConfigError if a folder of a disk cannot be made or written to; makes nothing."""
+    if is_remote(folder):
+        return
+    there = path(folder)
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"cannot write to {os.fspath(folder)}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write to {os.fspath(folder)}: {there} is not writable")
+
+
 def remove(place: PathLike) -> None:
     """Removes a file, if it is there."""
     with reaching(place, "remove"):

@@ -167,6 +167,29 @@ def test_tables_of_another_grid_are_resized(tmp_path):
     np.testing.assert_array_equal(state.params["codebook"], params["codebook"])
 
 
+@pytest.mark.parametrize("count", [8, 32])
+def test_tables_of_another_number_of_tokens_are_resized(tmp_path, caplog, count):
+    path, params = exported(tmp_path, digits())
+    config = digits(**{"model.num_tokens": count, "init_from.model": path})
+    with caplog.at_level("INFO", logger="absl"):
+        state = start.load_into(config, new_state(config), make_task(config).frozen, fresh=True)
+    got, want = mapping.flatten(state.params), mapping.flatten(params)
+    tables = [name for name in want if got[name].shape != want[name].shape]
+    names = ("latent_positions", "latent_tokens", "refined_tokens")
+    assert tables and all(name.endswith(names) for name in tables)
+    for name in tables:
+        table = torch.from_numpy(np.array(want[name])).T[None, :, None]
+        kept = torch.nn.functional.interpolate(
+            table, (1, count), mode="bilinear", antialias=True, align_corners=False
+        )
+        np.testing.assert_allclose(got[name], kept[0, :, 0].T.numpy(), atol=1e-5)
+        assert f"resized from 16 to {count} tokens" in caplog.text
+    assert_equal(
+        {name: x for name, x in got.items() if name not in tables},
+        {name: x for name, x in want.items() if name not in tables},
+    )
+
+
 def test_alignment_projection_starts_anew_where_the_file_has_none(tmp_path, theirs):
     files = theirs[1]
     path, params = exported(tmp_path, aligned(**{"teacher.random": True}))  # leaves it out

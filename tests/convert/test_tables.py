@@ -149,6 +149,17 @@ def test_configuration_is_what_the_published_loaders_take():
     assert extra["gpt_model"] == "GPT-L"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [("num_kv_heads", 4, True), ("num_kv_heads", 16, False), ("multiple_of", 64, True)],
+)
+def test_a_generator_with_the_size_but_not_the_shapes_of_a_name(field, value, told):
+    config = GeneratorConfig(**SIZES["GPT-L"], **{field: value})
+    _, extra, notices = NETWORKS["generator"].describe(config)
+    assert extra == {"gpt_model": "GPT-L"}
+    assert [f"{field}={value}" in notice for notice in notices] == [True] * told
+
+
 @pytest.mark.parametrize(("kind", "config"), SMALL)
 @pytest.mark.parametrize(
     ("file", "scan"), [("out", True), ("x.pt", False), ("x.safetensors", True)]

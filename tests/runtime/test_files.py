@@ -8,7 +8,7 @@ import pytest
 
 import toy_task
 from detailflow_jax.runtime import files, workdir
-from detailflow_jax.runtime.errors import FileError
+from detailflow_jax.runtime.errors import ConfigError, FileError
 
 
 def unable(number):
@@ -60,6 +60,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call, number)
         files.write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for name in ("file", "file/a/b"):
+        with pytest.raises(ConfigError, match=r"cannot write to .*/file is no folder"):
+            files.check_folder(tmp_path / name)
+    files.check_folder(tmp_path / "a" / "b")
+    files.check_folder("a")
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match="is not writable"):
+        files.check_folder(tmp_path / "a")
 
 
 def test_new_files_have_the_permissions_of_the_user(tmp_path):

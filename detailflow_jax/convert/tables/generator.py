@@ -118,8 +118,15 @@ def describe(config: GeneratorConfig) -> tuple[dict[str, Any], dict[str, Any], l
     both = published_fields(config, _NAMES) | {"cls_token_num": 1}
     block = {"depth": config.depth, "num_heads": config.num_heads, "width": config.width}
     name = next((name for name, size in SIZES.items() if size == block), None)
+    usual = {"num_kv_heads": (None, config.num_heads), "multiple_of": (256,)}
+    fields = {field: getattr(config, field) for field in usual}
+    unlike = [f"{field}={x}" for field, x in fields.items() if x not in usual[field]]
     if name:
-        return both, {"gpt_model": name}, []
+        notice = (
+            f"the published scripts build {name} by its name, and loading fails: this one has "
+            f"{', '.join(unlike)}. Build it with Transformer(ModelArgs(**config)) of config.json"
+        )
+        return both, {"gpt_model": name}, [notice] if unlike else []
     notice = (
         f"{config.depth} layers of width {config.width} with {config.num_heads} heads are none of "
         "the published sizes, so gpt_model is left out: the published code builds it with "
