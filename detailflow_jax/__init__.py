@@ -15,6 +15,7 @@ __all__ = [
     "LatentPosterior",
     "Tokenizer",
     "check_pair",
+    "edit",
     "load_flowar",
     "load_generator",
     "load_tokenizer",
@@ -22,6 +23,8 @@ __all__ = [
     "rules",
     "save_pytorch",
     "to_uint8",
+    "upscale",
+    "vary",
 ]
 
 

@@ -72,6 +72,9 @@ COMMANDS = {
         "inference.extract_latents", "encode images into latents, to train FlowAR on", True
     ),
     "generate": Command("inference.generate", "sample images of given classes", True),
+    "edit": Command("inference.edit", "paint a part of an image anew, or around it (FlowAR)"),
+    "vary": Command("inference.vary", "keep an image's first tokens, sample the others"),
+    "upscale": Command("inference.upscale", "enlarge small images by sampled detail (DetailFlow)"),
     "evaluate": Command("evaluate.__main__", "score samples or reconstructions", True),
     "convert": Command("convert.__main__", "convert checkpoints from and to PyTorch"),
     "weights": Command("runtime.weights", "list the published weights that a recipe needs"),
@@ -98,8 +101,17 @@ CHOICES = {
     ),
 }
 SHOWN = (
-    *("train", "extract", "extract-codes", "extract-latents", "generate", "evaluate", "convert"),
-    *("weights", "classes", "prepare", "compile-pod", "demo"),
+    *(
+        "train",
+        "extract",
+        "extract-codes",
+        "extract-latents",
+        "generate",
+        "edit",
+        "vary",
+        "upscale",
+    ),
+    *("evaluate", "convert", "weights", "classes", "prepare", "compile-pod", "demo"),
 )
 
 

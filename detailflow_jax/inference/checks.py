@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from detailflow_jax.inference.errors import InputError
+from detailflow_jax.models.flow_sampler import Known
 from detailflow_jax.models.flowar import FlowARConfig
 from detailflow_jax.ops import Array, flow
 
@@ -82,3 +83,31 @@ def check_noise(
             f"i^2, C] with (i^2, C) = {wanted}"
         )
     return [part[:batch] for part in parts]
+
+
+def check_known(latents: ArrayLike | None, mask: ArrayLike | None, config: FlowARConfig) -> Known:
+    """The latents to keep and where to sample anew.
+
+    Raises:
+      InputError: only one of them, other shapes or types, or a mask that is empty for some image.
+    """
+    if latents is None or mask is None:
+        raise InputError("latents and mask belong together: give both, or none")
+    latents, mask = np.asarray(latents), np.asarray(mask)
+    side, channels = config.latent_side, config.channels
+    if latents.shape[1:] != (side, side, channels) or latents.dtype.kind != "f":
+        raise InputError(
+            f"latents are {latents.dtype} {latents.shape}, expected floating point numbers "
+            f"[B, {side}, {side}, {channels}]"
+        )
+    check_mask(mask, (len(latents), side, side))
+    return Known(latents.astype(np.float32), mask)
+
+
+def check_mask(mask: np.ndarray, shape: tuple[int, int, int]) -> None:
+    """Raises InputError unless the mask is bool, of that shape, and of every image a part."""
+    if mask.shape != shape or mask.dtype != bool:
+        wanted = "{} masks of {} x {}".format(*shape)
+        raise InputError(f"the mask is {mask.dtype} {mask.shape}, expected {wanted}, bool")
+    if not mask.any(axis=(1, 2)).all():
+        raise InputError("the mask is empty: it has to be true where the image is to be new")

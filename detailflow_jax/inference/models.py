@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float32, Int32, Shaped
+from jaxtyping import Float32, Int, Int32, Shaped
 
 from detailflow_jax.convert.fingerprint import encoder_fingerprint, fingerprint
 from detailflow_jax.convert.registry import NETWORKS, with_scan
@@ -22,6 +22,7 @@ from detailflow_jax.inference.checks import (
     ArrayLike,
     check_codes,
     check_images,
+    check_known,
     check_labels,
     check_noise,
 )
@@ -112,24 +113,33 @@ class _Sampler(Model):
     def _sample(
         self,
         sampling: Sampling,
-        labels: ArrayLike,
+        labels: Int[np.ndarray, " B"],
         seed: int,
         first_index: int,
         batch_size: int,
-        noise: Sequence[ArrayLike] | None = None,
+        **given: Any,
     ) -> Shaped[np.ndarray, "B ..."]:
-        labels = np.asarray(labels)
-        check_labels(labels, self.config.num_classes)
-        parts = [] if noise is None else check_noise(noise, self.config, len(labels))
+        """Samples; `given` is what the sampling takes besides, as trees of arrays of B rows."""
+        parts, tree = jax.tree.flatten(given)
 
-        def run(network, params, labels, indices, *noise):
-            return sampling(params, labels, seed, indices, noise or None)
+        def run(network, params, labels, indices, *parts):
+            return sampling(params, labels, seed, indices, **jax.tree.unflatten(tree, parts))
 
-        if self.config.class_dropout == 1:  # Trained without classes: only the null class is known.
-            labels = np.full_like(labels, self.config.num_classes)
         indices = first_index + np.arange(len(labels))
         rows = labels.astype(np.int32), indices.astype(np.int32), *parts
         return self.run(run, batch_size, *rows)
+
+    def _classes(self, labels: ArrayLike | None, rows: int) -> Int[np.ndarray, " B"]:
+        """The labels as the network knows them; None is the null class, `rows` times."""
+        null = self.config.num_classes
+        if labels is None:
+            if not rows:
+                raise InputError("labels are missing: only what is continued or kept needs none")
+            return np.full(rows, null)
+        labels = np.asarray(labels)
+        check_labels(labels, null)
+        # Trained without classes: only the null class is known.
+        return np.full_like(labels, null) if self.config.class_dropout == 1 else labels
 
 
 class Tokenizer(Model):
@@ -186,7 +196,7 @@ class Generator(_Sampler):
 
     def sample(
         self,
-        labels: ArrayLike,
+        labels: ArrayLike | None,
         seed: int = 0,
         cfg_scale: float = 1.5,
         temperature: float = 1.0,
@@ -197,13 +207,14 @@ class Generator(_Sampler):
         num_tokens: int | None = None,
         *,
         rules: Rule | Sequence[Any] | None = None,
+        prefix: ArrayLike | None = None,
         first_index: int = 0,
         batch_size: int = 64,
     ) -> Int32[np.ndarray, "B n"]:
         """Codes for labels; sample i depends on `seed` and `first_index + i` alone.
 
         Args:
-          labels: class numbers in [0, num_classes), [B].
+          labels: class numbers in [0, num_classes), [B]; or None for no class, with a prefix.
           seed: of the whole set of samples.
           cfg_scale: classifier-free guidance >= 1; at 1 no null half is computed.
           temperature: > 0; divides the logits.
@@ -214,15 +225,32 @@ class Generator(_Sampler):
           num_tokens: n; default N.
           rules: one or several of `df.rules`, or your own, in place of temperature, top_k, top_p
             and greedy.
+          prefix: int [B, p], p <= n: the first codes, which the others continue. The prefix of a
+            sample, with its seed and settings, gives the same sample again.
           first_index: index of the first sample, when a set is made in parts.
           batch_size: samples per call of the compiled program.
 
         Raises:
-          ValueError: a label or setting out of range.
+          ValueError: a label, code or setting out of range.
         """
         filters = temperature, top_k, top_p, gradual_cfg, greedy
-        sampling = sample_codes(self.network, cfg_scale, *filters, num_tokens, rules)
-        return self._sample(sampling, labels, seed, first_index, batch_size)
+        scale = 1.0 if labels is None else cfg_scale
+        sampling = sample_codes(self.network, scale, *filters, num_tokens, rules)
+        if prefix is None:
+            return self._sample(sampling, self._classes(labels, 0), seed, first_index, batch_size)
+        padded = self._padded(prefix, num_tokens)
+        classes = self._classes(labels, len(padded))
+        return self._sample(sampling, classes, seed, first_index, batch_size, prefix=padded)
+
+    def _padded(self, prefix: ArrayLike, num_tokens: int | None) -> Int32[np.ndarray, "B N"]:
+        """A prefix of codes, followed by -1 up to all tokens."""
+        prefix, c = np.asarray(prefix), self.config
+        check_codes(prefix, c.codebook_size)
+        count = c.num_tokens if num_tokens is None else num_tokens
+        if prefix.shape[1] > count:
+            raise InputError(f"the prefix has {prefix.shape[1]} codes, expected at most {count}")
+        missing = c.num_tokens - prefix.shape[1]
+        return np.pad(prefix.astype(np.int32), ((0, 0), (0, missing)), constant_values=-1)
 
     def logits(
         self, codes: ArrayLike, labels: ArrayLike, *, batch_size: int = 64
@@ -357,7 +385,7 @@ class FlowAR(_Sampler):
 
     def sample(
         self,
-        labels: ArrayLike,
+        labels: ArrayLike | None,
         seed: int = 0,
         cfg_scale: float = 2.4,
         num_steps: int | Sequence[int] = 25,
@@ -367,6 +395,8 @@ class FlowAR(_Sampler):
         solver: str = "euler",
         noise: Sequence[ArrayLike] | None = None,
         *,
+        latents: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
         first_index: int = 0,
         batch_size: int = 64,
     ) -> Float32[np.ndarray, "B S S C"]:
@@ -375,7 +405,7 @@ class FlowAR(_Sampler):
         Sample i depends on `seed` and `first_index + i` alone.
 
         Args:
-          labels: class numbers in [0, num_classes), [B].
+          labels: class numbers in [0, num_classes), [B]; or None for no class, with latents.
           seed: of the whole set of samples.
           cfg_scale: guidance >= 1 at the last scale, rising from 1 at the first; at 1 no null half
             is computed. Published: 4.3 for S, 2.4 for L and H.
@@ -386,6 +416,8 @@ class FlowAR(_Sampler):
           solver: "euler", "heun" (two evaluations per step) or "euler_maruyama" (an SDE).
           noise: one array [B, i^2, C] per scale of side i, or [2B, i^2, C] of which the null half
             is unused.
+          latents: of images that are kept outside of the mask, float [B, S, S, C], scaled.
+          mask: bool [B, S, S], true where latents are sampled anew.
           first_index: index of the first sample, when a set is made in parts.
           batch_size: samples per call of the compiled program.
 
@@ -393,5 +425,12 @@ class FlowAR(_Sampler):
           ValueError: a label or setting out of range.
         """
         flow = num_steps, guidance_high, guidance_low, grid, solver
-        sampling = sample_latents(self.network, cfg_scale, *flow)
-        return self._sample(sampling, labels, seed, first_index, batch_size, noise)
+        scale = 1.0 if labels is None else cfg_scale
+        sampling = sample_latents(self.network, scale, *flow)
+        given: dict[str, Any] = {}
+        if latents is not None or mask is not None:
+            given["known"] = check_known(latents, mask, self.config)
+        classes = self._classes(labels, len(given["known"].mask) if given else 0)
+        if noise is not None:
+            given["noise"] = check_noise(noise, self.config, len(classes))
+        return self._sample(sampling, classes, seed, first_index, batch_size, **given)

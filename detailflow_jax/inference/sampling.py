@@ -28,8 +28,8 @@ class Sampling:
     """One setting of a sampler.
 
     Attributes:
-      run: (params, labels int32 [B], keys [B], guidance, noise=None) -> codes int32 [B, n], or
-        latents float32 [B, S, S, C]. Only FlowAR takes noise.
+      run: (params, labels int32 [B], keys [B], guidance, **given) -> codes int32 [B, n], or
+        latents float32 [B, S, S, C].
       guidance: of every token, [N], or of every scale, [K]. An argument of `run`, so that another
         guidance scale does not compile again.
       note: what is sampled, for people.
@@ -45,10 +45,14 @@ class Sampling:
         labels: Int[Array, " B"],
         seed: int,
         indices: Int[Array, " B"],
-        noise: Sequence[Float[Array, "_ _ C"]] | None = None,
+        **given: Any,
     ) -> Shaped[Array, "B ..."]:
-        """Samples of labels; each depends on the seed and its own index alone."""
-        return self.run(params, labels, sampler.sample_keys(seed, indices), self.guidance, noise)
+        """Samples of labels; each depends on the seed and its own index alone.
+
+        What may be given: the `prefix` of codes; the `noise` and what is `known` of latents.
+        """
+        keys = sampler.sample_keys(seed, indices)
+        return self.run(params, labels, keys, self.guidance, **given)
 
 
 def sampling(network: Generator | FlowAR, cfg_scale: float, **settings: Any) -> Sampling:
@@ -90,9 +94,9 @@ def sample_codes(
         cfg_scale, c.num_tokens, c.group_size, c.causal, gradual=gradual_cfg
     )
 
-    def run(params, labels, keys, guidance, noise=None):
-        del noise
-        return sampler.sample(network, params, labels, keys, guidance, chosen, options=options)
+    def run(params, labels, keys, guidance, prefix=None):
+        rows = labels, keys, guidance
+        return sampler.sample(network, params, *rows, chosen, prefix, options=options)
 
     return Sampling(run, guidance, f"{num_tokens} tokens")
 
@@ -125,8 +129,9 @@ def sample_latents(
         solver=solver,
     )
 
-    def run(params, labels, keys, factors, noise=None):
-        return flow_sampler.sample(network, params, labels, keys, factors, noise, options=options)
+    def run(params, labels, keys, factors, noise=None, known=None):
+        rows = labels, keys, factors
+        return flow_sampler.sample(network, params, *rows, noise, known, options=options)
 
     guidance = flow_sampler.guidance_factors(cfg_scale, scales)
     return Sampling(run, guidance, f"{scales} scales of {num_steps} flow steps")

@@ -8,12 +8,12 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Int, Key
+from jaxtyping import Bool, Float, Float32, Int, Key
 
 from detailflow_jax.models.flowar import FlowAR, FlowARConfig, extend_cache
 from detailflow_jax.ops import Array, flow
@@ -89,6 +89,22 @@ def draw_noise(config: FlowARConfig, keys: Key[Array, " B"]) -> list[Array]:
     return [one(scale, side) for scale, side in enumerate(config.scales)]
 
 
+class Known(NamedTuple):
+    """Latents of which a part is kept.
+
+    Attributes:
+      latents: [B, S, S, C].
+      mask: [B, S, S], true where latents are sampled anew.
+    """
+
+    latents: Float[Array, "B S S C"]
+    mask: Bool[Array, "B S S"]
+
+    def at(self, side: int) -> tuple[Float[Array, "B P C"], Bool[Array, "B P 1"]]:
+        """Both at one scale of P positions; what holds any masked part is sampled anew."""
+        return grids.reduce_to(self.latents, side), grids.reduce_mask(self.mask, side)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """The two parts of sampling: the model, its parameters and the settings of a run, together."""
@@ -144,20 +160,33 @@ class Sampling:
         return lambda x, time: head(x, time, own)
 
     def solve(
-        self, scale: int, semantics: Float[Array, "R P W"], x: Float[Array, "B P C"]
+        self,
+        scale: int,
+        semantics: Float[Array, "R P W"],
+        noise: Float[Array, "B P C"],
+        known: Known | None = None,
     ) -> Float[Array, "B P C"]:
-        """Noise -> latent of one scale of P positions, a scan for each run of equal guidance."""
+        """Noise -> latent of one scale of P positions, a scan for each run of equal guidance.
+
+        What is known stays on its straight path to the data: at every time it is the interpolant
+        of the known latent and its noise.
+        """
         times = self.options.times[scale]
+        x, kept = noise, None if known is None else known.at(self.model.config.scales[scale])
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, len(self.options.times) + scale)
         solver = flow.SOLVERS[self.options.solver]
         for guided, first, last in _runs(self.options, scale):
             velocity = self.velocity(scale, semantics, guided)
 
             def advance(x, step, velocity=velocity):
-                noise = None
+                drawn = None
                 if self.options.solver == "euler_maruyama":
-                    noise = _step_noise(keys, step.index, x.shape[1:])
-                return solver(velocity, x, step, noise), None
+                    drawn = _step_noise(keys, step.index, x.shape[1:])
+                x = solver(velocity, x, step, drawn)
+                if kept is not None:
+                    latent, anew = kept
+                    x = jnp.where(anew, x, flow.interpolate(latent, noise, step.next_time))
+                return x, None
 
             x, _ = jax.lax.scan(advance, x, flow.steps(times, first, last))
         return x
@@ -184,6 +213,7 @@ def sample_scales(
     keys: Key[Array, " B"],
     factors: Float32[Array, " K"],
     noise: Sequence[Array] | None = None,
+    known: Known | None = None,
     *,
     options: FlowSamplingOptions,
     kind: type[Sampling] = Sampling,
@@ -195,7 +225,8 @@ def sample_scales(
     latent = cache = None
     for scale in range(len(c.scales)):
         semantics, cache = program.semantics(scale, program.rows(labels), latent, cache)
-        latent = program.solve(scale, semantics, jnp.asarray(noise[scale], jnp.float32))
+        start = jnp.asarray(noise[scale], jnp.float32)
+        latent = program.solve(scale, semantics, start, known)
         yield semantics, latent
 
 
@@ -207,6 +238,7 @@ def sample(
     keys: Key[Array, " B"],
     factors: Float32[Array, " K"],
     noise: Sequence[Array] | None = None,
+    known: Known | None = None,
     *,
     options: FlowSamplingOptions,
 ) -> Float32[Array, "B S S C"]:
@@ -219,12 +251,13 @@ def sample(
       keys: one PRNG key per sample; a sample depends on its own key alone.
       factors: guidance at each scale (`guidance_factors`).
       noise: K arrays [B, i^2, C] in place of drawn ones.
+      known: latents of which a part is kept; it goes into every later scale too.
       options: static settings.
 
     Returns:
       latents, scaled as in training.
     """
-    scales = sample_scales(model, params, labels, keys, factors, noise, options=options)
+    scales = sample_scales(model, params, labels, keys, factors, noise, known, options=options)
     *_, (_, latent) = scales
     side = model.config.latent_side
     return latent.reshape(len(labels), side, side, -1)

@@ -49,6 +49,7 @@ class _Program:
     keys: Array
     scales: Array
     rules: Sequence[Rule]
+    prefix: Array | None
 
     def apply(self, method: str, *args):
         return self.model.apply({"params": self.params}, *args, method=method)
@@ -72,6 +73,9 @@ class _Program:
         codes, cache = carry
         logits, new = self.apply("step", x, cache, start)
         chosen = self.choose(logits, start)
+        if self.prefix is not None:
+            given = jax.lax.dynamic_slice_in_dim(self.prefix, start, chosen.shape[1], axis=1)
+            chosen = jnp.where(given < 0, chosen, given)
         codes = jax.lax.dynamic_update_slice_in_dim(codes, chosen, start, axis=1)
         return codes, extend_cache(cache, new, start)
 
@@ -84,6 +88,7 @@ def sample(
     keys: Key[Array, " B"],
     scales: Float32[Array, " N"],
     rules: Sequence[Rule] = (),
+    prefix: Int[Array, "B N"] | None = None,
     *,
     options: SamplingOptions,
 ) -> Int32[Array, "B n"]:
@@ -97,10 +102,12 @@ def sample(
       scales: guidance scale at each token (`ops.logits.guidance_scales`).
       rules: pytrees that map guided logits float32 [B, m, V] to those that a code is drawn from,
         in this order (`inference.rules`).
+      prefix: codes that are given; -1 where one is sampled. Any number of them is one program,
+        which runs over the given codes as if it had sampled them.
       options: static settings.
     """
     c, n = model.config, options.num_tokens
-    program = _Program(model, params, options, keys, scales, rules)
+    program = _Program(model, params, options, keys, scales, rules, prefix)
     classes = labels
     if options.guided:
         classes = filters.pair(labels, jnp.full_like(labels, c.num_classes))

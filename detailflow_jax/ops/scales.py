@@ -63,6 +63,12 @@ def reduce_to(latents: Float[Array, "B S S C"], side: int) -> Float[Array, "B {s
     return reduced.reshape(len(latents), side * side, -1)
 
 
+def reduce_mask(mask: Bool[Array, "B H W"], side: int) -> Bool[Array, "B {side**2} 1"]:
+    """The positions of one scale of which any part is in the mask."""
+    share = reduce_to(mask[..., None].astype(jnp.float32), side)
+    return share > 0
+
+
 def next_input(
     positions: Float[Array, "B {side**2} C"], side: int, next_side: int, finest: int
 ) -> Float[Array, "B {next_side**2} C"]:
