@@ -35,5 +35,6 @@ def __dir__() -> list[str]:
 def __getattr__(name: str):
     # Lazily, so that a part (`detailflow_jax.ops`, the checkpoint readers) costs only itself.
     if name in __all__:
+        importlib.import_module("detailflow_jax.runtime.platforms").choose()
         return getattr(importlib.import_module("detailflow_jax.inference.api"), name)
     raise AttributeError(f"module 'detailflow_jax' has no attribute {name!r}")

@@ -20,7 +20,7 @@ from detailflow_jax.data.errors import UnreadableImage, printable, report_skippe
 from detailflow_jax.data.folders import find_images
 from detailflow_jax.data.images import decode_picture, read_file
 from detailflow_jax.data.pipeline import iterate_crops
-from detailflow_jax.data.sources import Source
+from detailflow_jax.data.sources import SHIPPED, Source
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.files import atomic_file
@@ -203,7 +203,10 @@ class PictureSource(Source):
         self.name = str(path)
         self._root = files.path(path)
         if not files.is_dir(self._root):
-            raise EvaluationError(f"{path}: there is no such folder or .npz file")
+            hint = f"; the images of a package are {path}:train and {path}:test"
+            raise EvaluationError(
+                f"{path}: there is no such folder or .npz file{hint * (str(path) in SHIPPED)}"
+            )
         self._files = find_images(self._root)
         if not self._files:
             raise EvaluationError(f"{path} holds no pictures: expected PNG or JPEG files")

@@ -200,7 +200,7 @@ def make_folder(folder: PathLike) -> None:
 
     Raises:
         FileError: it cannot be made.
-        ConfigError, BucketError: as `reaching`, and if there is no such bucket.
+        ConfigError, BucketError: as `check_folder` and `reaching`, and if there is no such bucket.
     """
     if is_remote(folder):
         probe = os.path.join(folder, f".writable-{secrets.token_hex(4)}")
@@ -208,6 +208,7 @@ def make_folder(folder: PathLike) -> None:
         with contextlib.suppress(ConfigError):  # Some accounts may write, but not remove.
             remove(probe)
         return
+    check_folder(folder)
     try:
         path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -214,6 +214,8 @@ def test_wrong_folders_are_refused(tmp_path):
             f"folder:{tmp_path}", extractor(), image_size=SIZE, cache=tmp_path / "cache"
         )
 
+    with pytest.raises(EvaluationError, match=r"no such folder.*are mnist:train and mnist:test"):
+        references.open_images("mnist", SIZE)
     with pytest.raises(EvaluationError, match="holds no pictures"):
         load()
     save_pictures(tmp_path, images(5, 12))

@@ -67,6 +67,8 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path, monkeypa
     for name in ("file", "file/a/b"):
         with pytest.raises(ConfigError, match=r"cannot write to .*/file is no folder"):
             files.check_folder(tmp_path / name)
+        with pytest.raises(ConfigError, match="is no folder"):
+            files.make_folder(tmp_path / name)
     files.check_folder(tmp_path / "a" / "b")
     files.check_folder("a")
     assert not (tmp_path / "a").exists()

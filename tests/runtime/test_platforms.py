@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+import detailflow_jax as df
 from detailflow_jax.runtime import platforms
 
 
@@ -29,6 +30,12 @@ def test_without_a_tpu_the_cpu_is_chosen_and_said_in_a_line(machine, capsys):
     platforms.choose(tell=True)
     assert os.environ["JAX_PLATFORMS"] == "cpu"
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_python_code_chooses_too(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(platforms, "choose", lambda: chosen.append(1))
+    assert df.__getattr__("to_uint8") and chosen == [1]
 
 
 @pytest.mark.parametrize(
