@@ -55,8 +55,9 @@ def compile_fast(config):
     jax.config.update("jax_disable_most_optimizations", True)
     if jaxlib.__version__.startswith("0.10."):  # XLA aborts on flags that it does not know.
         flags = os.environ.get("XLA_FLAGS", "").split()
-        flag = "--xla_cpu_use_fusion_emitters=false"
-        os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*flags, flag]))
+        flags += ["--xla_cpu_use_fusion_emitters=false"]
+        flags += ["--xla_cpu_parallel_codegen_split_count=1"]  # Each part costs, and cores are few.
+        os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys(flags))
 
 
 def pytest_collection_modifyitems(items):

@@ -91,6 +91,7 @@ def test_layers_are_laid_out_as_asked(scan, monkeypatch):
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, wanted)
 
 
+@pytest.mark.full
 def test_flowar_from_the_command_line(monkeypatch, capsys):
     monkeypatch.setitem(flowar.SIZES, "FlowAR-S", TINY)
     monkeypatch.setattr(measuring, "random_params", large_params)

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = re.findall(
     r"^```(?:python|bash)\n# (\w+\.(?:py|sh))\n(.*?)^```$",
@@ -15,6 +17,7 @@ FILES = re.findall(
 RECIPES = {"loss", "network", "dataset", "rule", "launcher"}
 
 
+@pytest.mark.full
 def test_every_recipe_passes(tmp_path):
     for name, text in FILES:
         (tmp_path / name).write_text(text)

@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
+CASES = [NOTEBOOKS[0], *(pytest.param(path, marks=pytest.mark.full) for path in NOTEBOOKS[1:])]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def test_there_are_notebooks():
     assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CASES, ids=[path.stem for path in NOTEBOOKS])
 def test_notebook_runs(path, runs, monkeypatch):
     monkeypatch.setenv("DEMO", str(runs))
     monkeypatch.setenv("DEMO_FLOWAR", str(runs))

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import sys
 import time
@@ -19,19 +20,17 @@ from detailflow_jax import data, train
 from detailflow_jax.inference import extract_codes, generate
 from detailflow_jax.runtime.checkpoint import restore_params
 
-TOKENIZER = [
-    "--config=configs/tokenizer.py:digits:runlocal",
-    "--config.tensorboard=False",
-    "--config.model.scan=False",
-    "--config.checkpoint_every=4",
-    "--config.log_every=1",
+QUICK = ["--config.tensorboard=False", "--config.checkpoint_every=4", "--config.log_every=1"]
+TOKENIZER = ["--config=configs/tokenizer.py:digits:runlocal", *QUICK]
+TOKENIZER += ["--config.model.scan=False"]
+TOKENIZER += [
+    f"--config.model.{part}.{size}"
+    for part in ("encoder", "decoder")
+    for size in ("width=32", "depth=1", "num_heads=2", "mlp_dim=32")
 ]
-GENERATOR = [
-    "--config=configs/generator.py:digits:runlocal",
-    "--config.tensorboard=False",
-    "--config.checkpoint_every=4",
-    "--config.log_every=1",
-]
+GENERATOR = ["--config=configs/generator.py:digits:runlocal", *QUICK]
+GENERATOR += ["--config.model.width=32", "--config.model.depth=1", "--config.model.multiple_of=8"]
+CROPS = ["--crops=center", "--shard_size=100"]
 
 
 def start(module, *args):
@@ -76,14 +75,21 @@ def killed_and_resumed(arguments, workdir):
 def runs(tmp_path_factory):
     """A tokenizer, its codes and a generator, each made without interruption."""
     root = tmp_path_factory.mktemp("runs")
-    finish("train", *TOKENIZER, "--workdir", root / "tok")
-    codes = ["--source", "digits", "--crops", "center", "--shard_size", "100"]
-    finish("extract_codes", "--tokenizer", root / "tok", "--out", root / "codes", *codes)
-    source = f"--config.data.source=codes:{root / 'codes'}"
-    finish("train", *GENERATOR, source, "--workdir", root / "gen")
+    assert train.main([*TOKENIZER, f"--workdir={root}/tok"]) == 0
+    assert extract_codes.main(extraction(root, root / "codes")) == 0
+    assert train.main([*generator_of(root), f"--workdir={root}/gen"]) == 0
     return root
 
 
+def extraction(runs, out):
+    return [f"--tokenizer={runs}/tok", f"--out={out}", "--source=digits", *CROPS]
+
+
+def generator_of(runs):
+    return [*GENERATOR, f"--config.data.source=codes:{runs}/codes"]
+
+
+@pytest.mark.full
 def test_a_killed_tokenizer_run_ends_with_the_same_bits(runs, tmp_path):
     killed_and_resumed(TOKENIZER, tmp_path / "tok")
     for ema in (False, True):
@@ -91,28 +97,41 @@ def test_a_killed_tokenizer_run_ends_with_the_same_bits(runs, tmp_path):
         assert_same_bits(got, restore_params(runs / "tok", ema=ema, step=20))
 
 
-@pytest.mark.full  # The loop is that of the tokenizer's run.
+@pytest.mark.full
 def test_a_killed_generator_run_ends_with_the_same_bits(runs, tmp_path):
-    source = f"--config.data.source=codes:{runs / 'codes'}"
-    killed_and_resumed([*GENERATOR, source], tmp_path / "gen")
+    killed_and_resumed(generator_of(runs), tmp_path / "gen")
     assert_same_bits(
         restore_params(tmp_path / "gen", ema=False), restore_params(runs / "gen", ema=False)
     )
 
 
+@pytest.mark.full
 def test_killed_extraction_ends_with_the_same_files(runs, tmp_path):
     out = tmp_path / "codes"
-    codes = ["--source", "digits", "--crops", "center", "--shard_size", "100"]
-    command = ["--tokenizer", runs / "tok", "--out", out, *codes]
-    process = start("extract_codes", *command)
+    process = start("extract_codes", *extraction(runs, out))
     kill_when(process, lambda: len(list(out.glob("codes-*.array_record"))) >= 3)
     assert not (out / "manifest.json").exists()
-    finish("extract_codes", *command)
-    assert sorted(p.name for p in out.iterdir()) == sorted(
-        p.name for p in (runs / "codes").iterdir()
-    )
-    for path in out.iterdir():
-        assert path.read_bytes() == (runs / "codes" / path.name).read_bytes(), path.name
+    finish("extract_codes", *extraction(runs, out))
+    assert_same_files(out, runs / "codes")
+
+
+def test_an_extraction_goes_on_where_it_stopped(runs, tmp_path):
+    out = tmp_path / "codes"
+    shutil.copytree(runs / "codes", out)
+    (out / "manifest.json").unlink()
+    kept, *lost = sorted(out.glob("codes-*.array_record"))
+    for shard in lost[::2]:
+        shard.unlink()
+    written = kept.stat().st_mtime_ns
+    assert extract_codes.main(extraction(runs, out)) == 0
+    assert kept.stat().st_mtime_ns == written
+    assert_same_files(out, runs / "codes")
+
+
+def assert_same_files(found, wanted):
+    assert sorted(p.name for p in found.iterdir()) == sorted(p.name for p in wanted.iterdir())
+    for path in found.iterdir():
+        assert path.read_bytes() == (wanted / path.name).read_bytes(), path.name
 
 
 def test_codes_are_what_the_tokenizer_gives(runs):

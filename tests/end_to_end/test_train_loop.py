@@ -305,9 +305,7 @@ def wait_for_step(child: subprocess.Popen, workdir, step: int) -> None:
 
 def test_killed_and_preempted_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
     steps = "total_steps=40"
-    undisturbed = start(tmp_path / "undisturbed", steps)
-    output = children.finish(undisturbed)
-    assert undisturbed.returncode == FINISHED, output
+    toy_task.run(toy_config(total_steps=40, log_every=1), tmp_path / "undisturbed")
 
     chance = random.Random()
     kill_at, leave_at = chance.randrange(1, 22), chance.randrange(24, 39)

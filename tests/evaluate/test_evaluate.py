@@ -319,6 +319,7 @@ def split(sampler):
     return len(jax.tree.leaves(sampler.model.params)[0].sharding.device_set)
 
 
+@pytest.mark.full
 def test_scores_depend_on_neither_batch_size_nor_device_count(tmp_path):
     printed = children.run_on_eight_devices(__file__, tmp_path)
     on_eight, on_one = json.loads(printed.splitlines()[-1])
@@ -560,7 +561,7 @@ def test_the_command_reconstructs_without_further_weights(tmp_path, saved, capsy
     assert list(rows[0]) == ["name", "images", "psnr", "ssim", "ssim_range_2"]
 
 
-@pytest.mark.parametrize("kind", ["pixels", "encoder"])
+@pytest.mark.parametrize("kind", ["pixels", pytest.param("encoder", marks=pytest.mark.full)])
 def test_features_without_a_download_have_names_of_their_own(tmp_path, saved, capsys, kind):
     """Their distance is small between parts of a set, and grows the more a set is changed."""
     rng = np.random.default_rng(0)

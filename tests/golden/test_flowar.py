@@ -90,10 +90,14 @@ def options(arrays, case, **changes):
     return flow_sampler.FlowSamplingOptions(times, **fields)
 
 
-SAMPLES = [("flowar_attn_mlp", "sample_a"), ("flowar_cross_attn", "sample_b")]
+SAMPLES = [("flowar_attn_mlp", "sample_a")]
 SAMPLES += [
-    pytest.param("flowar_attn_mlp", "sample_b", marks=pytest.mark.full),
-    pytest.param("flowar_cross_attn", "sample_a", marks=pytest.mark.full),
+    pytest.param(*names, marks=pytest.mark.full)
+    for names in (
+        ("flowar_attn_mlp", "sample_b"),
+        ("flowar_cross_attn", "sample_a"),
+        ("flowar_cross_attn", "sample_b"),
+    )
 ]
 
 

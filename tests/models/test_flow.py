@@ -47,6 +47,7 @@ def test_every_injection_uses_the_condition(injection):
     assert jnp.abs(apply(x, time + 0.05, condition) - base).max() > 1e-5
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_segments_are_as_separate_calls(injection):
@@ -129,12 +130,13 @@ def test_guidance_one_is_the_conditional_half_alone():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"num_steps": (6, 3)},
-        {"solver": "heun", "grid": "uniform"},
-        {"solver": "euler_maruyama", "grid": "sde"},
-        {"guidance_low": 0.2, "guidance_high": 0.6},
+        pytest.param({"num_steps": (6, 3)}, id="annealed", marks=pytest.mark.full),
+        pytest.param({"solver": "heun", "grid": "uniform"}, id="heun"),
+        pytest.param({"solver": "euler_maruyama", "grid": "sde"}, id="sde", marks=pytest.mark.full),
+        pytest.param(
+            {"guidance_low": 0.2, "guidance_high": 0.6}, id="interval", marks=pytest.mark.full
+        ),
     ],
-    ids=["annealed", "heun", "sde", "interval"],
 )
 def test_other_ways_to_sample_differ_and_are_finite(fields):
     _, params = network(TINY)
@@ -169,6 +171,7 @@ assert golden_files.error(eight, one) < 5e-5
 """
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_samples_on_eight_devices_are_those_of_one():
     children.run_on_eight_devices("-c", DEVICES)

@@ -102,7 +102,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+QUICK = ("two groups causal", "none causal", "groups of one", "one kv head")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.full)
+        for name, case in CASES.items()
+    ],
+)
 def test_cache_equals_recomputation(case):
     fields, guided, counts = case
     config = dataclasses.replace(TINY, **fields)
@@ -140,7 +149,8 @@ def samples(gen):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 3])  # 3: the last batch is padded
+# With 3 the last batch is padded.
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_batch_size_does_not_matter(gen, samples, batch_size):
     np.testing.assert_array_equal(gen.sample(LABELS, seed=3, batch_size=batch_size), samples)
 
@@ -206,7 +216,10 @@ def probabilities(logits, temperature, top_k, top_p):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.7, 4, 1.0), (1.5, 6, 0.8)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [pytest.param(0.7, 4, 1.0, marks=pytest.mark.full), (1.5, 6, 0.8)],
+)
 def test_first_token_has_the_chances_of_its_logits(temperature, top_k, top_p):
     config = dataclasses.replace(TINY, num_tokens=1, group_size=1, codebook_size=8)
     params, count, scale = random_params(config, seed=1), 4000, 1.5

@@ -273,6 +273,7 @@ def matrix_parameters() -> int:
     return DEPTH * (4 * WIDTH**2 + 3 * WIDTH * mlp_dim) + WIDTH * CODES
 
 
+@pytest.mark.full
 @needs_compiler
 def test_train_step_on_a_pod(capsys):
     found = compiled(capsys, "--mesh=fsdp=4")
@@ -316,7 +317,11 @@ def test_sampler_on_a_pod(capsys):
     ("arguments", "words"),
     [  # too many parameters; too many activations
         (["model.width=8192", "model.num_heads=64"], ["--mesh data=", "now 1"]),
-        (["batch_size=131072"], ["--config.batch_size=", "now 131072", "accumulate="]),
+        pytest.param(
+            ["batch_size=131072"],
+            ["--config.batch_size=", "now 131072", "accumulate="],
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_what_does_not_fit_ends_with_advice(capsys, arguments, words):

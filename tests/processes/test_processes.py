@@ -43,6 +43,9 @@ GENERATOR += [*CODES, "--config.mesh.fsdp=4"]
 GENERATOR += ["--config.log_every=1", "--config.checkpoint_every=7"]
 STEPS, LEAVE_AFTER = 40, 9
 RUNS = ("run", "undisturbed")
+KILLS = 20
+
+pytestmark = pytest.mark.full  # test_process_killed.py and test_train_loop.py have short ones.
 
 
 def launch(folder: pathlib.Path, *arguments: str) -> subprocess.Popen:
@@ -183,10 +186,9 @@ def wait_for(child, condition) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.full)])
-def test_kills_lose_nothing(tmp_path, kills):
+def test_kills_lose_nothing(tmp_path):
     """Every second one in the middle of a save."""
-    total = 40 + 16 * kills
+    total = 40 + 16 * KILLS
     slow, fast = (
         {"total_steps": total, "log_every": 5, "checkpoint_every": 5, "delay": delay}
         for delay in (0.03, 0.0)
@@ -201,7 +203,7 @@ def test_kills_lose_nothing(tmp_path, kills):
         child.start()
         return child
 
-    for life in range(kills):
+    for life in range(KILLS):
         child = start(workdir, slow)
         before = steps_logged(workdir)
         wait_for(child, lambda before=before: steps_logged(workdir) > before)

@@ -70,7 +70,7 @@ def run(config, images, steps):
     options = {"compiler_options": FAST_TO_COMPILE}
     step = jax.jit(task.train_step, static_argnames="variant", **options)
     variant, plan = small_tasks.plan_with(task, 8)
-    states, metrics = [nn.unbox(jax.jit(task.init, **options)(jax.random.key(0)))], []
+    states, metrics = [small_tasks.start(task)], []
     for _ in range(steps):
         state, found = step(states[-1], images, plan, variant=variant)
         states.append(state)
@@ -156,8 +156,7 @@ def trainer_of(config):
         losses={name: made[name] for name in ("mse", "adversarial")},
         optimizer=optax.sgd(0.0),
     )
-    init = jax.jit(trainer.init, compiler_options=FAST_TO_COMPILE)
-    return trainer, nn.unbox(init(jax.random.key(0)))
+    return trainer, small_tasks.start(trainer)
 
 
 def forward(model, rows, key):
@@ -200,6 +199,7 @@ def test_gradient_of_the_generator(adaptive):
         assert float(metrics["adversarial_weight"]) == pytest.approx(0.2 * factor, rel=1e-4)
 
 
+@pytest.mark.full
 def test_dino_discriminator_learns_over_frozen_features():
     plain = {"discriminator.augment": False, "discriminator.consistency": 0.0}
     trainer, state = trainer_of(tiny(**dino_fields(**plain, **{"discriminator.start_step": 0})))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detailflow_jax.runtime import sharding
+import small_tasks
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.errors import ConfigError
@@ -46,8 +46,7 @@ def moments(seed=0, batch=8, side=4, channels=2):
 
 @functools.cache
 def first_state(*overrides):
-    mesh = sharding.make_mesh({}, jax.devices()[:1])
-    return sharding.create_sharded(make_task(tiny(*overrides)).init, jax.random.key(0), mesh)
+    return small_tasks.start(make_task(tiny(*overrides)))
 
 
 @functools.cache
@@ -97,6 +96,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.full
 def test_accumulated_parts_give_the_same_step():
     quiet = ("--config.model.attention_dropout=0.0", "--config.model.projection_dropout=0.0")
     _, whole, state = stepped(*quiet)
@@ -109,6 +109,7 @@ def test_accumulated_parts_give_the_same_step():
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.full
 def test_images_go_through_the_frozen_autoencoder_and_samples_are_drawn():
     task, step, state = stepped(*VAE)
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)

@@ -217,6 +217,7 @@ def test_repa_by_numpy_and_how_far_its_gradient_reaches(repa):
     assert size(grads["encoder"]["latent_tokens"]) > 0
 
 
+@pytest.mark.full
 def test_repa_in_a_step_of_several_parts(repa):
     state, images, want = repa
     config = tiny(**REPA, accumulate=2)

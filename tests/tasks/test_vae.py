@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import detailflow_jax as df
+import small_tasks
 from compiling import FAST_TO_COMPILE
 from detailflow_jax import tasks
 from detailflow_jax.convert import CheckpointError
@@ -38,30 +39,13 @@ def images():
     return {"image": pictures.repeat(4, axis=1).repeat(4, axis=2)}
 
 
-def start(task):
-    """A first state without compiling the initialisation, which takes longer than all the rest."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        if leaf.ndim < 2:
-            return np.full(leaf.shape, path[-1].key == "scale", leaf.dtype)
-        return rng.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(leaf.shape[:-1]))
-
-    state = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
-    params = jax.tree_util.tree_map_with_path(draw, state.params)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
-    if held := zeros.extra.get("discriminator"):
-        held["params"] = jax.tree_util.tree_map_with_path(draw, held["params"])
-    return zeros.replace(params=params, ema=params)
-
-
 @pytest.fixture(scope="module")
 def trained(images):
     """(task, compiled step, states, metrics) of 20 steps on one batch."""
     task = tasks.make_task(tiny())
     assert task.plan(0) == task.plan(7) == (None, {})
     step = jax.jit(task.train_step, static_argnames="variant")
-    states, metrics = [start(task)], []
+    states, metrics = [small_tasks.start(task)], []
     for _ in range(20):
         state, found = step(states[-1], images, {}, variant=None)
         states.append(state)
@@ -142,6 +126,7 @@ def test_restored_from_a_checkpoint_it_ends_with_the_same_bits(trained, images, 
         df.load_tokenizer(tmp_path)
 
 
+@pytest.mark.full
 def test_perceptual_and_adversarial_terms(images, monkeypatch):
     """A ramp, a start that compiles nothing anew, and the adaptive weight of the family."""
 
@@ -159,7 +144,7 @@ def test_perceptual_and_adversarial_terms(images, monkeypatch):
     config.discriminator.optim.lr = 1e-3
     task = tasks.make_task(config)
     step = jax.jit(task.train_step, static_argnames="variant", compiler_options=FAST_TO_COMPILE)
-    state, metrics, held = jax.tree.map(jnp.asarray, start(task)), [], []
+    state, metrics, held = small_tasks.start(task), [], []
     for _ in range(6):
         held.append(jax.device_get(state.extra["discriminator"]["params"]))
         state, found = step(state, images, {}, variant=None)
