@@ -99,10 +99,14 @@ read_flags() {
   done
 }
 
-# The training options as a command; the run's name makes the workdir, so that it resumes.
+# The training options as a command; the run's name makes the workdir, so that it resumes, and the
+# folder of compiled programs, so that a restart need not compile again.
 train_command() {
   COMMAND=(python -m detailflow_jax.train "$@")
   local option
+  if [[ -n $RUNS && " ${ENVIRONMENT[*]} " != *" JAX_COMPILATION_CACHE_DIR="* ]]; then
+    ENVIRONMENT+=("JAX_COMPILATION_CACHE_DIR=${RUNS%/}/$RUN_NAME.launch/compiled")
+  fi
   for option; do
     [[ $option != --workdir && $option != --workdir=* ]] || return 0
   done

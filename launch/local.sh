@@ -79,6 +79,11 @@ parse() {
 set_up() {
   local flags
   [[ ! -f $venv/bin/activate ]] || printf 'source %s\n' "$(quote "$venv/bin/activate")"
+  if [[ -z ${JAX_COMPILATION_CACHE_DIR:-} && -n ${HOME:-} ]]; then # For restarts.
+    # Of this host: another one's CPU may lack an instruction.
+    printf 'export JAX_COMPILATION_CACHE_DIR=%s\n' \
+      "$(quote "$HOME/.cache/detailflow_jax/compiled/$(uname -n)")"
+  fi
   if [[ -n $cpu_devices ]]; then
     flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$cpu_devices"
     printf 'export JAX_PLATFORMS=cpu XLA_FLAGS=%s\n' "$(quote "$flags")"

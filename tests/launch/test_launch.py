@@ -304,6 +304,12 @@ def test_host_that_boots_fetches_the_code_and_runs_once(standins, host):
 # ------------------------------------------------------------------------------------- Kubernetes
 
 
+def test_compiled_programs_are_kept_where_the_user_says(standins):
+    own = "JAX_COMPILATION_CACHE_DIR=/mnt/compiled"
+    plan = standins.run("xpk", "start", "--dry-run", "--env", own, *TRAINING).stdout
+    assert plan.count("JAX_COMPILATION_CACHE_DIR") == 1 and f"--env={own}" in plan
+
+
 def test_xpk_calls(standins):
     options = ["--env", f"NOTE={ODD}", "--create-option", "--priority=high", "--num-slices", "2"]
     standins.run("xpk", "start", *options, *TRAINING)
@@ -319,7 +325,9 @@ def test_xpk_calls(standins):
         *("xpk", "workload", "create", "--workload=gpt-l", "--tpu-type=v5litepod-256"),
         *("--num-slices=2", "--docker-image=registry/detailflow:1", "--max-restarts=1000"),
         *("--restart-on-exit-codes=143", "--termination-grace-period-seconds=300"),
-        *(f"--env=NOTE={ODD}", "--priority=high", *place),
+        f"--env=NOTE={ODD}",
+        "--env=JAX_COMPILATION_CACHE_DIR=gs://bucket/runs/gpt-l.launch/compiled",
+        *("--priority=high", *place),
     ]
     pod = "jobset.sigs.k8s.io/jobset-name=gpt-l,jobset.sigs.k8s.io/job-index=0"
     pod += ",batch.kubernetes.io/job-completion-index=0"

@@ -30,6 +30,15 @@ def test_processes_know_their_place_and_are_told_apart():
     assert len(ports) == 1 and int(ports.pop()) > 1023
 
 
+def test_compiled_programs_are_kept_on_this_host(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/a b")
+    script = 'echo "$JAX_COMPILATION_CACHE_DIR"'
+    assert launch(script=script, code=0).strip() == os.environ["JAX_COMPILATION_CACHE_DIR"]
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    kept = f"/home/a b/.cache/detailflow_jax/compiled/{os.uname().nodename}"
+    assert launch(script=script, code=0).strip() == kept
+
+
 def test_output_goes_to_files(tmp_path):
     told = launch("-n", "2", "--log-dir", str(tmp_path / "a b"), script="echo out", code=0)
     assert told == ""

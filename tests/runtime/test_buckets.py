@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import bucket_server
 import children
@@ -43,6 +44,28 @@ def test_a_file_is_written_read_and_removed(bucket, name):
     files.remove(place)
     files.remove(place)
     assert not files.exists(place)
+
+
+def test_compiled_programs_are_kept_in_a_bucket(bucket):
+    hits = []
+
+    def listen(event, **_):
+        hits.append(event == "/jax/compilation_cache/cache_hits")
+
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.monitoring.register_event_listener(listen)
+    try:
+        jax.config.update("jax_compilation_cache_dir", bucket.path("compiled"))
+        compilation_cache.reset_cache()
+        x = np.arange(3.0)
+        for seen in (0, 1):
+            assert jax.jit(lambda x: x * 3 + 1)(x)[1] == 4
+            assert sum(hits) == seen
+        assert any("-cache" in name for name in files.names(bucket.path("compiled")))
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 def test_large_files_and_listings(bucket):
