@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Collection
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import UInt8
@@ -129,7 +130,7 @@ def to_uint8(images: ArrayLike) -> UInt8[np.ndarray, "*B H W C"]:
       InputError: NaN or infinity, which would become some colour; or no floating point images.
     """
     images = np.asarray(images)
-    if images.ndim < 3 or not np.issubdtype(images.dtype, np.floating):
+    if images.ndim < 3 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(
             f"images are {images.dtype} {images.shape}; expected floats in [-1, 1], [..., H, W, C]"
         )

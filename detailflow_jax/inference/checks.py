@@ -5,6 +5,7 @@ Shapes: B images or samples, H x W pixels, n tokens, C latent channels, i side o
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
@@ -13,12 +14,21 @@ from detailflow_jax.models.flow_sampler import Known
 from detailflow_jax.models.flowar import FlowARConfig
 from detailflow_jax.ops import Array, flow
 
+_RANGE = 8.0  # of images of floats, beyond which they are no images in [-1, 1]
 ArrayLike = Array | Sequence
 """What methods of models take: arrays, or nested sequences of numbers."""
 
 
 def check_images(images: np.ndarray, channels: int, stride: int = 1) -> None:
-    """Raises InputError unless images are [B, H, W, channels] with sides that stride divides."""
+    """Raises InputError unless images are [B, H, W, channels] with sides that stride divides.
+
+    Floats have to be about [-1, 1]: decoded images leave this range by a half, others by far more.
+    """
+    if jnp.issubdtype(images.dtype, jnp.floating) and not np.abs(images).max(initial=0) <= _RANGE:
+        raise InputError(
+            f"images reach {np.abs(images).max():g}: expected floats about [-1, 1], or uint8 in "
+            "0..255"
+        )
     if images.ndim != 4 or images.shape[-1] != channels:
         raise InputError(f"images have shape {images.shape}, expected [B, H, W, {channels}]")
     if images.shape[1] % stride or images.shape[2] % stride:

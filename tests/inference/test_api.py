@@ -12,7 +12,7 @@ import pytest
 import detailflow_jax as df
 from detailflow_jax import tasks
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.inference import api
+from detailflow_jax.inference import api, checks
 from detailflow_jax.models import generator as generator_network
 from detailflow_jax.models import layers, siglip
 from detailflow_jax.models import tokenizer as tokenizer_network
@@ -312,6 +312,21 @@ def test_unknown_names_of_the_package():
 def test_names_are_listed():
     assert set(df.__all__) <= set(dir(df))
     assert all(hasattr(df, name) for name in df.__all__)
+
+
+@pytest.mark.parametrize("value", [200.0, -50.0, np.nan, np.inf])
+def test_images_of_another_range_are_refused(value):
+    images = np.zeros((2, 8, 8, 3), np.float32)
+    images[1, 2, 3] = value
+    with pytest.raises(ValueError, match=r"expected floats about \[-1, 1\], or uint8"):
+        checks.check_images(images, 3)
+    checks.check_images(images[:1] - 1.5, 3)
+    checks.check_images(np.full((1, 8, 8, 3), 200, np.uint8), 3)
+
+
+def test_to_uint8_takes_the_floats_of_jax():
+    images = jnp.full((1, 2, 2, 3), 0.5, jnp.bfloat16)
+    np.testing.assert_array_equal(df.to_uint8(images), np.full((1, 2, 2, 3), 191, np.uint8))
 
 
 def test_to_uint8():
