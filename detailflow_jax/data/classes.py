@@ -19,6 +19,7 @@ from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import read_config
 from detailflow_jax.runtime.errors import ConfigError, UserError, closest_names
 
+_NUMBERS = re.compile(r"[\d,\s-]+")
 _MOST_LABELS = 1_000_000  # in a range; more are a slip of the pen
 
 
@@ -60,11 +61,18 @@ def parse_labels(text: str, names: Sequence[str] = ()) -> list[int]:
     Raises:
         ConfigError: a name that is not one of them; the text suggests the closest names.
     """
-    known = {composed(name): label for label, name in reversed([*enumerate(names)])}
-    if composed(text) in known and not re.fullmatch(r"[\d,\s-]+", text):
-        return [known[composed(text)]]  # A name with a comma in it.
-    labels = []
-    for part in map(str.strip, text.split(",")):
+    known = {composed(name).strip(): label for label, name in reversed([*enumerate(names)])}
+    labels, parts = [], text.split(",")
+    most = 1 + max((name.count(",") for name in names), default=0)
+    while parts:
+        # The longest first: a name may have commas in it.
+        starts = [",".join(parts[:count]).strip() for count in range(most, 0, -1)]
+        name = next((x for x in starts if composed(x) in known and not _NUMBERS.fullmatch(x)), None)
+        if name is not None:
+            labels.append(known[composed(name)])
+            del parts[: name.count(",") + 1]
+            continue
+        part = parts.pop(0).strip()
         if match := re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part):
             first, last = int(match[1]), int(match[2] or match[1])
             if not first <= last < first + _MOST_LABELS:
@@ -73,8 +81,6 @@ def parse_labels(text: str, names: Sequence[str] = ()) -> list[int]:
                     "first and the last one, as in 0-9"
                 )
             labels.extend(range(first, last + 1))
-        elif composed(part) in known:
-            labels.append(known[composed(part)])
         elif names:
             raise ConfigError(
                 f"cannot read labels {text!r}: there is no class {part!r} among {shown(names)}; "

@@ -30,5 +30,6 @@ def report_skipped(image: UnreadableImage | str) -> None:
 
 
 def printable(name: str) -> str:
-    """Returns a file name that can be printed: bytes that are no UTF-8 become escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """Returns a file name on one line: line ends and bytes that are no UTF-8 become escapes."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)

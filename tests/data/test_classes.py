@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from detailflow_jax.data import classes, make_iterator
-from detailflow_jax.data.classes import check_same_classes, class_names, parse_labels
+from detailflow_jax.data.classes import check_same_classes, class_names, parse_labels, shown
 from detailflow_jax.runtime.config import check_same, read_config, write_config
 from detailflow_jax.runtime.errors import ConfigError
 
@@ -32,10 +32,17 @@ def folder(tmp_path):
         ("7", [7]),  # A number is a label, not a name.
         ("Hot dog, mustard", [3]),
         ("x-1,0-1", [4, 0, 1]),
+        ("cat,Hot dog, mustard,1", [0, 3, 1]),
     ],
 )
 def test_labels_are_numbers_or_names(text, expected):
     assert parse_labels(text, NAMES) == expected
+
+
+def test_a_name_is_shown_on_one_line():
+    assert shown(["new\nline", "tab\tx", "\u00dcn\u00ef \udcff"]) == (
+        "0: new\\nline, 1: tab\\tx, 2: \u00dcn\u00ef \\xff"
+    )
 
 
 def test_accents_are_the_same_in_either_form():
