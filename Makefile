@@ -44,7 +44,7 @@ check: lint ## lint, types and the fast unit tests
 test: lint ## everything but what test-full runs
 	$(PYTEST) -m "not full"
 
-test-full: $(VENV)/.ready-test ## only the full-size networks and the long series of kills
+test-full: $(VENV)/.ready-test ## only full-size networks, whole chains of commands and long series
 	$(PYTEST) -m full
 
 lint: $(VENV)/.ready-test ## ruff and static types

@@ -25,6 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONG_ROOMS = ("end_to_end", "processes")
+FIRST_ROOMS = (*LONG_ROOMS, "tasks", "models", "evaluate")
 LONG = 900  # Seconds for those rooms and full tests; the others' limit is in pyproject.toml.
 
 
@@ -62,9 +63,10 @@ def compile_fast(config):
 
 def pytest_collection_modifyitems(items):
     """Puts what takes long first, so that no worker ends with it alone, and gives it more time."""
-    items.sort(key=lambda item: pathlib.Path(item.path).parent.name not in LONG_ROOMS)
+    room = lambda item: pathlib.Path(item.path).parent.name  # noqa: E731
+    items.sort(key=lambda item: (*FIRST_ROOMS, room(item)).index(room(item)))
     for item in items:
-        long = pathlib.Path(item.path).parent.name in LONG_ROOMS or item.get_closest_marker("full")
+        long = room(item) in LONG_ROOMS or item.get_closest_marker("full")
         if long and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(LONG))
 

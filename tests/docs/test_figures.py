@@ -18,6 +18,7 @@ def make():
     return module
 
 
+@pytest.mark.full
 def test_every_figure_is_made_and_shown(make, tmp_path):
     made = {path.name for path in make.make(tmp_path) if path.stat().st_size > 1000}
     shown = set(re.findall(r"\]\(figures/([^)]+)\)", (DOCS / "how_it_works.md").read_text()))
