@@ -1,0 +1,258 @@
+"""Images and references as they are read, measured and refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from detailflow_jax.evaluate import __main__ as command
+from detailflow_jax.evaluate import (
+    distances,
+    generation,
+    image_quality,
+    references,
+)
+from detailflow_jax.evaluate.errors import EvaluationError
+from detailflow_jax.evaluate.features import FeatureExtractor
+from detailflow_jax.evaluate.models import Reconstructor
+from detailflow_jax.evaluate.samples import NpzImages, open_samples, write_samples
+from scored_models import (
+    SIZE,
+    extractor,
+    images,
+    mesh_of,
+    save_pictures,
+    tokenizer,
+)
+
+# -------------------------------------------------------------------------------------- the .npz
+
+
+def test_npz_has_the_published_layout_both_ways(tmp_path):
+    data = images(5)
+    write_samples(tmp_path / "ours.npz", data.shape, [data[:3], data[3:]])
+    with np.load(tmp_path / "ours.npz") as file:
+        assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(file["arr_0"], data)
+    np.savez(tmp_path / "theirs.npz", data)
+    np.savez_compressed(tmp_path / "packed.npz", data, np.arange(5))
+    for name in ("ours", "theirs", "packed"):
+        found = NpzImages(tmp_path / f"{name}.npz")
+        assert len(found) == 5 and found.shape == (SIZE, SIZE, 3)
+        np.testing.assert_array_equal(found.read(1, 4), data[1:4])
+    with pytest.raises(EvaluationError, match="5 images were given, expected 6"):
+        write_samples(tmp_path / "short.npz", (6, *data.shape[1:]), [data])
+    assert not (tmp_path / "short.npz").exists()
+
+
+def test_pictures_are_read_in_order_and_cropped(tmp_path):
+    data = images(3)
+    save_pictures(tmp_path, data, "b/{}.png")
+    save_pictures(tmp_path, images(1, seed=1), "a/x{}.PNG")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    found = open_samples(tmp_path)
+    np.testing.assert_array_equal(found.read(0, 4), np.concatenate([images(1, seed=1), data]))
+    save_pictures(tmp_path, images(1, size=20), "c/{}.png")
+    with pytest.raises(EvaluationError, match=r"c/0.png is 20x20 px, the first one 16x16"):
+        open_samples(tmp_path).read(0, 5)
+    assert references.open_images(str(tmp_path), 8).read(0, 5).shape == (5, 8, 8, 3)
+
+
+# ----------------------------------------------------------------------------------- references
+
+
+def test_the_same_reference_from_images_statistics_and_pictures(tmp_path, reference, small_chunks):
+    """An `.npz` of images, of statistics, of both; a folder: one set, one reference."""
+    statistics = {
+        "mu": reference.pool.mean,
+        "sigma": reference.pool.covariance,
+        "mu_s": reference.spatial.mean,
+        "sigma_s": reference.spatial.covariance,
+    }
+    features = extractor()(images())
+    np.testing.assert_allclose(statistics["mu"], features["pool"].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(
+        statistics["sigma_s"], np.cov(features["spatial"], rowvar=False), atol=1e-10
+    )
+    save_pictures(tmp_path / "all", images())
+    np.savez(tmp_path / "statistics.npz", **statistics)
+    np.savez(tmp_path / "both.npz", images(30), **statistics)
+    for spec in ("all", "statistics.npz", "both.npz"):
+        found = references.load_reference(
+            tmp_path / spec, extractor(7), image_size=SIZE, cache=tmp_path / "cache"
+        )
+        np.testing.assert_allclose(found.pool.mean, reference.pool.mean, rtol=1e-6)
+        np.testing.assert_allclose(
+            found.spatial.covariance, reference.spatial.covariance, rtol=1e-6, atol=1e-9
+        )
+        rows = {"all": 60, "statistics.npz": None, "both.npz": 30}[spec]
+        assert (found.features is None) if rows is None else len(found.features) == rows
+
+
+def test_a_reference_is_measured_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    load = lambda: references.load_reference(  # noqa: E731
+        "digits:test", extractor(), image_size=SIZE, cache=cache
+    )
+    first = load()
+    assert first.count == 359
+    assert [file.suffix for file in cache.iterdir()] == [".npz"]  # The partial results are gone.
+    monkeypatch.setattr(FeatureExtractor, "__call__", lambda *_: pytest.fail("measured again"))
+    np.testing.assert_array_equal(load().pool.covariance, first.pool.covariance)
+    np.savez(tmp_path / "other.npz", images(9))
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        references.load_reference(tmp_path / "other.npz", extractor(), image_size=SIZE, cache=cache)
+
+
+def test_no_figure_depends_on_the_order_of_images(tmp_path, monkeypatch, small_chunks):
+    """Neither of samples nor of a reference, of which precision and recall take a part."""
+    monkeypatch.setattr(references, "MOST_NEIGHBOURS", 20)
+    monkeypatch.setattr(distances.inception_score, "__defaults__", (16,))
+    sets = {"reference": images(), "samples": images(48, seed=1)}
+    rows = []
+    for step in (1, 7):  # Every 7th, over and over: 7 divides neither number of images.
+        for name, found in sets.items():
+            np.savez(
+                tmp_path / f"{name}{step}.npz", found[np.arange(len(found)) * step % len(found)]
+            )
+        reference = references.load_reference(
+            tmp_path / f"reference{step}.npz", extractor(), image_size=SIZE, cache=tmp_path
+        )
+        assert len(reference.features) == 20
+        samples = NpzImages(tmp_path / f"samples{step}.npz")
+        out = tmp_path / f"out{step}"
+        rows.append(generation.evaluate_images(samples, reference, extractor(), out))
+    for name in generation.METRICS:
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-6), name
+
+
+def truncated(path):
+    np.savez(path, images())
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_inside(path):
+    """Whole by its directory of members, but `arr_0` has fewer images than its header says."""
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as member:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (60, SIZE, SIZE, 3)}
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(images(40).data)
+
+
+def with_nan(path):
+    data = images().astype(np.float32)
+    data[0, 3, 3] = np.nan
+    np.savez(path, data)
+
+
+def damaged_statistics(path):
+    mu = np.zeros(12)
+    np.savez(path, mu=np.where(np.arange(12) == 5, np.nan, mu), sigma=np.eye(12))
+
+
+WRONG = {
+    "another resolution": (lambda p: np.savez(p, images(60, 24)), "24x24 px.*samples are 16x16"),
+    "too few": (lambda p: np.savez(p, images(3)), "holds 3 images: at least 4 are needed"),
+    "truncated": (truncated, "truncated or not an .npz"),
+    "cut inside": (cut_inside, "arr_0 ends within images"),
+    "NaN images": (with_nan, r"arr_0 is float32 \[60, 16, 16, 3\], expected uint8"),
+    "float images": (lambda p: np.savez(p, images() / 255), "float64.*expected uint8"),
+    "grey": (lambda p: np.savez(p, images()[..., 0]), r"uint8 \[60, 16, 16\], expected"),
+    "other names": (lambda p: np.savez(p, a=1, b=2), "holds a, b: expected mu with sigma"),
+    "half": (lambda p: np.savez(p, mu=np.zeros(12)), "expected mu with sigma"),
+    "NaN statistics": (damaged_statistics, "mu holds NaN"),
+    "text": (lambda p: p.write_text("not found"), "truncated or not an .npz"),
+    "missing": (lambda p: None, "there is no such file"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_references_are_refused(tmp_path, name):
+    make, words = WRONG[name]
+    make(tmp_path / "wrong.npz")
+    with pytest.raises(EvaluationError, match=words):
+        references.load_reference(
+            tmp_path / "wrong.npz", extractor(), image_size=SIZE, cache=tmp_path / "cache"
+        )
+
+
+def test_wrong_folders_are_refused(tmp_path):
+    def load():
+        return references.load_reference(
+            f"folder:{tmp_path}", extractor(), image_size=SIZE, cache=tmp_path / "cache"
+        )
+
+    with pytest.raises(EvaluationError, match=r"no such folder.*are mnist:train and mnist:test"):
+        references.open_images("mnist", SIZE)
+    with pytest.raises(EvaluationError, match="holds no pictures"):
+        load()
+    save_pictures(tmp_path, images(5, 12))
+    with pytest.raises(EvaluationError, match=r"short side of 12 px.*16x16"):
+        load()
+    for file in tmp_path.glob("*.png"):
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(EvaluationError, match=r"none of its 5 images can be read.*004.png"):
+        load()
+    save_pictures(tmp_path, images(3, 20))
+    with pytest.raises(EvaluationError, match="only 3 of 5 images can be read"):
+        load()
+
+
+@pytest.mark.full
+def test_unreadable_images_are_skipped_counted_and_named(
+    tmp_path, saved, small_chunks, monkeypatch, capsys, caplog
+):
+    """In samples, references and reconstructions, also the whole of a chunk; also when resumed."""
+    monkeypatch.setattr(command, "load_extractor", lambda path, size: extractor(size))
+    data, broken = images(50), [0, *range(16, 33), 40]
+    readable = np.delete(np.arange(50), broken)
+    save_pictures(tmp_path / "all", data)
+    save_pictures(tmp_path / "readable", data[readable])
+    for i in broken:
+        file = tmp_path / "all" / f"{i:03d}.png"
+        file.write_bytes(file.read_bytes()[:60])
+
+    def run(name, *argv):
+        out = ["--out", str(tmp_path / "out" / name), "--batch_size", "8"]
+        assert command.main([*argv, *out]) == 0
+        results = json.loads((tmp_path / "out" / name / "results.json").read_text())
+        return results, capsys.readouterr().out
+
+    rows = {}
+    for name in ("all", "readable", "all"):
+        folder = str(tmp_path / name)
+        common = ["--reference", folder, "--cache", str(tmp_path / "cache")]
+        results, printed = run(name, "generation", "--samples", folder, *common)
+        named = [results["unreadable"], results["reference"]["unreadable"]]
+        assert [len(names) for names in named] == [19 * (name == "all")] * 2
+        assert f"{38 * (name == 'all')} unreadable" in printed
+        rows[name] = {k: x for k, x in results["rows"][0].items() if not isinstance(x, str)}
+    assert "017.png" in named[0][2]
+    assert rows["all"]["num_samples"] == 31
+    assert rows["all"] == pytest.approx(rows["readable"], rel=1e-5, abs=1e-9)
+    for i in broken:
+        assert f"{i:03d}.png" in caplog.text
+
+    model = ["reconstruction", "--model", str(saved / "tok/model.safetensors"), "--without"]
+    model += ["lpips", "--noise_groups", "1", "--reference", str(tmp_path / "all")]
+    results, printed = run("reconstruction", *model)
+    assert results["rows"][0]["images"] == 31 and "19 unreadable" in printed
+    # The noise of an image depends on its place in the set.
+    small = Reconstructor(tokenizer(), mesh_of(1), 4)
+    made = small(data[readable], [8], [1], indices=readable)
+    psnr = image_quality.psnr(made["group 1 noisy"], data[readable])
+    assert results["rows"][1]["psnr"] == pytest.approx(float(np.mean(psnr)), rel=1e-5)
+
+
+def test_statistics_of_another_network_are_refused(tmp_path, small_chunks):
+    np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    found = references.load_reference(
+        tmp_path / "inception.npz", extractor(), image_size=SIZE, cache=tmp_path
+    )
+    np.savez(tmp_path / "samples.npz", images())
+    with pytest.raises(EvaluationError, match="width 2048 and 12"):
+        generation.evaluate_images(
+            NpzImages(tmp_path / "samples.npz"), found, extractor(), tmp_path / "out"
+        )
