@@ -12,8 +12,8 @@ as step 1.
 
 Exit codes:
     0    FINISHED   all steps are done (also when they were done before)
-    1    FAILED     the loss or the state became NaN or Inf; a checkpoint could not be written; or
-                    an unforeseen error (a traceback)
+    1    FAILED     the loss or the state became NaN or Inf; a checkpoint could not be written; the
+                    data could not be read for a while; or an unforeseen error (a traceback)
     2    UNUSABLE   the command line, configuration, workdir, data or checkpoints cannot be used
     143  PREEMPTED  SIGTERM, or Ctrl-C: the state was saved, run the command again to resume
     130             a second Ctrl-C: left at once, without saving
@@ -54,16 +54,16 @@ from detailflow_jax.runtime.config import (
     load_config,
     write_config,
 )
-from detailflow_jax.runtime.errors import ConfigError, Diverged, UserError
-from detailflow_jax.runtime.feed import Feed
+from detailflow_jax.runtime.errors import ConfigError, DataError, Diverged, UserError
+from detailflow_jax.runtime.feed import Feed, Leaving
 from detailflow_jax.runtime.metrics import Averages, MetricWriter, Progress, log_start, run_log
 from detailflow_jax.runtime.profiler import Profiler
-from detailflow_jax.runtime.stop import StopRequest
+from detailflow_jax.runtime.stop import PREEMPTED, StopRequest
 from detailflow_jax.runtime.watchdog import Watchdog
 from detailflow_jax.runtime.workdir import Workdir, open_workdir
 from detailflow_jax.tasks import Task, TrainState, make_task
 
-FINISHED, FAILED, UNUSABLE, PREEMPTED = 0, 1, 2, 143
+FINISHED, FAILED, UNUSABLE = 0, 1, 2
 
 # What the loop itself reads, all integers, with the least value; `task`, `data`, `model` and the
 # rest belong to the task and the data.
@@ -97,7 +97,8 @@ class Preempted(UserError, SystemExit):
         self.step = step
 
     def __str__(self) -> str:
-        return f"saved step {self.step}; run the same command to resume"
+        done = f"saved step {self.step}" if self.step else "no step was done"
+        return f"{done}; run the same command to resume"
 
 
 def train(
@@ -118,6 +119,7 @@ def train(
 
     Raises:
         ConfigError, DataError, CheckpointError: what cannot be used; no checkpoint was lost.
+        ReadError: data that cannot be read now; the state was saved.
         Diverged: the loss or the state is no longer finite; it was not saved.
         Preempted: SIGTERM or Ctrl-C; the state was saved.
     """
@@ -139,7 +141,7 @@ def train(
         watchdog = stack.enter_context(Watchdog(config.stall_seconds))
         mesh = stack.enter_context(_devices(config))
         task, iterator = _task_and_data(config, task, iterator, mesh)
-        feed = stack.enter_context(Feed(iterator, mesh))
+        feed = stack.enter_context(Feed(iterator, mesh, stop.asked))
         names = tuple(getattr(iterator, "class_names", ()))
         check_same_classes(names, workdir)
         encoded_by = check_encoder(config, getattr(iterator, "encoded_by", ""), workdir)
@@ -152,7 +154,7 @@ def train(
         if _is_finished(config, begun.step, workdir):
             return begun.state
         state = load_into(config, begun.state, task.frozen, fresh=begun.step == 0)
-        task.check(feed.peek())  # Data of other shapes than the network's.
+        task.check(_first_batch(feed, begun.step))  # Data of other shapes than the network's.
 
         # -------------------------------------------------------------------------------- steps
         clock.go_on(held.folder, begun.clock.get("spent"))
@@ -181,6 +183,7 @@ def train(
             drawer=make_drawer(config, mesh, encoded_by, names),
             started=started,
             record=functools.partial(write_config, config, workdir, names, encoded_by),
+            saved=begun.step,
         )
         start_up.close()
         train_step = sharding.jit_step(task.train_step, state)
@@ -225,6 +228,13 @@ def _is_finished(config: ConfigDict, step: int, workdir: str) -> bool:
         logging.info("this run is finished: nothing is left to do in %s", workdir)
         _say_try_out(config)
     return finished
+
+
+def _first_batch(feed: Feed, step: int) -> Mapping[str, jax.Array]:
+    try:
+        return feed.peek()
+    except Leaving:
+        raise Preempted(step) from None
 
 
 def _log_data(lengths: str, class_names: Sequence[str], num_examples: int, batch_size: int) -> None:
@@ -272,8 +282,7 @@ def run_steps(
     config, first = run.config, step + 1
     while step < config.total_steps:
         run.watchdog.beat(f"step {step + 1}")
-        with run.clock.doing("input"):
-            batch = run.feed.take()
+        batch = run.next_batch(step, state)
         variant, plan = task.plan(step)
         program, work = run.compiled(train_step, variant, state, batch, plan)
         with run.clock.dispatch(step + 1):
@@ -334,6 +343,7 @@ class Run:
     drawer: Callable[[TrainState], Mapping[str, Any]] | None
     started: float
     record: Callable[[], None]  # writes the configuration
+    saved: int  # the step of the newest checkpoint, 0 for none
     programs: dict[Hashable, tuple[Callable, int]] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -356,6 +366,23 @@ class Run:
             seconds, name = time.perf_counter() - start, "" if variant is None else f" {variant}"
             logging.info("compiled the step%s in %.1f s%s", name, seconds, needed)
         return self.programs[variant]
+
+    def next_batch(self, step: int, state: TrainState) -> dict[str, jax.Array]:
+        """Returns the next batch; saves the state of `step` where none comes.
+
+        Raises:
+            Preempted: asked to leave while waiting for it.
+            DataError: it cannot be read.
+        """
+        try:
+            with self.clock.doing("input"):
+                return self.feed.take()
+        except (Leaving, DataError) as error:
+            if jax.process_count() == 1:  # The others may be in the middle of the next step.
+                self.save(step, state)
+            if isinstance(error, Leaving):
+                raise Preempted(step) from None
+            raise
 
     def score(self, step: int, state: TrainState) -> dict[str, float]:
         """Returns scores of a few images; the rate leaves this time out."""
@@ -388,6 +415,8 @@ class Run:
         self.clock.write(self.workdir.folder, finished=step == self.config.total_steps)
         # Before the checkpoint: resumed from it, a run does not write these lines again.
         self.workdir.upload()
+        if step == self.saved:
+            return
         self.averages.fetch()
         clock = {
             "spent": spent,
@@ -396,6 +425,7 @@ class Run:
             "averages": self.averages.totals,
         }
         self.checkpoints.save(step, _to_save(state), self.feed.state, clock)
+        self.saved = step
 
 
 # -------------------------------------------------------------------------------- around the loop

@@ -71,6 +71,8 @@ read_options() {
   [[ -n $RUN_NAME ]] || fail 'RUN_NAME is not set: set it in launch/settings.sh or by --run-name'
   [[ $RUN_NAME =~ $NAME_PATTERN ]] ||
     fail "run name '$RUN_NAME': expected at most 40 of a-z, 0-9 and -, a letter first"
+  # First, so that one that the user sets counts.
+  ENVIRONMENT=("DETAILFLOW_GRACE_SECONDS=$GRACE_SECONDS" "${ENVIRONMENT[@]}")
 }
 
 read_flags() {

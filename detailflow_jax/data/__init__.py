@@ -9,6 +9,7 @@ folders.py      which files of a folder are images, and of which class
 images.py       image files to RGB pictures
 transforms.py   crops for training and for encoding
 pipeline.py     batches as a pure function of (seed, step), with Grain
+workers.py      processes that make them
 shards.py       writing what is derived from a data set, restartably
 shard_source.py reading it
 classes.py      the class names of images and of models, a command

@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 from detailflow_jax.data.errors import UnreadableImage
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.retry import read_again
 
 MAX_PIXELS = "DETAILFLOW_MAX_PIXELS"
 """Environment variable: larger images are not decoded whole, as a guard against faked sizes."""
@@ -70,14 +71,14 @@ class Picture:
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """Returns the bytes of an image file.
+    """Returns the bytes of an image file; a fault that may pass is tried again.
 
     Raises:
         UnreadableImage: this file is at fault, such as a link that leads nowhere.
         OSError: the disk or the network is.
     """
     try:
-        return files.read_bytes(path)
+        return read_again(lambda: files.read_bytes(path), os.fspath(path))
     except OSError as error:
         if error.errno not in _ONE_FILE and not isinstance(error, FileNotFoundError):
             raise

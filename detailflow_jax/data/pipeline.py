@@ -15,7 +15,6 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from detailflow_jax.data.codes import CodeSource
 from detailflow_jax.data.errors import UnreadableImage, report_skipped
@@ -28,6 +27,7 @@ from detailflow_jax.data.transforms import (
     longest_short_side,
     training_crop,
 )
+from detailflow_jax.data.workers import WorkerIterator, check_memory
 from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
 from detailflow_jax.runtime.errors import ConfigError, unknown_name
 
@@ -127,50 +127,6 @@ def _with_size(position: int, example: dict, sizes: InputSizes) -> dict:
     return {**example, "size": sizes.size(position // sizes.batch_size)}
 
 
-class _WorkerIterator(grain.DatasetIterator):
-    """Batches made by worker processes, with the index of the next one as the whole state.
-
-    Grain's own state depends on the number of workers. A batch is a function of its index, so this
-    state can be resumed with any number of workers, or none; new workers are started for that.
-    Skipped images are named here, for the log of a run is that of this process.
-    """
-
-    def __init__(
-        self,
-        source: Any,
-        batches: grain.MapDataset,
-        read_options: grain.ReadOptions,
-        options: grain.MultiprocessingOptions,
-    ):
-        super().__init__()
-        self._source = source
-        self._batches, self._read_options, self._options = batches, read_options, options
-        self._next_index = 0
-        self._running: grain.DatasetIterator | None = None
-
-    def __next__(self) -> dict:
-        if self._running is None:
-            rest = self._batches[self._next_index :].to_iter_dataset(self._read_options)
-            self._running = iter(rest.mp_prefetch(self._options))
-        batch = next(self._running)
-        self._next_index += 1
-        if "record" in batch:
-            self._source.report(batch.pop("record"), batch["skipped"])
-        return batch
-
-    def get_state(self) -> dict:
-        return {"next_index": self._next_index}
-
-    def set_state(self, state: dict) -> None:
-        self.close()
-        self._next_index = state["next_index"]
-
-    def close(self) -> None:
-        if self._running is not None:
-            self._running.close()
-            self._running = None
-
-
 def _training_view(example: dict, rng: np.random.Generator, size: int, **crop) -> dict:
     image = training_crop(example["image"], example.get("size", size), rng=rng, **crop)
     kept = {name: example[name] for name in ("record", "skipped") if name in example}
@@ -262,8 +218,9 @@ def make_iterator(
         `encoded_by` the fingerprint of the encoder that made codes or latents.
 
     Raises:
-        ConfigError: a batch that the processes do not divide, an unknown source or crop, and
-            what `make_source`, `CodeSource` and `LatentSource` raise.
+        ConfigError: a batch that the processes do not divide, an unknown source or crop, shared
+            memory that is too small for `num_workers`, and what `make_source`, `CodeSource` and
+            `LatentSource` raise.
     """
     sizes = _check_batches(data, batch_size, seed, process_index, process_count)
     source, random_map = _open(data, sizes.possible[-1] if sizes else data.get("image_size"))
@@ -278,7 +235,8 @@ def make_iterator(
     dataset = dataset.random_map(random_map, seed=map_seed)
     dataset = _ProcessBlock(dataset, batch_size, process_index, process_count, sizes)
     together = _stack_rows if sizes else None
-    iterator = _start(source, dataset.batch(batch_size // process_count, batch_fn=together), data)
+    rows = batch_size // process_count
+    iterator = _start(source, dataset.batch(rows, batch_fn=together), data, rows, sizes)
     iterator.class_names, iterator.num_examples = source.class_names, len(source)
     iterator.encoded_by = getattr(source, "encoded_by", "")
     return iterator
@@ -315,17 +273,27 @@ def _check_batches(
     return sizes
 
 
-def _start(source: Any, batches: grain.MapDataset, data: Mapping) -> grain.DatasetIterator:
+def _start(
+    source: Any, batches: grain.MapDataset, data: Mapping, rows: int, sizes: InputSizes | None
+) -> grain.DatasetIterator:
     prefetch, workers = data.get("prefetch", 2), data.get("num_workers", 0)
     read_options = grain.ReadOptions(
         num_threads=data.get("num_threads", 0) or prefetch, prefetch_buffer_size=prefetch
     )
     if not workers:
         return iter(batches.to_iter_dataset(read_options))
-    if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags; a library has none.
-        flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(workers, data.get("worker_buffer", 1))
-    return _WorkerIterator(source, batches, read_options, options)
+    check_memory(_largest_batch(source, data, rows, sizes), options)
+    return WorkerIterator(source, batches, read_options, options)
+
+
+def _largest_batch(source: Any, data: Mapping, rows: int, sizes: InputSizes | None) -> int:
+    """Bytes of the values in a batch of `rows` rows, and of other sizes where there are `sizes`."""
+    if not isinstance(source, ReadableSource):
+        return rows * sum(np.asarray(value).nbytes for value in source[0].values())
+    sides = sizes.possible if sizes else (data["image_size"],)
+    count = lambda side: rows * sizes.images(side) // sizes.batch_size if sizes else rows  # noqa: E731
+    return max(3 * side**2 * count(side) for side in sides)
 
 
 def iterate_crops(

@@ -13,6 +13,7 @@ from detailflow_jax.data.shards import FORMAT_VERSION, ShardLayout, num_records,
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.copies import copy_here
 from detailflow_jax.runtime.errors import ConfigError, NotFoundError
+from detailflow_jax.runtime.retry import read_again
 
 _NUMBERS = {
     *("num_classes", "num_records", "num_examples", "shard_size", "image_size"),
@@ -112,7 +113,7 @@ class ShardSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict:
-        data = self._records[index]
+        data = read_again(lambda: self._records[index], f"{self.name}[{index}]")
         dtype = self.layout.record_dtype
         if len(data) != dtype.itemsize:
             raise ConfigError(

@@ -15,6 +15,7 @@ from detailflow_jax.data.shipped import DigitsSource, MnistSource, PhotosSource
 from detailflow_jax.data.source import Source
 from detailflow_jax.runtime import extras, files
 from detailflow_jax.runtime.errors import ConfigError, NotFoundError, near_names, unknown_name
+from detailflow_jax.runtime.retry import read_again
 
 SHIPPED = {"digits": DigitsSource, "mnist": MnistSource, "photos": PhotosSource}
 SOURCE_KINDS = (*SHIPPED, "folder", "tfds")
@@ -129,8 +130,8 @@ class TfdsSource(Source):
         return len(self._records)
 
     def read(self, index: int, reduce_to: int | None = None) -> dict:
-        record = self._records[index]
         name = f"{self.name}[{index}]"
+        record = read_again(lambda: self._records[index], name)
         if file_name := record.get("file_name"):  # ImageNet's; position 17 says less to a person.
             name += f" {file_name.decode(errors='replace')}"
         picture = decode_picture(record[self._image], name, reduce_to=reduce_to, upright=False)

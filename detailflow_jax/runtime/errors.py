@@ -35,6 +35,13 @@ class DataError(UserError, RuntimeError):
     """Data that cannot be read; the text says what stopped it."""
 
 
+class ReadError(DataError):
+    """Data that cannot be read now; the same run may succeed when it is started again."""
+
+    exit_code = 1
+    label = "failed"
+
+
 class CheckpointError(UserError, RuntimeError):
     """Checkpoints of a run that cannot be written or read."""
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import multiprocessing
+import pathlib
 
 import grain
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from detailflow_jax.data import UnreadableImage, iterate_crops, make_iterator, make_source
+from detailflow_jax.data import UnreadableImage, iterate_crops, make_iterator, make_source, workers
 from detailflow_jax.data import errors as data_errors
 from detailflow_jax.data.pipeline import ReadableSource
+from detailflow_jax.runtime.errors import ConfigError, ReadError
 
 DIGITS = {
     "source": "digits",
@@ -123,7 +126,7 @@ def test_state_goes_through_an_orbax_checkpoint(tmp_path):
     assert_same(take(fresh, 2), expected)
 
 
-def test_worker_processes_change_nothing(tmp_path, caplog):
+def test_worker_processes_change_nothing(tmp_path, caplog, monkeypatch):
     images = numbered_folder(tmp_path, broken=(3, 4)) | {"crop": "random", "flip": True}
     plain = take(make_iterator(images, batch_size=8, seed=1), 6)
     data_errors._reported.clear()
@@ -135,12 +138,26 @@ def test_worker_processes_change_nothing(tmp_path, caplog):
         assert_same(take(iterator, 2), plain[3:5])
         iterator.set_state(state)
         assert_same(take(iterator, 3), plain[3:])
+        # One that is killed is not started again for ever.
+        monkeypatch.setattr(workers, "RESTARTS", 0)
+        for process in multiprocessing.active_children():
+            process.kill()
+        with pytest.raises(ReadError, match=r"ended 1 times: .* exit code -9"):
+            take(iterator, 20)
     said = [record.getMessage() for record in caplog.records]
     names = [text for text in said if text.startswith("skipping")]  # In this process's log.
     assert len(names) == 2 and all("only/0" in name for name in names)
     alone = make_iterator(images, batch_size=8, seed=1)
     alone.set_state(state)  # Another number of workers goes on from it.
     assert_same(take(alone, 3), plain[3:])
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/shm").is_dir(), reason="it cannot be measured")
+def test_shared_memory_that_is_too_small_is_noticed_at_the_start(tmp_path):
+    data = numbered_folder(tmp_path) | {"image_size": 200_000, "num_workers": 3}
+    # 14 batches of 8 x 200,000 x 200,000 x 3 bytes.
+    with pytest.raises(ConfigError, match=r"MiB free, 12817383 MiB are needed, for 14 batches"):
+        make_iterator(data, batch_size=8, seed=0)
 
 
 def test_broken_records_are_replaced_by_the_next_counted_and_named_once(tmp_path, caplog):

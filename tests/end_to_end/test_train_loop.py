@@ -201,6 +201,27 @@ def test_data_that_end_or_break_are_named(tmp_path, capfd):
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConnectionResetError(104, "reset"), train.FAILED), (RuntimeError("cut"), UNUSABLE)],
+)
+def test_where_no_batch_comes_the_last_step_is_saved(finished, tmp_path, capfd, error, code):
+    """A launcher starts the run again after a fault that may pass, and nothing is lost."""
+    _, config, state, _, _ = finished
+
+    def run(config, workdir):
+        rows = toy_task.Stops(toy_task.make_iterator(config), 7, error)
+        return train.train(config, workdir, toy_task.make_task(config), rows)
+
+    arguments = ["--config", str(TOY), "--workdir", str(tmp_path), "--config.figures_every=8"]
+    assert train.main(arguments, run) == code
+    assert f"cannot read the next batch: {error}\n" in capfd.readouterr().err
+    assert int(state_of(tmp_path, config).step) == 7
+    again = toy_task.run(config, tmp_path)
+    assert_same_bits(again, state)
+    assert [line["step"] for line in metrics_of(tmp_path)] == [5, 10, 15, 20]
+
+
 def test_a_failed_write_is_no_wrong_command(tmp_path, capfd):
     """Launchers start a run again after it, but not after UNUSABLE."""
 

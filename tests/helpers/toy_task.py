@@ -127,6 +127,22 @@ def make_iterator(config: ConfigDict) -> grain.DatasetIterator:
     return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
+class Stops:
+    """Rows of which only the first `count` can be read."""
+
+    def __init__(self, rows, count: int, error: Exception):
+        self._rows, self._left, self._error = rows, count, error
+
+    def __next__(self):
+        if not self._left:
+            raise self._error
+        self._left -= 1
+        return next(self._rows)
+
+    def __getattr__(self, name):
+        return getattr(self._rows, name)
+
+
 def run(config: ConfigDict, workdir: str) -> TrainState:
     return train.train(config, workdir, make_task(config), make_iterator(config))
 

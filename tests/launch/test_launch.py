@@ -325,6 +325,7 @@ def test_xpk_calls(standins):
         *("xpk", "workload", "create", "--workload=gpt-l", "--tpu-type=v5litepod-256"),
         *("--num-slices=2", "--docker-image=registry/detailflow:1", "--max-restarts=1000"),
         *("--restart-on-exit-codes=143", "--termination-grace-period-seconds=300"),
+        "--env=DETAILFLOW_GRACE_SECONDS=300",
         f"--env=NOTE={ODD}",
         "--env=JAX_COMPILATION_CACHE_DIR=gs://bucket/runs/gpt-l.launch/compiled",
         *("--priority=high", *place),

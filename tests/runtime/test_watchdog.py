@@ -61,10 +61,10 @@ def test_a_run_names_the_step_whose_data_hang(tmp_path, warnings):
     task, rows = toy_task.make_task(config), toy_task.make_iterator(config)
 
     def told() -> bool:
-        return any("step 3 has not ended" in text and "__next__" in text for text in warnings)
+        return any("step 4 has not ended" in text and "__next__" in text for text in warnings)
 
     class Hangs:
-        """The fourth batch, which is read during step 3, comes late."""
+        """The fourth batch comes late."""
 
         given = 0
 

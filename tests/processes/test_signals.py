@@ -1,0 +1,192 @@
+"""Worker processes, signals and disks with faults: what a run survives, saves and leaves behind.
+
+The faults are real: a link to /proc/self/mem answers EIO, a FIFO is a disk that does not answer.
+"""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import psutil
+import pytest
+
+import children
+import toy_images
+import toy_task
+from detailflow_jax import train
+from detailflow_jax.runtime.checkpoint import restore_params
+from detailflow_jax.runtime.errors import ReadError
+
+MEMORY = pathlib.Path("/dev/shm")
+pytestmark = pytest.mark.skipif(not MEMORY.is_dir(), reason="needs Linux")
+LONG = {"total_steps": 100000, "delay": 0.03}
+
+
+class Run:
+    """A run that would go on for long, as the leader of a group of processes."""
+
+    def __init__(self, folder: pathlib.Path, *overrides: str, **variables: str):
+        self.images, self.workdir = folder / "images", folder / "run"
+        self._output = folder / "output"
+        command = [sys.executable, toy_images.PROGRAM, f"--workdir={self.workdir}"]
+        command += [f"--config={toy_images.PROGRAM}:{self.images}"]
+        overrides += tuple(f"{name}={value}" for name, value in LONG.items())
+        command += [f"--config.{override}" for override in overrides]
+        with self._output.open("w") as file:
+            self.process = subprocess.Popen(
+                command,
+                env=children.environment(**variables),
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    @property
+    def steps(self) -> int:
+        path = self.workdir / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def workers(self) -> list[psutil.Process]:
+        return [one for one in self.family() if "--multiprocessing-fork" in one.cmdline()]
+
+    def wait_for(self, condition) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output
+            time.sleep(0.02)
+
+    def wait_for_steps(self, more: int) -> None:
+        goal = self.steps + more
+        self.wait_for(lambda: self.steps >= goal)
+
+    def ended(self, seconds: float) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"did not end in {seconds} s: {self.output}") from None
+
+
+def memory() -> set[str]:
+    return {file.name for file in MEMORY.iterdir()}
+
+
+def all_gone(processes: list[psutil.Process], seconds: float = 10) -> bool:
+    return not psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+def hang(files: list[pathlib.Path], fifo: pathlib.Path) -> None:
+    """No image answers any more."""
+    os.mkfifo(fifo)
+    for file in files:
+        toy_images.put(file, fifo)
+
+
+def parameters(workdir: pathlib.Path) -> list[np.ndarray]:
+    return jax.tree.leaves(restore_params(workdir, ema=False))
+
+
+def train_undisturbed(images: pathlib.Path, workdir: pathlib.Path, steps: int) -> None:
+    """The first steps of the same run, in this process, with all images as they were."""
+    config = toy_images.get_config(str(images))
+    config.update(LONG | {"delay": 0.0, "data": {"num_workers": 0}})
+    rows = toy_task.Stops(toy_images.rows(config), steps, TimeoutError("the server is away"))
+    with pytest.raises(ReadError, match="cannot read the next batch: the server is away"):
+        train.train(config, workdir, toy_task.make_task(config), rows)
+
+
+@pytest.mark.full
+def test_faults_cost_time_only_and_a_signal_to_the_group_saves_the_last_step(tmp_path):
+    files, before = toy_images.make_folder(tmp_path / "images"), memory()
+    with Run(tmp_path) as run:
+        run.wait_for_steps(3)
+        first = run.workers()
+        assert len(first) == 2
+
+        first[1].kill()
+        run.wait_for(lambda: "started again, 1 of 5" in run.output)
+        run.wait_for_steps(3)
+
+        kept = tmp_path / "kept.png"
+        kept.write_bytes(files[5].read_bytes())
+        toy_images.put(files[5], "/proc/self/mem")
+        run.wait_for(lambda: "Input/output error" in run.output)
+        toy_images.put(files[5], kept)
+        run.wait_for_steps(20)
+
+        second = run.workers()
+        hang(files, tmp_path / "fifo")
+        time.sleep(1)
+        done = run.steps
+        os.killpg(run.process.pid, signal.SIGTERM)
+        assert run.ended(15) == train.PREEMPTED, run.output
+        assert f"preempted: saved step {done}; run the same command" in run.output
+        assert "Traceback" not in run.output and "leaked" not in run.output, run.output
+    assert all_gone([*first, *second])
+    assert memory() == before
+
+    for file in files:
+        file.unlink()
+    toy_images.make_folder(tmp_path / "images")
+    train_undisturbed(tmp_path / "images", tmp_path / "undisturbed", done)
+    pairs = zip(parameters(tmp_path / "run"), parameters(tmp_path / "undisturbed"), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_nothing_is_left_of_a_killed_run(tmp_path):
+    toy_images.make_folder(tmp_path / "images")
+    before = memory()
+    with Run(tmp_path) as run:
+        run.wait_for_steps(3)
+        family = run.family()
+        assert memory() > before
+        run.process.kill()
+        assert all_gone(family)
+    assert memory() == before
+
+
+def test_a_disk_that_does_not_answer_keeps_no_run_beyond_its_grace(tmp_path):
+    """Without worker processes it is a thread of the run that hangs, which cannot be ended."""
+    files = toy_images.make_folder(tmp_path / "images")
+    with Run(tmp_path, "data.num_workers=0", DETAILFLOW_GRACE_SECONDS="4") as run:
+        run.wait_for_steps(3)
+        hang(files, tmp_path / "fifo")
+        time.sleep(0.5)
+        run.process.terminate()
+        assert run.ended(10) == train.PREEMPTED, run.output
+        assert f"preempted: saved step {run.steps};" in run.output
+        assert "still here 4 s after SIGTERM" in run.output
+    assert (tmp_path / "run" / "checkpoints" / str(run.steps)).exists()
+
+
+def test_a_program_without_a_main_guard_reads_with_worker_processes(tmp_path):
+    toy_images.make_folder(tmp_path / "images")
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""
+from detailflow_jax.data import make_iterator
+data = dict(source="folder:{tmp_path}/images", image_size=8, crop="none", num_workers=1)
+print(next(make_iterator(data, batch_size=4, seed=0))["image"].shape)
+"""
+    )
+    assert children.run(program, timeout=60) == "(4, 8, 8, 3)\n"
