@@ -47,11 +47,17 @@ def complete(config: ConfigDict) -> ConfigDict:
     make = {"generator": _of_generator, "flowar": _of_flowar}.get(config.get("task"))
     if make is None:
         return config
+    defaults = getattr(config, "_defaults", None)
     config = config.copy_and_resolve_references()
     known: dict[str, Fact] = {}
+    filled = {}
     with config.unlocked():
         for fact in make(config):
             _settle(config, fact, known)
+            filled[fact.field] = list(fact.value) if isinstance(fact.value, tuple) else fact.value
+    if defaults is not None:  # Where the file has no default, that is what the data know.
+        of_file = {name: x for name, x in defaults.items() if x is not None}
+        object.__setattr__(config, "_defaults", defaults | filled | of_file)
     return config
 
 

@@ -1,5 +1,7 @@
 """Configurations take what they leave out from the data and the autoencoder, and are checked."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from detailflow_jax.convert import published, start
 from detailflow_jax.convert.complete import complete, doubling
 from detailflow_jax.convert.load import load, reading_once
 from detailflow_jax.models.vae import VAEConfig
-from detailflow_jax.runtime.config import load_config, read_config
+from detailflow_jax.runtime.config import check_same, load_config, read_config, write_config
 from detailflow_jax.runtime.errors import ConfigError
 
 COMMON = {"source": "test", "class_names": ["a", "b", "c"], "num_classes": 3, "image_size": 16}
@@ -68,6 +70,20 @@ def test_a_generator_takes_its_sizes_from_the_codes(codes):
     assert complete(config_of(generator(codes, *FITTING))).model.num_classes == 3
     more = generator(codes, *FITTING, "--config.model.num_classes=4")
     assert complete(config_of(more)).model.num_classes == 4
+
+
+def test_an_older_run_has_the_default_of_a_field_that_it_lacks(codes, tmp_path):
+    config = complete(config_of(generator(codes, *FITTING)))
+    write_config(config, tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["model"]["class_dropout"], fields["model"]["num_classes"]
+    path.write_text(json.dumps(fields))
+    for changed in ([], ["--config.model.class_dropout=0.1"]):
+        check_same(complete(config_of(generator(codes, *FITTING, *changed))), tmp_path)
+    other = complete(config_of(generator(codes, *FITTING, "--config.model.class_dropout=0.5")))
+    with pytest.raises(ConfigError, match=r"model.class_dropout: 0.1 in the workdir, 0.5 now"):
+        check_same(other, tmp_path)
 
 
 @pytest.mark.parametrize(
