@@ -1,5 +1,6 @@
 """Leaves a run in good order after SIGTERM or Ctrl-C, and in time after SIGTERM."""
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -27,6 +28,12 @@ def grace_seconds() -> float:
         return float(text)
     except ValueError as error:
         raise ConfigError(f"{GRACE}={text!r} in the environment: expected seconds") from error
+
+
+def _tell(text: str) -> None:
+    """Writes to stderr, unless nobody reads it: Ctrl-C ends `tee` before the run behind it."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 class StopRequest:
@@ -64,15 +71,15 @@ class StopRequest:
         if number == signal.SIGTERM:
             self._deadline = min(self._deadline, time.monotonic() + self._grace)
         # Not the log: the signal may have come while it was being written.
-        os.write(2, b"\nasked to leave: saving after this step (Ctrl-C again: leave at once)\n")
+        _tell("\nasked to leave: saving after this step (Ctrl-C again: leave at once)\n")
 
     def _watch(self) -> None:
         # Polls, for a signal handler must not wait for the lock of an event.
         while not self._left.wait(0.1):
             if time.monotonic() > self._deadline:
-                faulthandler.dump_traceback(sys.__stderr__)
-                text = f"\nstill here {self._grace:g} s after SIGTERM ({GRACE}): leaving at once\n"
-                os.write(2, text.encode())
+                with contextlib.suppress(OSError, ValueError):
+                    faulthandler.dump_traceback(sys.__stderr__)
+                _tell(f"\nstill here {self._grace:g} s after SIGTERM ({GRACE}): leaving at once\n")
                 os._exit(PREEMPTED)
 
     def asked(self) -> bool:
