@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 
 from detailflow_jax.runtime import files, sharding
-from detailflow_jax.runtime.errors import CheckpointError, Diverged, WriteError
+from detailflow_jax.runtime.errors import BucketError, CheckpointError, Diverged, WriteError
 
 PyTree = Any
 
@@ -123,6 +123,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the arrays are not those of this state, or none can be read.
+            BucketError: the bucket does not answer; nothing was passed over.
         """
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -161,6 +162,7 @@ class Checkpoints:
         except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
             raise  # The checkpoint is not to blame.
         except Exception as broken:  # Each broken file has an exception type of its own.
+            _check_reached(directory, broken)
             error = broken
         # Before the checksums, which are made by all processes together.
         if not sharding.in_all_processes(error is None):
@@ -254,6 +256,7 @@ def restore_field(
         try:
             found = _read_field(path, names)
         except Exception as error:  # As in `Checkpoints.restore`.
+            _check_reached(path, error)
             logging.warning("checkpoint %s cannot be read: %s", path, _reason(error))
         else:
             logging.info("%s of step %d from %s", names[-1], candidate, directory)
@@ -280,6 +283,12 @@ def _read_field(directory: epath.Path, names: tuple[str, ...]) -> dict:
     if _checksum(tree) != clock["checksums"][name]:
         raise ValueError(f"the checksum of {name} is wrong")
     return tree
+
+
+def _check_reached(directory: epath.Path, error: Exception) -> None:
+    """Raises BucketError if a bucket did not answer: its checkpoint is whole all the same."""
+    if files.is_remote(directory) and files.is_unreachable(error):
+        raise BucketError(f"cannot read {directory}: {_reason(error)}; try again") from error
 
 
 def _check_layout(directory: epath.Path, abstract_state: PyTree) -> None:

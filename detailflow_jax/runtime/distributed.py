@@ -35,6 +35,8 @@ from absl import logging
 from detailflow_jax.runtime.errors import ConfigError
 
 PORT = 8476  # Where process 0 listens if nothing else says.
+# Of Google's machines: JAX asks there for the other hosts of a pod, gcsfs for the account.
+_METADATA = ("metadata.google.internal", "169.254.169.254")
 TIMEOUT = 600  # Seconds: the hosts of a pod are not ready at the same moment.
 
 
@@ -78,6 +80,7 @@ def start(
     Raises:
         ConfigError: see `find`; the other processes are not found, or JAX is in use already.
     """
+    _reach_without_proxy("localhost", "127.0.0.1", *_METADATA)
     cluster = find(
         os.environ,
         coordinator_address=coordinator_address,
@@ -122,6 +125,14 @@ def start(
         return None
     sys.excepthook = _fail
     return cluster
+
+
+def _reach_without_proxy(*hosts: str) -> None:
+    """Exempts hosts from a proxy that the environment names for HTTP."""
+    names = ("no_proxy", "NO_PROXY")
+    known = [host.strip() for name in names for host in os.environ.get(name, "").split(",")]
+    exempt = ",".join(dict.fromkeys(host for host in [*known, *hosts] if host))
+    os.environ.update(dict.fromkeys(names, "*" if "*" in known else exempt))
 
 
 def leave(code: int) -> NoReturn:

@@ -39,6 +39,12 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", re.DOTALL)
 # Of a local path: nobody means a folder `gs:`.
 _MISTYPED = re.compile(rf"^\s*({'|'.join(DRIVERS)}):|/({'|'.join(DRIVERS)}):/", re.IGNORECASE)
 
+_DRIVER_MODULES = ("gcsfs", "aiohttp", "google", "requests")
+# Of TensorStore, which has no exception types for them.
+_STATUS = re.compile(
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED)\b"
+)
+
 PathLike = str | os.PathLike[str]
 
 # What mounts (buckets, Windows shares, FUSE) answer to what they cannot do.
@@ -130,7 +136,18 @@ def reaching(place: PathLike, doing: str = "reach") -> Iterator[None]:
         raise BucketError(f"{text} ({type(error).__name__}; it was tried several times)") from error
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_unreachable(error: BaseException | None) -> bool:
+    """Returns whether a bucket did not answer or refused, rather than held something broken."""
+    while error is not None:
+        driver = type(error).__module__.partition(".")[0] in _DRIVER_MODULES
+        network = driver or isinstance(error, ConnectionError | TimeoutError)
+        if network or _is_refusal(error) or _STATUS.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_refusal(error: BaseException) -> bool:
     code = getattr(error, "code", None) or getattr(error, "status", None)
     return (
         isinstance(error, PermissionError)

@@ -13,9 +13,10 @@ from jax.experimental.compilation_cache import compilation_cache
 import bucket_server
 import children
 import toy_task
+from detailflow_jax import train
 from detailflow_jax.runtime import files, workdir
 from detailflow_jax.runtime.checkpoint import restore_params
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import BucketError, ConfigError, WriteError
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,44 @@ def test_the_mark_of_a_dead_holder_is_taken_over(bucket, hasty):
         with pytest.raises(ConfigError, match="process 3 on elsewhere"):
             held.upload()
     assert json.loads(bucket.read("dead/.lock"))["token"] == "y"
+
+
+def same_bits(*workdirs) -> None:
+    states = [jax.tree.leaves(restore_params(workdir)) for workdir in workdirs]
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("place", "status", "message"),
+    [("gs://no-such-bucket/run", None, "no such bucket"), ("", 403, "may it read and write there")],
+)
+def test_a_run_does_not_start_where_it_cannot_save(bucket, capsys, place, status, message):
+    bucket.proxy.fault = lambda method, path: status
+    options = [f"--config={toy_task.__file__}", f"--workdir={place or bucket.path('refused')}"]
+    assert train.main(options, run=toy_task.run) == train.UNUSABLE
+    assert message in capsys.readouterr().err and not bucket.names("refused")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("status", [503, 403])
+def test_a_long_outage_ends_a_run_that_resumes_without_loss(bucket, tmp_path, status):
+    """The bucket fails while a checkpoint is written, then while one is read."""
+    config, workdir = toy_task.get_config(), bucket.path(f"outage {status}")
+    config.update(total_steps=18, checkpoint_every=6)
+    toy_task.run(config, str(tmp_path / "run"))
+    bucket.proxy.fault = lambda method, path: status if "checkpoints/12/clock" in path else None
+    with pytest.raises(WriteError, match="does the bucket answer") as failed:
+        toy_task.run(config, workdir)
+    assert failed.value.exit_code == 1
+    bucket.proxy.fault = lambda method, path: status if "%2F6%2Fclock" in path else None
+    with pytest.raises(BucketError, match=r"cannot read gs:.*checkpoints/6") as failed:
+        toy_task.run(config, workdir)
+    assert failed.value.exit_code == 1
+    bucket.proxy.heal()
+    toy_task.run(config, workdir)
+    assert b"resuming after step 6 of 18" in bucket.read(f"outage {status}/log.txt")
+    same_bits(tmp_path / "run", workdir)
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
@@ -37,6 +38,18 @@ JOBSET = {  # What launch/jobset.yaml sets, on nodes without TPUs.
     "JOBSET_NAME": "gpt-l",
     "REPLICATED_JOB_NAME": "slice",
 }
+
+
+@pytest.mark.parametrize("exempt", ["", "intranet.example", "*"])
+def test_the_machines_own_addresses_need_no_proxy(monkeypatch, exempt):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("NO_PROXY", exempt)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # Nobody listens there.
+    distributed.start()
+    for host in ("127.0.0.1:8476", "metadata.google.internal", *filter(None, [exempt])):
+        assert urllib.request.proxy_bypass_environment(host), host
+    assert exempt == "*" or not urllib.request.proxy_bypass_environment("storage.googleapis.com")
 
 
 def place(environ, **flags):
