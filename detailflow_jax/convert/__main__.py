@@ -131,29 +131,41 @@ def convert(args: argparse.Namespace) -> list[str]:
         overrides={name: value for name, value in told.items() if value is not None},
     )
     _tell(found.notices)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(found.params))
-    lines = _read_lines(found, size)
+    report, size = found.report, sum(leaf.nbytes for leaf in jax.tree.leaves(found.params))
+    count = len(report.loaded) or len(jax.tree.leaves(found.params))
+    lines = {
+        "read": found.source,
+        "network": f"{found.kind}, {size / 4e6:.1f}M parameters",
+        "weights": "their average (ema)" if found.taken == "ema" else found.taken,
+        "loaded": f"{count} tensors, {' and '.join(found.dtypes)} -> float32",
+        "skipped (design)": _summary(report.skipped),
+        "missing (new)": _summary(report.missing),
+        "unused": _summary(report.unused),
+    }
     if args.to == "jax":
         write_jax(found, args.dst, overwrite=args.overwrite)
-        lines.append(_line("written", args.dst))
+        lines["written"] = args.dst
     else:
-        lines += _written_lines(
-            export.export(
-                found.kind,
-                found.config,
-                found.params,
-                args.dst,
-                bare=args.bare,
-                keys=args.keys,
-                source=found.source,
-                encoded_by=found.encoded_by,
-                overwrite=args.overwrite,
-                progress=functools.partial(tqdm, desc="write", unit="tensor"),
-            )
+        done = export.export(
+            found.kind,
+            found.config,
+            found.params,
+            args.dst,
+            bare=args.bare,
+            keys=args.keys,
+            source=found.source,
+            encoded_by=found.encoded_by,
+            overwrite=args.overwrite,
+            progress=functools.partial(tqdm, desc="write", unit="tensor"),
         )
-    seconds, peak = time.perf_counter() - started, _peak_bytes()
-    lines.append(_line("memory", f"{peak / 2**30:.2f} GiB at most, {peak / size:.1f}x the weights"))
-    return [*lines, _line("time", f"{seconds:.1f} s")]
+        _tell(f"{done.path}: {notice}" for notice in done.notices)
+        lines["written"] = str(done.path)
+        lines["tensors"] = f"{len(done.written)}, buffers {_summary(done.buffers)}"
+        lines["left out (design)"] = _summary(done.left_out)
+    peak = _peak_bytes()
+    lines["memory"] = f"{peak / 2**30:.2f} GiB at most, {peak / size:.1f}x the weights"
+    lines["time"] = f"{time.perf_counter() - started:.1f} s"
+    return [f"{title:18}{text}" for title, text in lines.items()]
 
 
 def write_jax(found: Loaded, dst: str, *, overwrite: bool = False) -> None:
@@ -162,8 +174,8 @@ def write_jax(found: Loaded, dst: str, *, overwrite: bool = False) -> None:
     Raises:
       CheckpointError: something is at `dst` that may not be replaced.
     """
-    written = {"task": found.kind, "source": found.source}
-    written["model"] = dataclasses.asdict(found.config)
+    model = dataclasses.asdict(found.config)
+    written = {"task": found.kind, "source": found.source, "model": model}
     if found.encoded_by:
         written["encoded_by"] = found.encoded_by
     with folder_for(local_path(dst), _FOLDER, overwrite) as folder:
@@ -171,36 +183,9 @@ def write_jax(found: Loaded, dst: str, *, overwrite: bool = False) -> None:
         checkpoint.save_params(folder, found.params)
 
 
-def _read_lines(found: Loaded, size: int) -> list[str]:
-    report = found.report
-    count = len(report.loaded) or len(jax.tree.leaves(found.params))
-    return [
-        _line("read", found.source),
-        _line("network", f"{found.kind}, {size / 4e6:.1f}M parameters"),
-        _line("weights", "their average (ema)" if found.taken == "ema" else found.taken),
-        _line("loaded", f"{count} tensors, {' and '.join(found.dtypes)} -> float32"),
-        _line("skipped (design)", _summary(report.skipped)),
-        _line("missing (new)", _summary(report.missing)),
-        _line("unused", _summary(report.unused)),
-    ]
-
-
-def _written_lines(done: export.Exported) -> list[str]:
-    _tell(f"{done.path}: {notice}" for notice in done.notices)
-    return [
-        _line("written", done.path),
-        _line("tensors", f"{len(done.written)}, buffers {_summary(done.buffers)}"),
-        _line("left out (design)", _summary(done.left_out)),
-    ]
-
-
 def _tell(notices: Iterable[str]) -> None:
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
-
-
-def _line(title: str, text: Any) -> str:
-    return f"{title:18}{text}"
 
 
 def _summary(names: Sequence[str]) -> str:

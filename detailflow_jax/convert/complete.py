@@ -12,28 +12,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from detailflow_jax import data
-from detailflow_jax.convert.load import is_workdir, load
+from detailflow_jax.convert.load import load_autoencoder
 from detailflow_jax.models.vae import VAEConfig
 from detailflow_jax.runtime.errors import ConfigError
 
 VAE_FIELDS = tuple(x.name for x in dataclasses.fields(VAEConfig) if x.name != "dtype")
-NOT_IN_FILES = ("scale_factor", "shift_factor", "norm_groups")
-"""Fields of an autoencoder that the tensors of a published file cannot tell."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Fact:
-    """A value of a field of the configuration, and where it comes from.
-
-    Attributes:
-      field: full name below `config`.
-      value: never None.
-      origin: for messages.
-    """
-
-    field: str
-    value: Any
-    origin: str
+Fact = tuple[str, Any, str]
+"""A field below `config`, its value (never None), and where that comes from, for messages."""
 
 
 def complete(config: ConfigDict) -> ConfigDict:
@@ -49,47 +36,39 @@ def complete(config: ConfigDict) -> ConfigDict:
         return config
     defaults = getattr(config, "_defaults", None)
     config = config.copy_and_resolve_references()
-    known: dict[str, Fact] = {}
-    filled = {}
+    origins: dict[str, str] = {}
+    filled: dict[str, Any] = {}
     with config.unlocked():
-        for fact in make(config):
-            _settle(config, fact, known)
-            filled[fact.field] = list(fact.value) if isinstance(fact.value, tuple) else fact.value
+        for field, value, origin in make(config):
+            _settle(config, (field, value, origin), origins)
+            filled[field] = list(value) if isinstance(value, tuple) else value
     if defaults is not None:  # Where the file has no default, that is what the data know.
         of_file = {name: x for name, x in defaults.items() if x is not None}
         object.__setattr__(config, "_defaults", defaults | filled | of_file)
     return config
 
 
-def _settle(config: ConfigDict, fact: Fact, known: dict[str, Fact]) -> None:
-    """Fills the field in, or checks it."""
-    *groups, name = fact.field.split(".")
-    section = config
-    for group in groups:
-        section = section[group]
-    given = section.get(name)
+def _settle(config: ConfigDict, fact: Fact, origins: dict[str, str]) -> None:
+    """Fills the field in, and adds where it is from to `origins`; or checks it."""
+    field, value, origin = fact
+    section, _, name = field.partition(".")
+    given = config[section].get(name)
     if given is None:
-        section[name], known[fact.field] = fact.value, fact
-    elif fact.field == "model.num_classes" and given > fact.value:
+        config[section][name], origins[field] = value, origin
+    elif field == "model.num_classes" and given > value:
         return  # Published weights for 1,000 classes may be trained on with images of ten.
-    elif _plain(given) != _plain(fact.value):
-        before = known.get(fact.field)
-        where = f"of {before.origin}" if before else "in the configuration"
+    elif _plain(given) != _plain(value):
+        where = f"of {origins[field]}" if field in origins else "in the configuration"
         remedy = (
             "use data and an autoencoder that belong together"
-            if before
-            else f"set --config.{fact.field}={fact.value}, or train on what has {given}"
+            if field in origins
+            else f"set --config.{field}={value}, or train on what has {given}"
         )
-        raise ConfigError(
-            f"config.{fact.field} is {given} {where}, but {fact.value} of {fact.origin}: {remedy}"
-        )
+        raise ConfigError(f"config.{field} is {given} {where}, but {value} of {origin}: {remedy}")
 
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
-
-
-# ------------------------------------------------------------------------------------ the generator
 
 
 def _of_generator(config: ConfigDict) -> Iterator[Fact]:
@@ -102,14 +81,11 @@ def _of_generator(config: ConfigDict) -> Iterator[Fact]:
     manifest = data.CodeSource.read_manifest(folder)
     origin = f"the codes in {folder}"
     for name in ("num_classes", "codebook_size", "num_tokens", "group_size"):
-        yield Fact(f"model.{name}", manifest[name], origin)
+        yield f"model.{name}", manifest[name], origin
     # None stands for one group.
     one_group = manifest["causal_num"] == manifest["group_size"]
     if not (one_group and config.model.get("causal_num") is None):
-        yield Fact("model.causal_num", manifest["causal_num"], origin)
-
-
-# ------------------------------------------------------------------------------------------- FlowAR
+        yield "model.causal_num", manifest["causal_num"], origin
 
 
 def _of_flowar(config: ConfigDict) -> Iterator[Fact]:
@@ -120,20 +96,23 @@ def _of_flowar(config: ConfigDict) -> Iterator[Fact]:
         side, _, channels = manifest["latent_shape"]
         origin = f"the latents in {folder}"
         scaling = {name: manifest[name] for name in ("scale_factor", "shift_factor")}
-        yield Fact("model.num_classes", manifest["num_classes"], origin)
+        yield "model.num_classes", manifest["num_classes"], origin
         yield from _of_latents(config, side, channels, origin)
     else:
         source = data.make_source(
             config.data.source, config.data.get("split"), config.data.get("data_dir")
         )
-        yield Fact("model.num_classes", source.num_classes, f"the images of {source.name}")
+        yield "model.num_classes", source.num_classes, f"the images of {source.name}"
     vae = config.get("vae") or {}
     if vae.get("path"):
-        found, origin = _autoencoder(vae, scaling), f"the autoencoder {vae.path}"
+        found = load_autoencoder(vae, scaling).config
+        origin = f"the autoencoder {vae.path}"
+        sizes = {name: getattr(found, name) for name in ("channels", "multipliers", "norm_groups")}
+        usual = VAEConfig(**sizes)
         for name in VAE_FIELDS:
             # A field that the configuration does not have is added only if it is needed.
-            if name in vae or _plain(getattr(found, name)) != _plain(_usual(found, name)):
-                yield Fact(f"vae.{name}", getattr(found, name), origin)
+            if name in vae or _plain(getattr(found, name)) != _plain(getattr(usual, name)):
+                yield f"vae.{name}", getattr(found, name), origin
     elif kind != "latents" and vae.get("random"):
         fields = {name: vae[name] for name in VAE_FIELDS if vae.get(name) is not None}
         found, origin = VAEConfig(**fields), "the random autoencoder of config.vae"
@@ -147,27 +126,12 @@ def _of_flowar(config: ConfigDict) -> Iterator[Fact]:
 
 def _of_latents(config: ConfigDict, side: int, channels: int, origin: str) -> Iterator[Fact]:
     origin = f"{origin} ({side} x {side} x {channels})"
-    yield Fact("model.channels", channels, origin)
+    yield "model.channels", channels, origin
     scales = config.model.get("scales")
     fitting = scales is not None and tuple(scales)[-1:] == (side,)
-    yield Fact("model.scales", tuple(scales) if fitting else doubling(side), origin)
+    yield "model.scales", tuple(scales) if fitting else doubling(side), origin
 
 
 def doubling(side: int) -> tuple[int, ...]:
     """The usual scale schedule of a latent: 1, 2, 4, ... below its side, then the side."""
     return (*(2**i for i in range(side.bit_length()) if 2**i < side), side)
-
-
-def _autoencoder(fields: ConfigDict, scaling: dict[str, float]) -> VAEConfig:
-    """The configuration of the autoencoder at `fields.path`."""
-    overrides = {}
-    if not is_workdir(fields.path):
-        given = {name: fields.get(name) for name in NOT_IN_FILES}
-        overrides = scaling | {name: value for name, value in given.items() if value is not None}
-    return load("vae", fields.path, overrides=overrides).config
-
-
-def _usual(found: VAEConfig, name: str) -> Any:
-    """The value of a field of an autoencoder that nothing sets."""
-    fields = {field: getattr(found, field) for field in ("channels", "multipliers", "norm_groups")}
-    return getattr(VAEConfig(**fields), name)

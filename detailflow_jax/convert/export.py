@@ -86,27 +86,23 @@ def export(
         raise CheckpointError(
             f"a bare state dict has no keys such as {', '.join(keys)}", remedy="Leave out one."
         )
-    average = None
-    if "ema" in keys and (both := _both_sets(network, params, source)):
-        params, average = both
-    tensors = mapping.to_published(network.table, params)
-    left_out = [name for name in tensors if name.startswith(network.skipped)]
-    # In the published orientation and row-major, the only copy made of what is transposed.
-    written = [name for name in tensors if name not in left_out]
-    weights = {name: np.ascontiguousarray(tensors.pop(name)) for name in progress(written)}
+    both = _both_sets(network, params, source) if "ema" in keys else None
+    params, average = both or (params, None)
     buffers = network.buffers(config)
     described, extra, notices = network.describe(config)
-    state = weights | buffers
-    single = bare or str(path).endswith(SAFETENSORS)
+
+    def published_state(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        tensors = mapping.to_published(network.table, params)
+        names = [name for name in tensors if not name.startswith(network.skipped)]
+        # In the published orientation and row-major, the only copy made of what is transposed.
+        return {name: np.ascontiguousarray(tensors[name]) for name in progress(names)} | buffers
+
+    state = published_state(params)
     more: dict[str, Mapping[str, np.ndarray]] = {}
+    single = bare or str(path).endswith(SAFETENSORS)
     if "ema" in keys or (network.weights == "ema" and not single):
-        more[network.ema_key] = state
-        if average is not None:
-            averages = mapping.to_published(network.table, average)
-            more[network.ema_key] = {
-                x: np.ascontiguousarray(averages[x]) for x in written
-            } | buffers
-        elif "ema" in keys:
+        more[network.ema_key] = state if average is None else published_state(average)
+        if "ema" in keys and average is None:
             notices = [*notices, f"{network.ema_key!r} holds the same weights as 'model'"]
     if "discriminator" in keys:
         more["discriminator"] = _discriminator(source)
@@ -122,7 +118,14 @@ def export(
     )
     if path.suffix != SAFETENSORS:
         notices = notices + _unwritten(network, bare, more)
-    return Exported(path, written, list(buffers), left_out, notices)
+    names = mapping.published_shapes(network.table, params)
+    return Exported(
+        path,
+        [name for name in state if name not in buffers],
+        list(buffers),
+        [name for name in names if name not in state],
+        notices,
+    )
 
 
 def _both_sets(
@@ -154,15 +157,14 @@ def _both_sets(
 
 def _unwritten(network: Network, bare: bool, keys: Collection[str]) -> list[str]:
     """Notices of what the published scripts read and this file has only on request."""
-    notices = []
-    for key, script in network.wants.items():
-        if key == "bare" and not bare:
-            notices.append(f"the published {script} reads a bare state dict: write one with --bare")
-        elif key != "bare" and key not in keys:
-            notices.append(
-                f"the published {script} reads the key {key!r}: write it with --keys {key}"
-            )
-    return notices
+    reads = {key: (f"the key {key!r}", f"it with --keys {key}") for key in network.wants}
+    reads["bare"] = "a bare state dict", "one with --bare"
+    there = {*keys, "bare"} if bare else keys
+    return [
+        f"the published {script} reads {reads[key][0]}: write {reads[key][1]}"
+        for key, script in network.wants.items()
+        if key not in there
+    ]
 
 
 def _discriminator(source: str) -> Mapping[str, np.ndarray]:

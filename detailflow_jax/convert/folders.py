@@ -38,6 +38,10 @@ class Folder:
     names: Sequence[str]
     fetch: Callable[[str], Path]
 
+    def label(self, name: str) -> str:
+        """Returns what messages call one of the files."""
+        return _join(self.where, name)
+
 
 def open_folder(
     path: str | os.PathLike[str], stack: contextlib.ExitStack
@@ -46,7 +50,8 @@ def open_folder(
 
     Args:
         path: a local path, `gs://` or `s3://` path, or `hf:OWNER/NAME[@REVISION][/FILE]`.
-        stack: closing it deletes the copies that `fetch` made of a bucket's files.
+        stack: closing it deletes the copies that `fetch` made of a bucket's files. One that was
+            mapped before stays valid.
 
     Raises:
         CheckpointError: nothing is there, or the place cannot be reached.
@@ -55,7 +60,7 @@ def open_folder(
     if text.startswith("hf:"):
         return _open_hub(text)
     try:
-        path, in_bucket = epath.Path(files.path(text)), files.is_remote(text)
+        path = epath.Path(files.path(text))
     except ConfigError as error:
         raise CheckpointError(
             f"{text}: an address of an unknown kind",
@@ -68,19 +73,30 @@ def open_folder(
     if missing:
         hub = f" For the hub, write hf:{text}." if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
         raise CheckpointError(
-            f"{text}: there is no such {'object' if in_bucket else 'file or folder'}",
+            f"{text}: there is no such {'object' if files.is_remote(text) else 'file or folder'}",
             expected="a checkpoint file or its folder",
             remedy=f"Check the path.{hub}",
         )
     root, name = (path, None) if is_folder else _split(path)
-    if not in_bucket:
-        return _local_folder(root, str(root)), name
-    scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="detailflow-"))
-    return _bucket_folder(root, Path(scratch)), name
+    if not files.is_remote(text):
+        return _plain_folder(root, str(root), lambda name: Path(root / name)), name
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="detailflow-")))
+
+    def fetch(name: str) -> Path:
+        target = scratch / name
+        target.parent.mkdir(exist_ok=True)
+        with (
+            _reaching(_join(str(root), name)),
+            (root / name).open("rb") as source,
+            target.open("wb") as copy,
+        ):
+            shutil.copyfileobj(source, copy, 16 << 20)
+        return target
+
+    return _plain_folder(root, str(root), fetch), name
 
 
-def join(where: str, name: str) -> str:
-    """Returns what messages call a file of a folder."""
+def _join(where: str, name: str) -> str:
     return f"{where.rstrip('/')}/{name}"
 
 
@@ -106,91 +122,58 @@ def _reaching(where: str) -> Iterator[None]:
         ) from error
 
 
-def _inside(root: epath.Path) -> list[epath.Path]:
+def _plain_folder(root: epath.Path, where: str, fetch: Callable[[str], Path]) -> Folder:
+    """A folder of this machine or of a bucket."""
     with _reaching(str(root)):
-        found = [*root.iterdir()]
-        if any(path.name == "checkpoints" for path in found):
-            found += (root / "checkpoints").iterdir()
-    return found
-
-
-def _local_folder(root: epath.Path, where: str) -> Folder:
-    names = sorted(path.relative_to(root).as_posix() for path in _inside(root) if path.is_file())
-    return Folder(where, names, lambda name: Path(root / name))
-
-
-def _bucket_folder(root: epath.Path, scratch: Path) -> Folder:
-    """A folder of a bucket, whose files are copied to `scratch`."""
-
-    def fetch(name: str) -> Path:
-        target = scratch / name
-        target.parent.mkdir(exist_ok=True)
-        with (
-            _reaching(join(str(root), name)),
-            (root / name).open("rb") as source,
-            target.open("wb") as copy,
-        ):
-            shutil.copyfileobj(source, copy, 16 << 20)
-        return target
-
-    # To ask which of them are files would take a request each; only files have suffixes there.
-    names = sorted(path.relative_to(root).as_posix() for path in _inside(root))
-    return Folder(str(root), names, fetch)
+        inside = [*root.iterdir()]
+        if any(path.name == "checkpoints" for path in inside):
+            inside += (root / "checkpoints").iterdir()
+        # In a bucket this would take a request per file; only files have suffixes there.
+        if not files.is_remote(str(root)):
+            inside = [path for path in inside if path.is_file()]
+    return Folder(where, sorted(path.relative_to(root).as_posix() for path in inside), fetch)
 
 
 def _open_hub(text: str) -> tuple[Folder, str | None]:
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
     parts = _HUB.fullmatch(text)
     if not parts:
         raise CheckpointError(
             f"{text}: not a name on the hub", expected="hf:OWNER/NAME[@REVISION][/FILE]"
         )
-    try:
-        import huggingface_hub as hub
-        from huggingface_hub import errors
-    except ImportError as error:
-        raise CheckpointError(
-            f"{text}: reading from the hub needs huggingface_hub",
-            remedy="Install it with `pip install huggingface_hub`, or pass a local path.",
-        ) from error
     repo, revision = parts["repo"], parts["revision"]
     root, name = PurePosixPath("."), None
     if parts["file"]:
         root, name = _split(PurePosixPath(parts["file"]))
     repository = f"hf:{repo}" + (f"@{revision}" if revision else "")
-    where = repository if root == PurePosixPath(".") else join(repository, str(root))
+    where = repository if root == PurePosixPath(".") else _join(repository, str(root))
 
     def fetch(name: str) -> Path:
         try:
             return Path(hub.hf_hub_download(repo, (root / name).as_posix(), revision=revision))
         except (OSError, errors.HTTPError) as error:
-            raise _hub_error(join(where, name), repo, error) from error
+            raise _hub_error(_join(where, name), repo, error) from error
 
     try:
-        files = map(PurePosixPath, hub.HfApi().list_repo_files(repo, revision=revision))
-        inside = [f for f in files if f.parent in (root, root / "checkpoints")]
+        there = map(PurePosixPath, hub.HfApi().list_repo_files(repo, revision=revision))
+        inside = [f for f in there if f.parent in (root, root / "checkpoints")]
         return Folder(where, sorted(f.relative_to(root).as_posix() for f in inside), fetch), name
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise _hub_error(repository, repo, error) from error
     # Offline or out of reach: what an earlier download left in the cache is used as a folder.
     except (OSError, errors.HTTPError) as error:
-        snapshot = _cached_snapshot(repo, revision)
-        if snapshot is None:
+        try:
+            cached = hub.snapshot_download(repo, revision=revision, local_files_only=True)
+        except errors.LocalEntryNotFoundError as nothing:
+            # Newer libraries refuse a snapshot that lacks any file of the repository; the few that
+            # are wanted here may well be in it.
+            cached = getattr(nothing, "snapshot_path", None)
+        if not cached:
             raise _hub_error(repository, repo, error) from error
-        return _local_folder(epath.Path(snapshot / root), where), name
-
-
-def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        folder = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
-        return Path(folder)
-    except errors.LocalEntryNotFoundError as error:
-        # Newer libraries refuse a snapshot that lacks any file of the repository; the few that are
-        # wanted here may well be in it.
-        partial = getattr(error, "snapshot_path", None)
-        return Path(partial) if partial else None
+        snapshot = epath.Path(cached) / root
+        return _plain_folder(snapshot, where, lambda name: Path(snapshot / name)), name
 
 
 def _hub_error(where: str, repo: str, error: Exception) -> CheckpointError:

@@ -127,6 +127,22 @@ def _load_run(
     return Loaded(kind, config, params, report, notices, str(path), tuple(dtypes), taken, made)
 
 
+def load_autoencoder(fields: Any, defaults: Mapping[str, Any] | None = None) -> Loaded:
+    """Reads the autoencoder at `fields.path`.
+
+    Args:
+      fields: `config.vae`. Of a published file they tell what its tensors cannot; a run knows it.
+      defaults: what to take of the latter where the fields are not set.
+
+    Raises: as `load`.
+    """
+    overrides: dict[str, Any] = {}
+    if not is_workdir(fields.path):
+        told = {name: fields.get(name) for name in ("scale_factor", "shift_factor", "norm_groups")}
+        overrides = {**(defaults or {}), **{k: x for k, x in told.items() if x is not None}}
+    return load("vae", fields.path, overrides=overrides)
+
+
 def check_shapes(params: Any, abstract: Any, source: str, remedy: str) -> None:
     """Raises CheckpointError unless the parameters have the shapes of the configuration."""
     there, here = mapping.flatten(params), mapping.flatten(abstract)

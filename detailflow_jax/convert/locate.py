@@ -1,7 +1,6 @@
-"""Finds the files of a checkpoint and chooses among them.
+"""Which file of a folder holds the weights.
 
-Of the names in a folder, the weights, an index of shards, `config.json` and `config.yaml` are
-wanted. Which file holds the weights is chosen in this order:
+It is chosen in this order:
 
 1. `model.safetensors`
 2. `model.safetensors.index.json`, then `pytorch_model.bin.index.json` (shards)
@@ -13,19 +12,15 @@ wanted. Which file holds the weights is chosen in this order:
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.convert.folders import Folder, join, open_folder
+from detailflow_jax.convert.folders import Folder
 
-CONFIG_NAMES = ("config.json", "config.yaml")
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 INDEX_SUFFIX = ".index.json"
 _FIRST = (
@@ -42,44 +37,8 @@ _NOT_WEIGHTS = re.compile(
 _MAX_TEXT_BYTES = 64 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Located:
-    """The files of one checkpoint, on this machine.
-
-    Attributes:
-        source: what was chosen, as the user would name it.
-        weights: for each file its path here, by the name that messages give it.
-        shard_of: for a sharded checkpoint the file (by that name) of every tensor, else None.
-        configs: paths of `config.json` and `config.yaml` by the names that messages give them.
-        notices: what the user should know about the choice.
-    """
-
-    source: str
-    weights: Mapping[str, Path]
-    shard_of: Mapping[str, str] | None
-    configs: Mapping[str, Path]
-    notices: tuple[str, ...]
-
-
-@contextlib.contextmanager
-def locate(path: str | os.PathLike[str]) -> Iterator[Located]:
-    """Finds the files of a checkpoint and brings them to this machine.
-
-    Args:
-        path: a file or a folder, local, `gs://` or `s3://`; or `hf:OWNER/NAME[@REVISION][/FILE]`.
-
-    Yields:
-        The files. Copies from a bucket are deleted on leaving; a file mapped before stays valid.
-
-    Raises:
-        CheckpointError: nothing there, several candidates, or the place cannot be reached.
-    """
-    with contextlib.ExitStack() as stack:
-        yield _gather(*open_folder(path, stack))
-
-
 def choose_weights(names: Sequence[str], where: str) -> str:
-    """Returns the file that holds the weights, by the order that the module's docstring gives.
+    """Returns the file that holds the weights, or the first of its shards, in the module's order.
 
     Args:
         names: the files of the folder and of `checkpoints/` under it.
@@ -106,6 +65,8 @@ def choose_weights(names: Sequence[str], where: str) -> str:
             )
         if found:
             return found[0]
+    if shards := _all_shards(names):
+        return shards[0]
     raise CheckpointError(
         f"{where}: holds no weights ({_listed(names)})",
         expected="model.safetensors, an index of shards, checkpoints/*.pt, or one .safetensors, "
@@ -155,46 +116,49 @@ def _listed(names: Sequence[str], limit: int = 10) -> str:
     return (", ".join(sorted(names)[:limit]) + more) or "it is empty"
 
 
-def _gather(folder: Folder, file: str | None) -> Located:
-    names = folder.names
+def find(
+    folder: Folder, file: str | None
+) -> tuple[str, list[str], dict[str, str] | None, list[str]]:
+    """Finds the files that hold the weights.
+
+    Args:
+        folder: where they are.
+        file: the one that the user named, or None.
+
+    Returns:
+        name of the file or index chosen; names of the files with tensors; for an index the file of
+        every tensor, else None; what the user should know about the choice.
+
+    Raises:
+        CheckpointError: nothing there, several candidates, or an index without its shards.
+    """
+    names, notices, shard_of = folder.names, [], None
     if file is not None and file not in names:
         raise CheckpointError(
             f"{folder.where}: has no file {file}",
             expected=f"one of those there ({_listed(names)})",
             remedy="Check the name.",
         )
-    others = [file, *_candidates(names), *set(_FIRST).intersection(names)]
-    files = [] if any(others) else _all_shards(names)
-    chosen = file or (files[0] if files else choose_weights(names, folder.where))
-    notices = []
+    chosen = file or choose_weights(names, folder.where)
     if aside := [n for n in _candidates(names) if n != chosen and file is None]:
         notices.append(f"{folder.where}: reading {chosen}, leaving aside {_listed(aside)}")
-    shard_of, files = None, files or [chosen]
+    files = _all_shards(names) if not file and _SHARD.search(chosen) else [chosen]
     if chosen.endswith(INDEX_SUFFIX):
-        shards = _read_index(folder, chosen, names)
-        files = sorted(set(shards.values()))
-        shard_of = {tensor: join(folder.where, shard) for tensor, shard in shards.items()}
-    return Located(
-        source=join(folder.where, chosen),
-        weights={join(folder.where, f): folder.fetch(f) for f in files},
-        shard_of=shard_of,
-        configs={join(folder.where, n): folder.fetch(n) for n in CONFIG_NAMES if n in names},
-        notices=tuple(notices),
-    )
+        shard_of = _read_index(folder, chosen)
+        files = sorted(set(shard_of.values()))
+    return chosen, files, shard_of, notices
 
 
 def _all_shards(names: Sequence[str]) -> list[str]:
     """The shards of a checkpoint without an index; none if one is missing."""
     found = {name: match for name in names if (match := _SHARD.search(name))}
-    whole = {(name[: match.start()], int(match[1])) for name, match in found.items()}
-    return (
-        sorted(found) if {count for _, count in whole} == {len(found)} and len(whole) == 1 else []
-    )
+    series = {(name[: match.start()], int(match[1])) for name, match in found.items()}
+    return sorted(found) if [count for _, count in series] == [len(found)] else []
 
 
-def _read_index(folder: Folder, name: str, names: Sequence[str]) -> dict[str, str]:
+def _read_index(folder: Folder, name: str) -> dict[str, str]:
     """Tensor name -> file name in the folder, from the `weight_map` of an index."""
-    where = join(folder.where, name)
+    where = folder.label(name)
     weight_map = read_mapping(folder.fetch(name), where, json.loads).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
         raise CheckpointError(
@@ -205,7 +169,7 @@ def _read_index(folder: Folder, name: str, names: Sequence[str]) -> dict[str, st
     parent = PurePosixPath(name).parent
     shards = {tensor: (parent / shard).as_posix() for tensor, shard in weight_map.items()}
     # Only names that the folder lists, so that an index cannot point anywhere else.
-    if missing := set(shards.values()) - set(names):
+    if missing := set(shards.values()) - set(folder.names):
         raise CheckpointError(
             f"{where}: names files that are not beside it: {_listed(sorted(missing))}",
             expected="every shard in the folder of the index",

@@ -80,12 +80,14 @@ class Report:
     skipped: list[str] = dataclasses.field(default_factory=list)
 
 
-def linear(name: str, path: str) -> tuple[Entry, Entry]:
-    """Returns the entries of a linear layer (`weight`, `bias`), here a Dense (`kernel`, `bias`)."""
-    return (
-        Entry(f"{name}.weight", (f"{path}/kernel",), transpose=True),
-        Entry(f"{name}.bias", (f"{path}/bias",)),
-    )
+def linear(name: str, *paths: str, use_bias: bool = True) -> tuple[Entry, ...]:
+    """Returns the entries of a linear layer (`weight`, `bias`), here a Dense (`kernel`, `bias`).
+
+    Several `paths` are layers that the published one fuses, such as queries, keys and values.
+    """
+    kernels, biases = (tuple(f"{path}/{leaf}" for path in paths) for leaf in ("kernel", "bias"))
+    kernel = Entry(f"{name}.weight", kernels, transpose=True)
+    return (kernel, Entry(f"{name}.bias", biases)) if use_bias else (kernel,)
 
 
 def conv(name: str, path: str, *, use_bias: bool = True) -> tuple[Entry, ...]:
@@ -159,11 +161,9 @@ def from_published(
     source: str = "the checkpoint",
     skip: Iterable[str] = (),
     optional: Iterable[str] = (),
-    allow_missing: bool = False,
     allow_unused: bool = True,
     initial: Callable[[], Mapping[str, Any]] | None = None,
     progress: Callable[[list], Iterable] = iter,
-    dtype: Any = np.float32,
 ) -> tuple[dict[str, Any], Report]:
     """Returns nested parameters of published tensors; each number is written once, into its place.
 
@@ -174,14 +174,13 @@ def from_published(
       source: what messages call the file.
       skip: prefixes of published names that are not needed, by design.
       optional: prefixes of published names; the parameters of one that no tensor has are left out.
-      allow_missing: take a parameter without a published tensor from `initial`.
       allow_unused: leave out tensors that belong to no parameter.
-      initial: makes parameters like `abstract`; called only if one is missing and allowed to be.
+      initial: makes parameters like `abstract`, of which those without a published tensor are
+        taken. None: every tensor has to be there.
       progress: wraps the list of what is to be read, such as `tqdm`.
-      dtype: of the result.
 
     Returns:
-      parameters (NumPy, in memory that XLA can use without a copy) and the report.
+      parameters (NumPy, float32, in memory that XLA can use without a copy) and the report.
 
     Raises:
       CheckpointError: a tensor is missing, unused or of another shape, or holds no numbers.
@@ -193,30 +192,26 @@ def from_published(
         raise ValueError(f"the table names no published tensor for {', '.join(uncovered)}")
     skip = tuple(skip)
     absent = tuple(p for p in optional if not any(name.startswith(p) for name in tensors))
-    wanted = [tensor for tensor in wanted if not tensor.name.startswith(absent)]
-    names = {tensor.name for tensor in wanted}
+    wanted = {t.name: t for t in wanted if not t.name.startswith(absent)}
     # No parameter is a tensor of no numbers, or a number beside the modules such as "epoch".
-    rest = [n for n in tensors if n not in names and 0 not in tensors[n].shape]
+    rest = [n for n, x in tensors.items() if n not in wanted and 0 not in x.shape]
     rest = [name for name in rest if tensors[name].shape or "." in name]
-    found = [tensor for tensor in wanted if tensor.name in tensors]
-    missing = [tensor for tensor in wanted if tensor.name not in tensors]
     report = Report(
-        loaded=[tensor.name for tensor in found],
-        missing=[tensor.name for tensor in missing],
+        loaded=[name for name in wanted if name in tensors],
+        missing=[name for name in wanted if name not in tensors],
         unused=[name for name in rest if not name.startswith(skip)],
         skipped=[name for name in rest if name.startswith(skip)],
     )
-    if report.missing and not (allow_missing and initial):
-        total = len(report.missing) + len(report.loaded)
+    if report.missing and initial is None:
         raise CheckpointError(
-            f"{source}: {len(missing)} of {total} tensors are missing: {_some(report.missing)} "
-            f"(the file holds {len(tensors)})",
+            f"{source}: {len(report.missing)} of {len(wanted)} tensors are missing: "
+            f"{_some(report.missing)} (the file holds {len(tensors)})",
             expected="every tensor of this network",
             remedy="Is this a checkpoint of another network or size? To initialise the missing "
             "ones, allow it (allow_missing).",
         )
-    for tensor in found:  # All shapes first: an error comes before gigabytes are read.
-        _check_tensor(tensor, tensors[tensor.name], flat, source)
+    for name in report.loaded:  # All shapes first: an error comes before gigabytes are read.
+        _check_tensor(wanted[name], tensors[name], flat, source)
     if report.unused and not allow_unused:
         raise CheckpointError(
             f"{source}: {len(report.unused)} of its tensors belong to no parameter: "
@@ -225,11 +220,12 @@ def from_published(
             remedy="Is this a checkpoint of another network or size? To leave them out, allow it "
             "(allow_unused).",
         )
+    made = to_published(table, initial()) if initial and report.missing else {}
     out: dict[str, np.ndarray] = {}
-    for tensor in progress(found):
-        _place(tensor, np.asarray(tensors[tensor.name]), flat, out, dtype)
-    if missing and initial:
-        _fill(missing, flatten(initial()), out, dtype)
+    for name in progress(list(wanted)):
+        _place(
+            wanted[name], np.asarray(tensors[name] if name in tensors else made[name]), flat, out
+        )
     return traverse_util.unflatten_dict(out, sep="/"), report
 
 
@@ -251,39 +247,25 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array that `jax.device_put` takes over on a CPU instead of copying it."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty float32 array that `jax.device_put` takes over on a CPU instead of copying it."""
+    size = int(np.prod(shape)) * 4
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
+    return raw[start : start + size].view(np.float32).reshape(shape)
 
 
-def _targets(tensor: _Tensor, flat, out, dtype) -> Iterator[np.ndarray]:
-    """The arrays that a tensor's parts go into, in their own orientation."""
-    for path, layer in tensor.places:
-        if path not in out:
-            out[path] = _aligned(tuple(flat[path].shape), dtype)
-        yield out[path] if layer is None else out[path][layer]
-
-
-def _place(tensor: _Tensor, array: np.ndarray, flat, out, dtype) -> None:
-    """Write one published tensor into the leaf or leaves it belongs to."""
+def _place(tensor: _Tensor, array: np.ndarray, flat, out) -> None:
+    """Writes one published tensor into the leaf or leaves it belongs to."""
     array = array.reshape(array.shape[tensor.entry.lead :])
     start = 0
-    for target in _targets(tensor, flat, out, dtype):
+    for path, layer in tensor.places:
+        if path not in out:
+            out[path] = _aligned(tuple(flat[path].shape))
+        target = out[path] if layer is None else out[path][layer]
         target = target.transpose(tensor.axes(target.ndim))
         target[...] = array[start : start + target.shape[0]]
         start += target.shape[0]
-
-
-def _fill(missing: list[_Tensor], initial: Mapping[str, Any], out, dtype) -> None:
-    """Takes the parameters of missing tensors from initial ones, which have the same layout."""
-    for tensor in missing:
-        for target, (path, layer) in zip(
-            _targets(tensor, initial, out, dtype), tensor.places, strict=True
-        ):
-            target[...] = initial[path] if layer is None else initial[path][layer]
 
 
 def to_published(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -15,6 +15,8 @@ from detailflow_jax.models import layers
 from detailflow_jax.runtime.weights import fields_of
 
 Layout = tuple[tuple[Entry, ...], tuple[str, ...]]
+Description = tuple[dict[str, Any], dict[str, Any], list[str]]
+Options = Mapping[str, tuple[Callable[[str], Any], str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +64,9 @@ class Network:
     layout: Callable[[Mapping[str, Any], Any, str], Layout] | None = None
     infer_config: Callable[[Settings], Any] | None = None
     from_run: Callable[[Any], Any] | None = None
-    describe: Callable[[Any], tuple[dict[str, Any], dict[str, Any], list[str]]] | None = None
+    describe: Callable[[Any], Description] | None = None
     names: Names = dataclasses.field(default_factory=dict)
-    options: Mapping[str, tuple[Callable[[str], Any], str]] = dataclasses.field(
-        default_factory=dict
-    )
+    options: Options = dataclasses.field(default_factory=dict)
     buffers: Callable[[Any], dict[str, Any]] = lambda config: {}
     file_name: Callable[[Any], str] = lambda config: "model"
     weights: Weights = "model"
@@ -95,11 +95,7 @@ class Network:
     ) -> tuple[Any, list[str]]:
         """Returns the configuration that these tensors are of, and notices of what was assumed.
 
-        Args:
-          tensors: published name -> anything with `.shape`.
-          published: the configuration beside them, may be empty.
-          overrides: values by name; fields of the configuration, and head counts.
-          source: what messages call the file.
+        The arguments are those of `Settings`, which this leaves as they are.
 
         Raises:
           CheckpointError: a contradiction, a value that is not known, an unknown override.
@@ -108,7 +104,7 @@ class Network:
             for name in overrides:
                 raise CheckpointError(f"unknown override {name!r}: a {self.title} has none")
             return None, []
-        settings = Settings(tensors, published, overrides, source, self.names)
+        settings = Settings(tensors, published, dict(overrides), source, self.names)
         return self.infer_config(settings), settings.notices
 
     def initialize(self, config: Any, *, scan: bool) -> Callable[[jax.Array], dict]:

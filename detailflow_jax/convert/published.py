@@ -1,5 +1,6 @@
 """Published checkpoints as networks of this project: configuration, parameters and a report."""
 
+import collections
 import dataclasses
 import math
 import os
@@ -68,9 +69,9 @@ def read(
       name: key of `registry.NETWORKS`; None: recognised by the tensors.
       paths: what `read_checkpoint` takes; several files are read as one.
       params: nested arrays or shapes that are wanted, see `place`. Default: those of the
-        configuration that the files tell.
-      weights: "model" or "ema"; default what the published evaluation takes.
-      scan: layout of the parameters, without `params`; default that of the configuration.
+        configuration that the files tell. The arguments below are for this alone.
+      weights: "model" or "ema"; default what the published evaluation takes. Of use in both cases.
+      scan: layout of the parameters; default that of the configuration.
       allow_missing: initialise a parameter that has no tensor.
       allow_unused: leave out tensors that belong to no parameter.
       progress: wraps the list of what is to be read.
@@ -95,31 +96,24 @@ def read(
         weights = "discriminator"
     files = [read_checkpoint(path, weights or evaluated, recognise) for path in paths]
     tensors = {label: x for file in files for label, x in file.tensors.items()}
+    published = {key: value for file in files for key, value in file.config.items()}
     source = " and ".join(file.source for file in files)
     notices = [notice for file in files for notice in file.notices]
     network = check(name, tensors, source)
-    if params is not None:
-        done = place(network, tensors, params, source)
-        return dataclasses.replace(done, notices=notices + done.notices, taken=files[0].taken)
-    published = {key: value for file in files for key, value in file.config.items()}
-    config, more = network.infer(tensors, published, overrides or {}, source)
-    scan = getattr(config, "scan", True) if scan is None else scan
-    initial = jax.jit(network.initialize(config, scan=scan))
-    done = place(
-        network,
-        tensors,
-        network.abstract(config, scan=scan),
-        source,
-        resize=False,
-        allow_missing=allow_missing,
-        allow_unused=allow_unused,
-        initial=lambda: initial(jax.random.key(0)),
-        progress=progress,
-    )
+    config, options = None, {}
+    if params is None:
+        config, more = network.infer(tensors, published, overrides or {}, source)
+        notices += more
+        scan = getattr(config, "scan", True) if scan is None else scan
+        params, init = network.abstract(config, scan=scan), network.initialize(config, scan=scan)
+        options = {"resize": False, "allow_unused": allow_unused, "progress": progress}
+        if allow_missing:
+            options["initial"] = lambda: jax.jit(init)(jax.random.key(0))
+    done = place(network, tensors, params, source, **options)
     return dataclasses.replace(
         done,
         config=config,
-        notices=notices + more + done.notices,
+        notices=notices + done.notices,
         taken=files[0].taken,
         encoded_by=str(published.get("encoded_by") or ""),
     )
@@ -132,6 +126,7 @@ def place(
     source: str,
     *,
     resize: bool = True,
+    allow_unused: bool = False,
     **options: Any,
 ) -> Loaded:
     """Puts published tensors into the places of `params`.
@@ -143,7 +138,7 @@ def place(
       source: what messages call the file.
       resize: for training that starts from the file: tables of positions and of tokens are resized
         to `params`, and parameters of the network's `optional` tensors may be absent.
-      **options: see `mapping.from_published`.
+      allow_unused, **options: see `mapping.from_published`.
 
     Raises:
       CheckpointError: a tensor is missing, unused or of another shape.
@@ -151,71 +146,57 @@ def place(
     table, skipped = network.table, network.skipped
     if network.layout:
         table, skipped = network.layout(tensors, params, source)
-    anew: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     if resize:
-        tensors = _resized(table, tensors, params)
-        tensors, anew = _without_classes(table, tensors, params)
+        tensors, anew = _fitted(table, tensors, params)
+        optional = (*network.optional, *anew)
     placed, report = mapping.from_published(
         table,
         tensors,
         params,
         source=source,
         skip=skipped,
-        optional=(*network.optional, *anew) if resize else (),
-        **{"allow_unused": False} | options,
+        optional=optional,
+        allow_unused=allow_unused,
+        **options,
     )
     used = {label: tensors[label] for label in report.loaded}
     notices = [f"{source}: {notice}" for notice in check_finite(used)]
-    return Loaded(network.name, None, placed, report, notices, source, _dtypes(used))
+    dtypes = collections.Counter(str(x.dtype) for x in used.values()).most_common()
+    dtypes = tuple(dtype for dtype, _ in dtypes)
+    return Loaded(network.name, None, placed, report, notices, source, dtypes)
 
 
-def _without_classes(
+def _fitted(
     table: Iterable[mapping.Entry], tensors: Mapping[str, np.ndarray], params: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The tensors but a class table of other classes, which starts anew; and its name, if so."""
-    kept, anew = dict(tensors), []
-    tables = [entry for entry in table if _CLASSES in entry.paths]
-    for name, (rows, width) in mapping.published_shapes(tables, params).items():
-        have = tensors[name].shape if name in tensors else ()
-        if len(have) == 2 and have[0] != rows and have[1] == width:
-            del kept[name]
-            anew.append(name)
-            logging.info(
-                "%s starts anew: it has %d classes in the file, %d here",
-                name,
-                have[0] - 1,
-                rows - 1,
-            )
-    return kept, tuple(anew)
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors with their tables resized to the grids and numbers of tokens of `params`.
 
-
-def _dtypes(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    names = [str(x.dtype) for x in tensors.values()]
-    return tuple(sorted(set(names), key=lambda n: (-names.count(n), n)))
-
-
-def _resized(
-    table: Iterable[mapping.Entry], tensors: Mapping[str, np.ndarray], params: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-    """The tensors with their tables resized to the grids and numbers of tokens of `params`."""
-    resized = dict(tensors)
+    A class table of other classes is left out: it starts anew. The second result names those.
+    """
+    fitted, anew = dict(tensors), []
     tables = [entry for entry in table if entry.name.endswith(_TOKENS)]
     for name, (one, rows, width) in mapping.published_shapes(tables, params).items():
         have = tensors[name].shape if name in tensors else ()
         if len(have) == 3 and have[1] != rows and (have[0], have[2]) == (one, width):
             logging.info("%s resized from %d to %d tokens", name, have[1], rows)
             weights = interpolation.antialiased_bilinear_matrix(have[1], rows)
-            resized[name] = np.asarray(weights @ np.asarray(tensors[name], np.float32), np.float32)
-    tables = [entry for entry in table if entry.name.endswith(_POSITIONS)]
+            fitted[name] = np.asarray(weights @ np.asarray(tensors[name], np.float32), np.float32)
+    tables = [e for e in table if e.name.endswith(_POSITIONS) or _CLASSES in e.paths]
     for name, (rows, width) in mapping.published_shapes(tables, params).items():
         have = tensors[name].shape if name in tensors else ()
         if len(have) != 2 or have[0] == rows or have[1] != width:
-            continue  # Nothing to resize, or an error that `from_published` raises.
-        if math.isqrt(have[0]) ** 2 == have[0]:
+            continue  # Nothing to fit, or an error that `from_published` raises.
+        if not name.endswith(_POSITIONS):
+            del fitted[name]
+            anew.append(name)
+            text = "%s starts anew: it has %d classes in the file, %d here"
+            logging.info(text, name, have[0] - 1, rows - 1)
+        elif math.isqrt(have[0]) ** 2 == have[0]:
             side, whole = math.isqrt(rows), np.asarray(tensors[name], np.float32)
             logging.info("%s resized from %d to %d positions", name, have[0], rows)
-            resized[name] = np.asarray(interpolation.resize_position_table(whole, side, side))
-    return resized
+            fitted[name] = np.asarray(interpolation.resize_position_table(whole, side, side))
+    return fitted, anew
 
 
 def name_of(tensors: Collection[str]) -> str | None:
@@ -236,18 +217,18 @@ def check(name: str | None, tensors: Collection[str], source: str) -> Network:
     """
     found = name if name and NETWORKS[name].recognise(tensors) else name_of(tensors)
     network = NETWORKS[found] if found else None
-    if network and found == (name or found) and (name or network.describe):
+    wanted = [NETWORKS[name]] if name else [n for n in NETWORKS.values() if n.describe]
+    if network in wanted:
         return network
     some = ", ".join(list(tensors)[:3]) or "no tensors"
     looks = f"looks like a {network.title}" if network else "is of no network known here"
-    wanted = [NETWORKS[name]] if name else [n for n in NETWORKS.values() if n.describe]
     remedy = "Check that it is the right file."
     if network and network.task:
         remedy = f"df.load_{found} loads it, config.init_from.model starts training from it."
     elif network and network.used_by:
         remedy = f"It needs no conversion: {network.used_by} can name it."
-    if name and (file := next(iter(NETWORKS[name].files), None)):
-        remedy += f" The file expected is published at {WEIGHTS[file].source}."
+    if name and NETWORKS[name].files:
+        remedy += f" The file expected is published at {WEIGHTS[NETWORKS[name].files[0]].source}."
     raise CheckpointError(
         f"{source}: {looks} (it holds {some}, ...)",
         expected=f"a {' or '.join(n.title for n in wanted)}",

@@ -7,11 +7,12 @@ recognised by its content, not by its name. Which of its tensors are the weights
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import numpy as np
 
 from detailflow_jax.convert import select
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.convert.locate import Located, locate, read_mapping
-from detailflow_jax.convert.numpy_pickle import ArraySpec
+from detailflow_jax.convert.folders import Folder, open_folder
+from detailflow_jax.convert.locate import find, read_mapping
+from detailflow_jax.convert.pickled import read_tensors, strided_view
 from detailflow_jax.convert.select import Preference, Recognise, Weights
 from detailflow_jax.convert.torch_file import (
     PICKLE_MAGIC,
@@ -29,7 +31,6 @@ from detailflow_jax.convert.torch_file import (
     items_of,
     open_torch,
 )
-from detailflow_jax.convert.torch_tensors import read_tensors, strided_view
 
 # Where a training checkpoint keeps its settings, the first one present being read.
 _ARGUMENTS = ("args", "hyper_parameters", "hparams", "config")
@@ -65,12 +66,12 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """One file: its entries by dotted path, and how to make arrays of some of them."""
+    """One file: its entries by dotted path, its settings, and what messages say that it holds."""
 
+    size: int
     entries: Mapping[str, Any]
-    arrays: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
-    arguments: dict[str, Any]
-    holds: str
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    holds: str = "nothing"
 
 
 def read_checkpoint(
@@ -96,44 +97,31 @@ def read_checkpoint(
     """
     if weights not in (*typing.get_args(Weights), None) and not callable(weights):
         raise ValueError(f"weights={weights!r}; expected 'model', 'ema', 'discriminator' or None")
-    with locate(path) as found:
-        notices = list(found.notices)
-        config = _read_config(found, notices)
-        files = {name: _read_file(file, name) for name, file in found.weights.items()}
+    with contextlib.ExitStack() as stack:
+        folder, named = open_folder(path, stack)
+        chosen, names, shard_of, notices = find(folder, named)
+        config = _read_config(folder, notices)
+        files = {name: _read_file(folder.fetch(name), folder.label(name)) for name in names}
+    source = folder.label(chosen)
     for file in files.values():
-        config = file.arguments | config
-    shard_of = found.shard_of or {e: n for n, file in files.items() for e in file.entries}
+        config = file.settings | config
+    shard_of = shard_of or {e: name for name, file in files.items() for e in file.entries}
     if missing := [entry for entry, shard in shard_of.items() if entry not in files[shard].entries]:
         raise CheckpointError(
-            f"{found.source}: {len(missing)} tensors are not in the shards it names for them: "
+            f"{source}: {len(missing)} tensors are not in the shards it names for them: "
             f"{', '.join(missing[:5])}",
             expected="an index and shards of the same checkpoint",
             remedy="Download the index and its shards again, together.",
         )
     entries = {entry: files[shard].entries[entry] for entry, shard in shard_of.items()}
-    is_tensor = {e: getattr(x, "known", isinstance(x, np.ndarray)) for e, x in entries.items()}
     holds = next(iter(files.values())).holds
-    chosen = select.select(is_tensor, weights, recognise, found.source, holds)
-    chosen = _without_arrays(chosen, entries, found.source)
+    paths, taken, more = select.select(entries, weights, recognise, source, holds)
     tensors: dict[str, np.ndarray] = {}
     for name, file in files.items():
-        mine = {bare: entries[e] for bare, e in chosen.entries.items() if shard_of[e] == name}
-        tensors |= file.arrays(mine)
-    ordered = {bare: tensors[bare] for bare in chosen.entries}
-    return Checkpoint(ordered, config, found.source, notices + chosen.notices, chosen.taken)
-
-
-def _without_arrays(
-    chosen: select.Selected, entries: Mapping[str, Any], source: str
-) -> select.Selected:
-    """The weights without NumPy arrays that lie among tensors; weights may all be such arrays."""
-    arrays = {bare for bare, e in chosen.entries.items() if isinstance(entries[e], ArraySpec)}
-    if not 0 < len(arrays) < len(chosen.entries):
-        return chosen
-    some = ", ".join(sorted(arrays)[:5])
-    notice = f"{source}: {len(arrays)} entries are NumPy arrays among tensors, left out: {some}"
-    kept = {bare: e for bare, e in chosen.entries.items() if bare not in arrays}
-    return dataclasses.replace(chosen, entries=kept, notices=[*chosen.notices, notice])
+        specs = {bare: entries[e] for bare, e in paths.items() if shard_of[e] == name}
+        tensors |= read_tensors(folder.label(name), file.size, specs)
+    ordered = {bare: tensors[bare] for bare in paths}
+    return Checkpoint(ordered, config, source, notices + more, taken)
 
 
 def check_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
@@ -158,17 +146,12 @@ def _read_file(path: Path, name: str) -> _File:
     head = raw[:512].tobytes()
     # First, because the length that comes before the header may begin with any byte.
     if head[8:9] == b"{":
-        return _File(_read_safetensors(raw, path, name), dict, {}, "nothing")
+        return _File(size, _read_safetensors(raw, path, name))
     if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
-        tree, spans = open_torch(raw, path, name)
+        tree = open_torch(raw, path, name)
         top = dict(items_of(tree) or ())
         settings = next((top[key] for key in _ARGUMENTS if items_of(top.get(key))), None)
-        return _File(
-            select.entries(tree),
-            lambda specs: read_tensors(raw, spans, specs, name),
-            _plain_arguments(settings),
-            select.listed(tree),
-        )
+        return _File(size, select.entries(tree), _plain_arguments(settings), select.listed(tree))
     found, remedy = _foreign(head)
     raise CheckpointError(
         f"{name}: {found}", expected="a file of torch.save or of safetensors", remedy=remedy
@@ -240,14 +223,17 @@ def _read_safetensors(raw: np.ndarray, path: Path, name: str) -> dict[str, np.nd
         ) from error
 
 
-def _read_config(found: Located, notices: list[str]) -> dict[str, Any]:
+def _read_config(folder: Folder, notices: list[str]) -> dict[str, Any]:
     """`config.json` over `config.yaml`, with a notice where they differ."""
     import yaml
 
     config: dict[str, Any] = {}
-    for name, path in reversed(found.configs.items()):
-        read = read_mapping(path, name, json.loads if name.endswith(".json") else yaml.safe_load)
+    for name, parse in (("config.yaml", yaml.safe_load), ("config.json", json.loads)):
+        if name not in folder.names:
+            continue
+        where = folder.label(name)
+        read = read_mapping(folder.fetch(name), where, parse)
         if differ := sorted(str(k) for k in read.keys() & config.keys() if read[k] != config[k]):
-            notices.append(f"{name}: differs from config.yaml in {', '.join(differ)}; it is used")
+            notices.append(f"{where}: differs from config.yaml in {', '.join(differ)}; it is used")
         config |= read
     return config

@@ -10,7 +10,10 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.pickled import RESAVE, ArraySpec
 from detailflow_jax.convert.torch_file import Inert, items_of
 
 Weights = Literal["model", "ema", "discriminator"]
@@ -37,21 +40,6 @@ _FRONT = re.compile(r"^(?:module\.)+")
 _MOST_DEPTH, _MOST_ENTRIES = 8, 200_000
 
 
-@dataclasses.dataclass(frozen=True)
-class Selected:
-    """The weights of a file.
-
-    Attributes:
-      entries: name of a tensor, without wrappers and prefix -> path of the entry.
-      taken: the set that they are.
-      notices: what the user should know about the choice.
-    """
-
-    entries: dict[str, str]
-    taken: Weights
-    notices: list[str]
-
-
 def entries(tree: Any) -> dict[str, Any]:
     """Returns everything in a tree by its dotted path, what is less deep first."""
     found: dict[str, Any] = {}
@@ -75,28 +63,32 @@ def entries(tree: Any) -> dict[str, Any]:
 
 
 def select(
-    is_tensor: Mapping[str, bool],
+    entries: Mapping[str, Any],
     weights: Preference,
     recognise: Recognise | None,
     source: str,
     holds: str,
-) -> Selected:
+) -> tuple[dict[str, str], Weights, list[str]]:
     """Chooses the weights among the entries of a file.
 
     Args:
-      is_tensor: path of an entry -> whether it is a tensor.
+      entries: of the file, by path.
       weights: the set to take, see `readers.read_checkpoint`.
       recognise: finds the weights wherever they are. Without it, and where it finds nothing, they
         are where training checkpoints keep them.
       source: what messages call the file.
       holds: what messages say is in the file.
 
+    Returns:
+      name of a tensor, without wrappers and prefix -> path of its entry; the set that they are;
+      what the user should know about the choice.
+
     Raises:
       CheckpointError: there are none, or one tensor is there under two names.
     """
-    names = [path for path, tensor in is_tensor.items() if tensor]
-    groups = _recognised(names, recognise) if recognise else []
-    groups = groups or _usual(names)
+    is_tensor = {p: getattr(x, "known", isinstance(x, np.ndarray)) for p, x in entries.items()}
+    names = [path for path, known in is_tensor.items() if known]
+    groups = (_recognised(names, recognise) if recognise else []) or _usual(names)
     sets = {label: [g for g in groups if g.label == label] for label in ("model", "ema")}
     if weights == "discriminator":
         weights = "model"
@@ -108,14 +100,13 @@ def select(
     notices = []
     if not sets[wanted] and sets[other]:
         notices.append(f"{source}: holds no {wanted!r} weights; reading {other!r}")
-        wanted, other = other, wanted
+        wanted = other
     if not sets[wanted]:
         raise CheckpointError(
             f"{source}: no weights in it (it holds: {holds})",
             expected="a dict of tensors, or one under 'model', 'module', 'state_dict', 'ema' or "
             "'model_ema'",
-            remedy="If you trust the file, load it in PyTorch and write "
-            "`torch.save(model.state_dict(), ...)`.",
+            remedy=RESAVE,
         )
     chosen, *aside = sorted(sets[wanted], key=_rank)
     if aside:
@@ -127,15 +118,19 @@ def select(
             expected="one tensor per name",
             remedy="Save the state dict of one module alone.",
         )
-    if rest := _beside(chosen, [path for path, tensor in is_tensor.items() if not tensor]):
+    if rest := _beside(chosen, [path for path, known in is_tensor.items() if not known]):
         notices.append(f"{source}: {len(rest)} entries are no tensors: {', '.join(rest[:5])}")
-    names = {
-        bare: path
-        for bare, path in chosen.names.items()
-        if chosen.label != "ema" or bare not in _COUNTERS
-    }
-    taken = chosen.label if chosen.label != "model" else wanted
-    return Selected(names, taken, notices)
+    unwanted = _COUNTERS if chosen.label == "ema" else set()
+    paths = {bare: path for bare, path in chosen.names.items() if bare not in unwanted}
+    # Weights may all be arrays of NumPy. Among tensors these are something else.
+    arrays = [bare for bare, path in paths.items() if isinstance(entries[path], ArraySpec)]
+    if 0 < len(arrays) < len(paths):
+        some = ", ".join(sorted(arrays)[:5])
+        notices.append(
+            f"{source}: {len(arrays)} entries are NumPy arrays among tensors, left out: {some}"
+        )
+        paths = {bare: path for bare, path in paths.items() if bare not in arrays}
+    return paths, chosen.label if chosen.label != "model" else wanted, notices
 
 
 @dataclasses.dataclass(frozen=True)

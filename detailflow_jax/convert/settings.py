@@ -35,6 +35,7 @@ def unlike(config: Any, usual: Mapping[str, Any]) -> list[str]:
     return [f"{n}={x} (not {usual[n]})" for n, x in values.items() if x != usual[n]]
 
 
+@dataclasses.dataclass
 class Settings:
     """Collects the fields of a network's configuration; contradictions raise CheckpointError.
 
@@ -48,18 +49,13 @@ class Settings:
       notices: what the user should know: a value that had to be assumed.
     """
 
-    def __init__(
-        self,
-        tensors: Mapping[str, Any],
-        published: Mapping[str, Any],
-        overrides: Mapping[str, Any],
-        source: str,
-        names: Names | None = None,
-    ):
-        self.tensors, self.published, self.source = tensors, published, source
-        self.overrides, self.names = dict(overrides), names or {}
-        self.fields: dict[str, Any] = {}
-        self.notices: list[str] = []
+    tensors: Mapping[str, Any]
+    published: Mapping[str, Any]
+    overrides: dict[str, Any]
+    source: str
+    names: Names
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notices: list[str] = dataclasses.field(default_factory=list)
 
     def by_shape(self, name: str, value: Any) -> None:
         """Settles a field by shapes; raises CheckpointError if something contradicts them."""

@@ -30,7 +30,7 @@ from flax import traverse_util
 from detailflow_jax.convert import mapping, published
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.fingerprint import encoder_fingerprint
-from detailflow_jax.convert.load import check_shapes, is_workdir, load
+from detailflow_jax.convert.load import check_shapes, is_workdir, load, load_autoencoder
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.runtime import weights
@@ -120,7 +120,7 @@ def check_encoder(config: Any, encoded_by: str, workdir: str | os.PathLike[str])
     """
     source = (config.get("data") or {}).get("source", "")
     if (config.get("vae") or {}).get("path"):
-        found = _load_vae(config.vae)
+        found = load_autoencoder(config.vae)
         _check_made(found, encoded_by, f"config.vae.path={config.vae.path}", source)
         encoded_by = encoder_fingerprint("vae", found.params)
     score = config.get("score") or {}
@@ -174,18 +174,10 @@ def read_vae(fields: Any, params: Mapping[str, Any]) -> dict[str, Any]:
       CheckpointError: it is not there, or not the one that the other fields of `config.vae`
         describe.
     """
-    found = _load_vae(fields)
+    found = load_autoencoder(fields)
     _check_described(fields.path, found.config, fields, "config.vae")
     check_shapes(found.params, params, fields.path, "Set the fields of config.vae as it has them.")
     return _told(found)
-
-
-def _load_vae(fields: Any) -> Loaded:
-    overrides = {}
-    if not is_workdir(fields.path):
-        names = ("scale_factor", "shift_factor", "norm_groups")  # shapes cannot tell them
-        overrides = {name: fields[name] for name in names if fields.get(name) is not None}
-    return load("vae", fields.path, overrides=overrides)
 
 
 def _check_described(source: str, found: Any, fields: Mapping[str, Any], section: str) -> None:

@@ -24,13 +24,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from detailflow_jax.convert import numpy_pickle
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.convert.numpy_pickle import ArraySpec, NumpyType
-from detailflow_jax.convert.torch_tensors import (
+from detailflow_jax.convert.pickled import (
     AGAIN,
+    NUMPY,
     RESAVE,
-    Spans,
+    ArraySpec,
+    NumpyType,
     Storage,
     TensorSpec,
     are_sizes,
@@ -96,14 +96,9 @@ def items_of(value: Any) -> list[tuple[Any, Any]] | None:
     return list((parts | plain).items())
 
 
-class Namespace(dict):
-    """The attributes of a pickled `argparse.Namespace` as items."""
-
-
 def _set_items(target: Any, pairs: Any) -> None:
     """Sets items of a dict; a key whose hash the file could choose is replaced by a placeholder."""
-    if isinstance(target, Inert):
-        target = target.parts
+    target = target.parts if isinstance(target, Inert) else target
     for key, value in pairs:
         plain = type(key) in (str, Inert) or (type(key) is int and abs(key) < 2**63)
         dict.__setitem__(target, key if plain else Inert(type(key).__name__), value)
@@ -160,13 +155,11 @@ _KNOWN: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch.Size": _first,
     "collections.OrderedDict": _ordered_dict,
-    "argparse.Namespace": lambda *_: Namespace(),
-    "types.SimpleNamespace": lambda *_: Namespace(),
     # Numbers that remember how they stood in a YAML file; the published training scripts keep
     # their arguments in these.
     "ruamel.yaml.scalarbool.ScalarBoolean": lambda value=False, *_: value != 0,
     "ruamel.yaml.comments.CommentedSeq": lambda *_: [],
-    **numpy_pickle.KNOWN,
+    **NUMPY,
     "_codecs.encode": _encoded,
     "__builtin__.bytes": lambda *args: Inert("bytes") if args else b"",  # no bytes, in protocol 2
 }
@@ -209,7 +202,7 @@ class _Stream:
 
 
 class _Unpickler(_Base):
-    """Makes plain containers, numbers, strings, `Namespace`, `Inert` and descriptions only."""
+    """Makes plain containers, numbers, strings, `Inert` and descriptions only."""
 
     def __init__(self, stream: _Stream):
         super().__init__(stream, encoding="latin-1")
@@ -235,7 +228,7 @@ class _Unpickler(_Base):
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, ArraySpec | NumpyType):
             target.build(state)
-        elif isinstance(target, Namespace | Inert):
+        elif isinstance(target, Inert):
             # Objects with slots have a second dict.
             for attributes in state if isinstance(state, tuple) else (state,):
                 if isinstance(attributes, dict):
@@ -294,8 +287,8 @@ def _load(stream: _Stream, name: str) -> tuple[Any, dict[str, Storage]]:
         ) from error
 
 
-def open_torch(raw: np.ndarray, path: Path, name: str) -> tuple[Any, Spans]:
-    """Returns what `torch.save` wrote, with tensors as `TensorSpec`, and where storages are.
+def open_torch(raw: np.ndarray, path: Path, name: str) -> Any:
+    """Returns what `torch.save` wrote, with `TensorSpec` and `ArraySpec` for tensors and arrays.
 
     Args:
         raw: uint8 [n], the mapped file.
@@ -310,7 +303,7 @@ def open_torch(raw: np.ndarray, path: Path, name: str) -> tuple[Any, Spans]:
     return _open_zip(raw, path, name) if is_zip else _open_legacy(raw, name)
 
 
-def _open_zip(raw: np.ndarray, path: Path, name: str) -> tuple[Any, Spans]:
+def _open_zip(raw: np.ndarray, path: Path, name: str) -> Any:
     members = _members(raw, path, name)
     pickles = [m for m in members if m.count("/") == 1 and m.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -327,39 +320,33 @@ def _open_zip(raw: np.ndarray, path: Path, name: str) -> tuple[Any, Spans]:
             expected="a state dict",
             remedy="Write `torch.save(torch.jit.load(file).state_dict(), ...)` in PyTorch.",
         )
-    start, size = members.get(f"{root}byteorder", (0, 0))
-    _check_order(not size or raw[start : start + size].tobytes() == b"little", name)
-    start, size = members[pickles[0]]
-    tree, _ = _load(_Stream(raw[start : start + size]), name)
-    prefix = f"{root}data/"
-    spans = {m.removeprefix(prefix): s for m, s in members.items() if m.startswith(prefix)}
-    return tree, spans
+    _check_order(bytes(members.get(f"{root}byteorder", b"")) in (b"", b"little"), name)
+    tree, storages = _load(_Stream(members[pickles[0]]), name)
+    for key, storage in storages.items():
+        storage.data = members.get(f"{root}data/{key}")
+    return tree
 
 
-def _members(raw: np.ndarray, path: Path, name: str) -> Spans:
-    """First byte and number of bytes of every member of the archive."""
-    members: Spans = {}
+def _members(raw: np.ndarray, path: Path, name: str) -> dict[str, np.ndarray]:
+    """The bytes of every member of the archive."""
+    members: dict[str, np.ndarray] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 archive.open(info).close()  # compares the member's own header with the directory
-                at, member = info.header_offset, info.filename
-                start = at + 30 + sum(struct.unpack("<HH", raw[at + 26 : at + 30].tobytes()))
                 if info.is_dir():
                     continue
-                if member.startswith("/") or {"..", ""} & set(member.split("/")):
-                    problem = "a name that leads elsewhere"
-                elif (
-                    info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size
-                ):
-                    problem = "it is compressed"
-                elif start + info.file_size > len(raw):
-                    problem = "it is cut"
-                else:
-                    problem = "it is there twice" if member in members else ""
-                if problem:
-                    raise ValueError(f"member {member!r}: {problem}")
-                members[member] = (start, info.file_size)
+                at, member, size = info.header_offset, info.filename, info.file_size
+                start = at + 30 + sum(struct.unpack("<HH", raw[at + 26 : at + 30].tobytes()))
+                for problem, found in {
+                    "a name that leads elsewhere": {"..", ""} & set(member.split("/")),
+                    "it is compressed": info.compress_type or info.compress_size != size,
+                    "it is cut": start + size > len(raw),
+                    "it is there twice": member in members,
+                }.items():
+                    if found:
+                        raise ValueError(f"member {member!r}: {problem}")
+                members[member] = raw[start : start + size]
     # zipfile raises all of these on damaged archives, besides its own error.
     except (
         zipfile.BadZipFile, struct.error, RuntimeError, ValueError, KeyError, IndexError, EOFError,
@@ -383,7 +370,7 @@ def _check_order(little: bool, name: str) -> None:
         )
 
 
-def _open_legacy(raw: np.ndarray, name: str) -> tuple[Any, Spans]:
+def _open_legacy(raw: np.ndarray, name: str) -> Any:
     stream = _Stream(raw)
     magic, _ = _load(stream, name)
     if magic != _LEGACY_MAGIC_NUMBER:
@@ -398,18 +385,17 @@ def _open_legacy(raw: np.ndarray, name: str) -> tuple[Any, Spans]:
     keys, _ = _load(stream, name)
     _check_order(isinstance(system, dict) and system.get("little_endian") is True, name)
     # The storages follow in the order of `keys`, each after its length as int64.
-    start, spans = stream.tell(), {}
+    start = stream.tell()
     for key in keys if isinstance(keys, list) else []:
         storage = storages.get(key) if isinstance(key, str) else None
         numel = int.from_bytes(raw[start : start + 8].tobytes(), "little")
-        size = numel * storage.dtype.itemsize if storage else 0
-        if storage is None or numel != storage.numel or start + 8 + size > len(raw):
+        end = start + 8 + (numel * storage.dtype.itemsize if storage else 0)
+        if storage is None or numel != storage.numel or end > len(raw):
             raise CheckpointError(
                 f"{name}: damaged, or cut at byte {len(raw)}: a storage at byte {start} says "
                 f"{numel} elements",
                 expected=f"{storage.numel} and their bytes" if storage else "one that is described",
                 remedy=AGAIN,
             )
-        spans[key] = (start + 8, size)
-        start += 8 + size
-    return tree, spans
+        storage.data, start = raw[start + 8 : end], end
+    return tree

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,27 +63,37 @@ def write_pytorch(
             holds something that JSON cannot.
         MissingExtra: PyTorch is missing for a PyTorch file.
     """
-    target = local_path(path)
+    target, more = local_path(path), more or {}
     texts = _config_texts(config, extra_yaml or {}, target)
-    if target.suffix == SAFETENSORS and more:
+    single = target.suffix == SAFETENSORS
+    if single and more:
         raise CheckpointError(
             f"{target}: {', '.join(more)} was given, but safetensors holds one set of weights",
             remedy="Write the two sets into two files, or a .pt file.",
         )
-    if target.suffix != SAFETENSORS:
+    if not single:
         require("torch")  # A missing library is an error before anything is written.
 
     def save(file: Path) -> None:
-        if target.suffix == SAFETENSORS:
+        if single:
             import safetensors.numpy
 
             ready = {k: _prepared(x, dtype) for k, x in tensors.items()}
             safetensors.numpy.save_file(ready, file, metadata={"format": "pt"})
         else:
-            _save_torch(tensors, more or {}, wrap, dtype, file)
+            _save_torch(tensors, more, wrap, dtype, file)
 
-    if target.suffix in (*TORCH_SUFFIXES, SAFETENSORS):
-        _write_files(target, texts, save, overwrite)
+    if single or target.suffix in TORCH_SUFFIXES:
+        for file in (*map(target.with_name, texts), target):
+            if file.exists() and not overwrite:
+                raise _exists(file)
+        with _writing(target), contextlib.ExitStack() as stack:
+            # The first one entered appears last: weights that are there have their configuration.
+            weights = stack.enter_context(atomic_path(target))
+            for file, text in texts.items():
+                config_file = stack.enter_context(atomic_path(target.with_name(file)))
+                config_file.write_text(text, encoding="utf-8")
+            save(weights)
     else:
         weights = Path("checkpoints") / f"{name}.pt"
         with folder_for(target, {*map(Path, texts), weights, weights.parent}, overwrite) as new:
@@ -137,21 +147,6 @@ def folder_for(target: Path, ours: set[Path], overwrite: bool) -> Iterator[Path]
             )
     with _writing(target), atomic_folder(target) as new:
         yield new
-
-
-def _write_files(
-    target: Path, texts: Mapping[str, str], save: Callable[[Path], None], overwrite: bool
-) -> None:
-    paths = {target.with_name(name): text for name, text in texts.items()}
-    for path in (*paths, target):
-        if path.exists() and not overwrite:
-            raise _exists(path)
-    with _writing(target), contextlib.ExitStack() as stack:
-        # The first one entered appears last: weights that are there have their configuration.
-        weights = stack.enter_context(atomic_path(target))
-        for path, text in paths.items():
-            stack.enter_context(atomic_path(path)).write_text(text, encoding="utf-8")
-        save(weights)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def test_a_run_keeps_to_its_encoder(tmp_path, monkeypatch):
 
     params = {"encoder": {"w": np.ones(2)}, "quant_conv": {"w": np.ones(1)}, "decoder": {}}
     vae = types.SimpleNamespace(kind="vae", params=params)
-    monkeypatch.setattr(start, "_load_vae", lambda fields: vae)
+    monkeypatch.setattr(start, "load_autoencoder", lambda fields: vae)
     monkeypatch.setattr(start, "load", lambda kind, path: vae)
     own = encoder_fingerprint("vae", params)
     config.vae.path = "runs/vae"

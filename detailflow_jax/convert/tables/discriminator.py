@@ -11,7 +11,7 @@ import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv, counters, linear, norm, to_published
-from detailflow_jax.convert.network import Network, any_of, image
+from detailflow_jax.convert.network import Layout, Network, any_of, image
 from detailflow_jax.convert.settings import Settings, count_layers
 from detailflow_jax.models.discriminator import Dino, DinoConfig, make
 
@@ -20,18 +20,12 @@ _HEAD_DIM = 64  # of an attention head in every published DINO
 _BLOCK, _OURS = "blocks.{}", "blocks/layers"
 
 
-def _fused(part: str, leaf: str, **options: bool) -> Entry:
-    paths = tuple(f"{_OURS}/attention/{one}_proj/{leaf}" for one in "qkv")
-    return Entry(f"{_BLOCK}.attn.qkv.{part}", paths, **options)
-
-
 DINO = (
     Entry("cls_token", ("class_token",), lead=1),
     Entry("pos_embed", ("position_table",), lead=1),
     *conv("patch_embed.proj", "patch_embed"),
     *norm(f"{_BLOCK}.norm1", f"{_OURS}/norm1"),
-    _fused("weight", "kernel", transpose=True),
-    _fused("bias", "bias"),
+    *linear(f"{_BLOCK}.attn.qkv", *(f"{_OURS}/attention/{part}_proj" for part in "qkv")),
     *linear(f"{_BLOCK}.attn.proj", f"{_OURS}/attention/out_proj"),
     *norm(f"{_BLOCK}.norm2", f"{_OURS}/norm2"),
     *linear(f"{_BLOCK}.mlp.fc1", f"{_OURS}/fc1"),
@@ -107,9 +101,7 @@ def find(names: Collection[str]) -> bool:
     return heads_prefix(names) is not None or "main.0.weight" in names
 
 
-def layout(
-    tensors: Mapping[str, Any], variables: Mapping[str, Any], source: str
-) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+def layout(tensors: Mapping[str, Any], variables: Mapping[str, Any], source: str) -> Layout:
     """See `Network.layout`; `variables` are all those of a trained part."""
     del source
     parts = variables["params"]

@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear
-from detailflow_jax.convert.network import Network, any_of
+from detailflow_jax.convert.network import Description, Network, any_of
 from detailflow_jax.convert.settings import Settings, count_layers, published_fields, unlike
 from detailflow_jax.models.flowar import SIZES, FlowAR, FlowARConfig, example
 from detailflow_jax.ops import rotary
@@ -22,11 +21,8 @@ def _gated_mlp(name: str, path: str) -> Iterator[Entry]:
 
 
 def _attention(name: str, path: str, *, bias: bool) -> Iterator[Entry]:
-    parts = tuple(f"{path}/{part}_proj" for part in "qkv")
-    kernels = tuple(f"{part}/kernel" for part in parts)
-    yield Entry(f"{name}.qkv.weight", kernels, transpose=True)
-    if bias:
-        yield Entry(f"{name}.qkv.bias", tuple(f"{part}/bias" for part in parts))
+    parts = (f"{path}/{part}_proj" for part in "qkv")
+    yield from linear(f"{name}.qkv", *parts, use_bias=bias)
     yield from linear(f"{name}.proj", f"{path}/out_proj")
 
 
@@ -46,9 +42,9 @@ def _head_blocks() -> Iterator[Entry]:
     yield from linear(f"{theirs}.ada_lin_attn", f"{ours}/attention_modulation")
     yield from linear(f"{theirs}.ada_lin_mlp", f"{ours}/mlp_modulation")
     cross = f"{ours}/cross_attention"
-    yield Entry(f"{theirs}.crossattn.q.weight", (f"{cross}/q_proj/kernel",), transpose=True)
-    pair = (f"{cross}/k_proj/kernel", f"{cross}/v_proj/kernel")
-    yield Entry(f"{theirs}.crossattn.kv.weight", pair, transpose=True)
+    yield from linear(f"{theirs}.crossattn.q", f"{cross}/q_proj", use_bias=False)
+    pair = (f"{cross}/k_proj", f"{cross}/v_proj")
+    yield from linear(f"{theirs}.crossattn.kv", *pair, use_bias=False)
     yield from linear(f"{theirs}.crossattn.proj", f"{cross}/out_proj")
     yield Entry(f"{theirs}.norm2_1.weight", (f"{ours}/query_norm/scale",))
     yield Entry(f"{theirs}.norm2_2.weight", (f"{ours}/context_norm/scale",))
@@ -187,7 +183,7 @@ def file_name(config: FlowARConfig) -> str:
     return next((name for name, size in SIZES.items() if size.items() <= fields), "FlowAR")
 
 
-def describe(config: FlowARConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def describe(config: FlowARConfig) -> Description:
     """See `Network.describe`."""
     both = published_fields(config, _NAMES) | {
         "decoder_embed_dim": config.width,

@@ -1,37 +1,33 @@
 """The DetailFlow generator in its published names and its published configuration."""
 
-from typing import Any
+import functools
 
 import jax.numpy as jnp
 import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.convert.mapping import Entry
-from detailflow_jax.convert.network import Network, any_of
+from detailflow_jax.convert.mapping import Entry, linear
+from detailflow_jax.convert.network import Description, Network, any_of
 from detailflow_jax.convert.settings import Settings, count_layers, published_fields
 from detailflow_jax.models.generator import SIZES, Generator, GeneratorConfig
 from detailflow_jax.tasks import generator as task
 
 _LAYER, _OURS = "layers.{}", "blocks/layers"
 _SPECIAL = "spe_tok_embeddings.special_embeddings.weight"
+_linear = functools.partial(linear, use_bias=False)
 
 TABLE = (
     Entry("cls_embedding.embedding_table.weight", ("class_embedding/embedding",)),
     Entry("tok_embeddings.weight", ("token_embedding/embedding",)),
-    Entry(
-        f"{_LAYER}.attention.wqkv.weight",
-        tuple(f"{_OURS}/attention/{part}_proj/kernel" for part in "qkv"),
-        transpose=True,
-    ),
-    Entry(f"{_LAYER}.attention.wo.weight", (f"{_OURS}/attention/out_proj/kernel",), transpose=True),
-    *(
-        Entry(f"{_LAYER}.feed_forward.{w}.weight", (f"{_OURS}/{w}/kernel",), transpose=True)
-        for w in ("w1", "w3", "w2")
-    ),
+    *_linear(f"{_LAYER}.attention.wqkv", *(f"{_OURS}/attention/{part}_proj" for part in "qkv")),
+    *_linear(f"{_LAYER}.attention.wo", f"{_OURS}/attention/out_proj"),
+    *_linear(f"{_LAYER}.feed_forward.w1", f"{_OURS}/w1"),
+    *_linear(f"{_LAYER}.feed_forward.w3", f"{_OURS}/w3"),
+    *_linear(f"{_LAYER}.feed_forward.w2", f"{_OURS}/w2"),
     Entry(f"{_LAYER}.attention_norm.weight", (f"{_OURS}/attention_norm/scale",)),
     Entry(f"{_LAYER}.ffn_norm.weight", (f"{_OURS}/ffn_norm/scale",)),
     Entry("norm.weight", ("final_norm/scale",)),
-    Entry("output.weight", ("output/kernel",), transpose=True),
+    *_linear("output", "output"),
     Entry(_SPECIAL, ("special_embedding/embedding",)),
 )
 
@@ -113,7 +109,7 @@ def _hidden(s: Settings, hidden: int) -> None:
     s.by_shape("multiple_of", multiple)
 
 
-def describe(config: GeneratorConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def describe(config: GeneratorConfig) -> Description:
     """See `Network.describe`."""
     both = published_fields(config, _NAMES) | {"cls_token_num": 1}
     block = {"depth": config.depth, "num_heads": config.num_heads, "width": config.width}

@@ -13,7 +13,7 @@ from typing import Any
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv
-from detailflow_jax.convert.network import Network, image
+from detailflow_jax.convert.network import Layout, Network, image
 from detailflow_jax.models.lpips import LPIPS, SMALLEST, STAGES
 
 SKIPPED = ("scaling_layer.", "lins.", "classifier.")
@@ -61,9 +61,7 @@ def recognise(tensors: Iterable[str]) -> bool:
     return find(names) is not None or "lin0.model.1.weight" in names
 
 
-def layout(
-    tensors: Mapping[str, Any], params: Mapping[str, Any], source: str
-) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+def layout(tensors: Mapping[str, Any], params: Mapping[str, Any], source: str) -> Layout:
     """See `Network.layout`.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, depth, linear, norm
-from detailflow_jax.convert.network import Network, image
+from detailflow_jax.convert.network import Layout, Network, image
 from detailflow_jax.convert.settings import Settings, count_layers
 from detailflow_jax.models.siglip import VisionTransformer, ViTConfig
 
@@ -15,30 +15,25 @@ HEADS = {1152: 16, 768: 12}
 """Heads by width, in SigLIP2-so400m and in the trunks of the published tokenizers."""
 
 
-def blocks(name: str, path: str) -> tuple[Entry, ...]:
-    """Returns the layers under published `name` and parameter `path`; both may be empty."""
-    layer, ours = f"{_under(name)}encoder.layers.{{}}", f"{_under(path, '/')}blocks/layers"
-    return (
-        *linear(f"{layer}.self_attn.k_proj", f"{ours}/attention/k_proj"),
-        *linear(f"{layer}.self_attn.v_proj", f"{ours}/attention/v_proj"),
-        *linear(f"{layer}.self_attn.q_proj", f"{ours}/attention/q_proj"),
-        *linear(f"{layer}.self_attn.out_proj", f"{ours}/attention/out_proj"),
-        *norm(f"{layer}.layer_norm1", f"{ours}/norm1"),
-        *linear(f"{layer}.mlp.fc1", f"{ours}/fc1"),
-        *linear(f"{layer}.mlp.fc2", f"{ours}/fc2"),
-        *norm(f"{layer}.layer_norm2", f"{ours}/norm2"),
-    )
-
-
 def trunk(name: str, path: str, *, patches: bool = True) -> tuple[Entry, ...]:
-    """Returns the table of a vision transformer; `patches=False`: without patch embedding."""
+    """Returns the table of a vision transformer under published `name` and parameter `path`.
+
+    Both may be empty. `patches=False`: without the patch embedding.
+    """
     published, ours = _under(name), _under(path, "/")
     embedding = linear(f"{published}embeddings.patch_embedding", f"{ours}patch_embed")
-    table = Entry(f"{published}embeddings.position_embedding.weight", (f"{ours}position_table",))
+    layer, block = f"{published}encoder.layers.{{}}", f"{ours}blocks/layers"
     return (
         *(embedding if patches else ()),
-        table,
-        *blocks(name, path),
+        Entry(f"{published}embeddings.position_embedding.weight", (f"{ours}position_table",)),
+        *linear(f"{layer}.self_attn.k_proj", f"{block}/attention/k_proj"),
+        *linear(f"{layer}.self_attn.v_proj", f"{block}/attention/v_proj"),
+        *linear(f"{layer}.self_attn.q_proj", f"{block}/attention/q_proj"),
+        *linear(f"{layer}.self_attn.out_proj", f"{block}/attention/out_proj"),
+        *norm(f"{layer}.layer_norm1", f"{block}/norm1"),
+        *linear(f"{layer}.mlp.fc1", f"{block}/fc1"),
+        *linear(f"{layer}.mlp.fc2", f"{block}/fc2"),
+        *norm(f"{layer}.layer_norm2", f"{block}/norm2"),
         *norm(f"{published}post_layernorm", f"{ours}final_norm"),
     )
 
@@ -60,9 +55,7 @@ def find(tensors: Collection[str]) -> str | None:
     return next((p for p in PREFIXES if _under(p) + SIGN in tensors), None)
 
 
-def layout(
-    tensors: Mapping[str, Any], params: Mapping[str, Any], source: str
-) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+def layout(tensors: Mapping[str, Any], params: Mapping[str, Any], source: str) -> Layout:
     """See `Network.layout`. It leaves out the pooling head, layers beyond those of `params`, and
     everything outside of the vision model.
     """
@@ -100,10 +93,8 @@ def infer_trunk(
     Raises:
       CheckpointError: a tensor is missing, or the heads are not known or do not divide the width.
     """
-    table, layers = (
-        f"{_under(name)}embeddings.position_embedding.weight",
-        f"{_under(name)}encoder.layers.",
-    )
+    table = f"{_under(name)}embeddings.position_embedding.weight"
+    layers = f"{_under(name)}encoder.layers."
     rows, width = s.size(table, 0), s.size(table, 1)
     num_heads = num_heads or HEADS.get(width)
     if not isinstance(num_heads, int) or num_heads < 1 or width % num_heads:

@@ -1,13 +1,12 @@
 """The DetailFlow tokenizer in its published names and its published configuration."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear
-from detailflow_jax.convert.network import Network, any_of, image
+from detailflow_jax.convert.network import Description, Network, any_of, image
 from detailflow_jax.convert.settings import Settings, published_fields
 from detailflow_jax.convert.tables import siglip
 from detailflow_jax.models.siglip import ViTConfig
@@ -115,7 +114,7 @@ def _trunk(part: str, s: Settings) -> ViTConfig:
     return config
 
 
-def describe(config: TokenizerConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def describe(config: TokenizerConfig) -> Description:
     """See `Network.describe`."""
     both = published_fields(config, _NAMES) | {
         "image_size": config.image_size,

@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import jax.numpy as jnp
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv, norm
-from detailflow_jax.convert.network import Network, any_of
+from detailflow_jax.convert.network import Description, Network, any_of
 from detailflow_jax.convert.settings import Settings, count_layers, published_fields, unlike
 from detailflow_jax.models.vae import VAE, VAEConfig
 from detailflow_jax.tasks import vae as task
@@ -102,7 +101,7 @@ def _count(s: Settings, prefix: str, most: int) -> int:
     return count
 
 
-def describe(config: VAEConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def describe(config: VAEConfig) -> Description:
     """See `Network.describe`."""
     both = published_fields(config, _NAMES) | {"embed_dim": config.latent_channels}
     # What no published autoencoder of this family needs to tell.
