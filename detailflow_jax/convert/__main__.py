@@ -1,9 +1,7 @@
 """Converts checkpoints between the published PyTorch layout and this project's.
 
-    detailflow convert --to jax --src hf:ByteFlow-AI/DetailFlow-16 --dst models/tok16
-    detailflow convert --to pytorch --src runs/gen --dst exported/gen
-
-Exit codes: 0 done; 2 it could not be done: one line says why, and nothing partial is left.
+detailflow convert --to jax --src hf:ByteFlow-AI/DetailFlow-16 --dst models/tok16
+detailflow convert --to pytorch --src runs/gen --dst exported/gen
 """
 
 import argparse
@@ -23,11 +21,10 @@ import jax
 from tqdm import tqdm
 
 from detailflow_jax.convert import export
-from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.load import load
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.registry import NETWORKS
-from detailflow_jax.convert.writers import folder_for, is_free, local_path
+from detailflow_jax.convert.writers import check_free, folder_for, local_path
 from detailflow_jax.runtime import checkpoint
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
@@ -116,10 +113,7 @@ def convert(args: argparse.Namespace) -> list[str]:
     """
     started = time.perf_counter()
     # What would only fail after minutes of reading fails now.
-    if not is_free(local_path(args.dst)) and not args.overwrite:
-        raise CheckpointError(
-            f"{args.dst}: exists already", remedy="Choose another path, or pass --overwrite."
-        )
+    check_free(local_path(args.dst), args.overwrite)
     told = {name: getattr(args, name) for name in overrides()}
     found = load(
         None,

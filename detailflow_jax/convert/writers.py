@@ -85,8 +85,7 @@ def write_pytorch(
 
     if single or target.suffix in TORCH_SUFFIXES:
         for file in (*map(target.with_name, texts), target):
-            if file.exists() and not overwrite:
-                raise _exists(file)
+            check_free(file, overwrite)
         with _writing(target), contextlib.ExitStack() as stack:
             # The first one entered appears last: weights that are there have their configuration.
             weights = stack.enter_context(atomic_path(target))
@@ -114,11 +113,21 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def is_free(target: Path) -> bool:
-    """Returns whether nothing is at `target`, or an empty folder."""
-    if target.is_symlink() or not target.is_dir():
-        return not os.path.lexists(target)
-    return not any(target.iterdir())
+def check_free(target: Path, overwrite: bool) -> bool:
+    """Returns whether nothing is at `target`, or an empty folder.
+
+    Raises:
+        CheckpointError: something is there, and `overwrite` is false.
+    """
+    is_folder = target.is_dir() and not target.is_symlink()
+    free = not any(target.iterdir()) if is_folder else not os.path.lexists(target)
+    if not free and not overwrite:
+        raise CheckpointError(
+            f"{target}: exists already",
+            expected="a new path",
+            remedy="Choose another, remove it, or allow overwriting (--overwrite).",
+        )
+    return free
 
 
 @contextlib.contextmanager
@@ -133,9 +142,7 @@ def folder_for(target: Path, ours: set[Path], overwrite: bool) -> Iterator[Path]
     Raises:
         CheckpointError: it may not, or holds more, or cannot be written.
     """
-    if not is_free(target):
-        if not overwrite:
-            raise _exists(target)
+    if not check_free(target, overwrite):
         inside = {path.relative_to(target) for path in target.rglob("*")}
         strange = {path for path in inside if ours.isdisjoint((path, *path.parents))}
         if strange or not target.is_dir() or target.is_symlink():
@@ -159,14 +166,6 @@ def _writing(target: Path) -> Iterator[None]:
             f"{target}: cannot be written: {error}",
             remedy="Is the disk full or read-only? What was there before is unchanged.",
         ) from error
-
-
-def _exists(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: exists already",
-        expected="a new path",
-        remedy="Choose another, remove it, or allow overwriting.",
-    )
 
 
 def _config_texts(

@@ -8,7 +8,7 @@
 The `lpips` package repeats its weights under `lins.K`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from detailflow_jax.convert.errors import CheckpointError
@@ -48,17 +48,15 @@ def table(form: str) -> tuple[Entry, ...]:
     return (*(entry for entries in vgg for entry in entries), *linear)
 
 
-def find(tensors: Iterable[str]) -> str | None:
+def find(tensors: Collection[str]) -> str | None:
     """Returns the form in which tensors hold VGG16's convolutions, or None."""
-    names = set(tensors)
     # The last convolution is named otherwise in each of the three.
-    return next((f for f in FORMS if f"{list(_vgg_names(f))[-1]}.weight" in names), None)
+    return next((f for f in FORMS if f"{list(_vgg_names(f))[-1]}.weight" in tensors), None)
 
 
-def recognise(tensors: Iterable[str]) -> bool:
+def recognise(tensors: Collection[str]) -> bool:
     """Returns whether these tensors are of LPIPS or of one of its parts."""
-    names = set(tensors)
-    return find(names) is not None or "lin0.model.1.weight" in names
+    return find(tensors) is not None or "lin0.model.1.weight" in tensors
 
 
 def layout(tensors: Mapping[str, Any], params: Mapping[str, Any], source: str) -> Layout:
