@@ -62,7 +62,8 @@ def _shrink_batch(share: float, program: Program, config: ConfigDict) -> list[st
     flag = "--batch_size" if program.name == "sampler" else "--config.batch_size"
     changes = [f"{flag}={batch} leaves less on each chip (now {program.images})"]
     parts = 2 ** math.ceil(-math.log2(share))
-    whole = config.get("loss", {}).get("adversarial")  # its batch norm wants the batch at once
+    # Its batch norm wants the batch at once.
+    whole = config.get("losses", {}).get("adversarial", {}).get("weight")
     divides = not program.images % (parts * rows)
     if "accumulate" in config and program.name == "train" and divides and not whole:
         changes.insert(

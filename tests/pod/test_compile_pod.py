@@ -5,12 +5,14 @@ import pathlib
 import platform
 import re
 import runpy
+import types
 
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
 from detailflow_jax.pod import (
+    advice,
     collectives,
     flops,
     hlo,
@@ -333,6 +335,18 @@ def test_what_does_not_fit_ends_with_advice(capsys, arguments, words):
     assert "Traceback" not in said
     best = re.search(r"fsdp=(\d+)|batch_size=(\d+)", said)
     assert 1 < int(best[1] or best[2]) < 131072
+
+
+@pytest.mark.parametrize("variant", ["detailflow_16:plain", "detailflow_16"])
+def test_a_discriminator_takes_a_whole_batch(variant):
+    """Accumulation, which it rejects, is advised without one only."""
+    error = programs.DoesNotFit("", used=20 * topologies.GIB, state=topologies.GIB)
+    mesh = types.SimpleNamespace(shape={"data": 16, "fsdp": 1})
+    program = types.SimpleNamespace(name="train", images=4096, mesh=mesh)
+    config = load_config(f"{ROOT}/configs/tokenizer.py:{variant}", [])
+    said = advice.suggest(error, program, config, topologies.find("v5e-16"))
+    assert "--config.batch_size=" in said
+    assert ("--config.accumulate=" in said) == variant.endswith("plain")
 
 
 @needs_compiler
