@@ -1,7 +1,5 @@
 """The one error that reading and writing published checkpoints raises."""
 
-from __future__ import annotations
-
 from detailflow_jax.runtime.errors import UserError
 
 

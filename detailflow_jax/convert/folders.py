@@ -1,7 +1,5 @@
 """Places where checkpoints lie: a local folder, a bucket, a repository of the Hugging Face hub."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

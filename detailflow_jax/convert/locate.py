@@ -10,8 +10,6 @@ It is chosen in this order:
 6. shards without an index, if all of them are there
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ recognised by its content, not by its name. Which of its tensors are the weights
 `select`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -6,6 +6,7 @@ must be one that all of them see. What is read back is in the order of the image
 do not depend on who made which part.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,14 +93,7 @@ class ChunkFolder:
           EvaluationError: a chunk is missing or damaged.
         """
         for start in range(0, self.total, CHUNK):
-            file = self._file(kind, start)
-            missing = "missing; several processes need one folder that all of them see"
-            again = "remove it and run the same command again"
-            with (
-                readable(file, missing, again),
-                files.open_file(file) as stream,
-                np.load(stream) as arrays,
-            ):
+            with _opened(self._file(kind, start)) as arrays:
                 array = arrays[name] if arrays.files else None
             if array is not None:  # None of its images can be read.
                 yield array
@@ -145,15 +139,19 @@ def unreadable_in(path: pathlib.Path) -> list[str]:
     """
     names = []
     for file in (path / name for name in files.names(path) if name.startswith(f"{UNREADABLE}-")):
-        with (
-            readable(file, damaged="remove it and run the same command again"),
-            files.open_file(file) as stream,
-            np.load(stream) as arrays,
-        ):
+        with _opened(file) as arrays:
             names += arrays["name"].tolist()
     for name in names:
         report_skipped(name)
     return names
+
+
+@contextlib.contextmanager
+def _opened(file: pathlib.Path) -> Iterator[np.lib.npyio.NpzFile]:
+    missing = "missing; several processes need one folder that all of them see"
+    again = "remove it and run the same command again"
+    with readable(file, missing, again), files.open_file(file) as stream, np.load(stream) as arrays:
+        yield arrays
 
 
 def _check_same(path: pathlib.Path, old: dict, new: dict) -> None:

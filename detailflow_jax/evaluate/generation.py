@@ -104,17 +104,6 @@ def score(
     return values
 
 
-def score_images(
-    images: np.ndarray, reference: Reference, extractor: FeatureExtractor
-) -> dict[str, Any]:
-    """The METRICS of a few images in memory, uint8 [N, H, W, 3], such as during training.
-
-    FID of few images is far above that of many: it compares only with figures from as many.
-    """
-    features = extractor(images)
-    return score(lambda name: [features[name]], reference, extractor.mesh, extractor.name)
-
-
 def evaluate_images(
     images: Images,
     reference: Reference,

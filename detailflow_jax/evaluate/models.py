@@ -65,7 +65,8 @@ class Sampler:
             samples = setting(self.model.params, labels, seed, indices)
             return programs.decode_whole(self.decoder.network, self.decoder.params, samples)
 
-        rows = labels.astype(np.int32), _indices(first_index, labels)
+        indices = first_index + np.arange(len(labels))
+        rows = labels.astype(np.int32), indices.astype(np.int32)
         what = f"samples from {first_index} on"
         return images_of(make, self.batch_size, *rows, mesh=self.mesh, what=what)
 
@@ -166,7 +167,3 @@ def images_of(
 
     finish_all = functools.partial(jax.tree.map, finish)
     return in_batches(function, batch_size, *rows, mesh=mesh, whole=True, finish=finish_all)
-
-
-def _indices(first: int, rows: np.ndarray) -> np.ndarray:
-    return (first + np.arange(len(rows))).astype(np.int32)

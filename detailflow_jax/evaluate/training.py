@@ -150,7 +150,8 @@ class Scorer:
         config, s = self.config, self.config.score
         # Jitted as a whole: the keys of all processes' samples are made on the devices.
         sample = jax.jit(sampling_of(config, s.cfg_scale), static_argnames="seed")
-        decoder, decoder_params = self._placed(found)
+        decoder = NETWORKS[found.kind].module(found.config)
+        decoder_params = sharding.on_every_device(found.params, self.mesh)
         reference = load_reference(
             s.reference,
             self.extractor,
@@ -188,11 +189,6 @@ class Scorer:
                 "workdir or a published checkpoint"
             )
         return load.load(kind, path)
-
-    def _placed(self, found: Loaded) -> tuple[Any, Any]:
-        """The network, and its parameters on every device."""
-        params = sharding.on_every_device(found.params, self.mesh)
-        return NETWORKS[found.kind].module(found.config), params
 
     def _images(self, function: Callable, *rows: np.ndarray) -> np.ndarray:
         """The images that `function` makes of rows, which it gets in batches over the mesh."""

@@ -127,7 +127,8 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_figures(
     score = generation.evaluate_images(NpzImages(files[0]), reference, extractor(), tmp_path)
     assert score["fid"] == pytest.approx(whole["fid"], rel=1e-9)
     kept = np.load(files[0])["arr_0"]
-    in_memory = generation.score_images(kept, reference, extractor())
+    features = {name: [rows] for name, rows in extractor()(kept).items()}
+    in_memory = generation.score(features.get, reference, extractor().mesh)
     assert in_memory == pytest.approx({name: whole[name] for name in generation.METRICS})
 
 

@@ -60,7 +60,9 @@ def test_samples_are_those_of_the_doors_on_any_mesh(folder, tmp_path):
     for kind, params in (("raw", generator.params), ("ema", average)):
         codes = df.Generator(generator.config, params).sample(labels, cfg_scale=1.5)
         images = np.asarray(pixels.to_uint8(tokenizer.decode(codes)))
-        for name, value in generation.score_images(images, reference, extractor).items():
+        features = {name: [rows] for name, rows in extractor(images).items()}
+        scores = generation.score(features.get, reference, extractor.mesh)
+        for name, value in scores.items():
             want[f"score/{kind}/{name}_of_21"] = value
     for devices in (1, len(jax.devices())):
         mesh = sharding.make_mesh({}, jax.devices()[:devices])
