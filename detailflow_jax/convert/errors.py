@@ -1,5 +1,7 @@
 """The one error that reading and writing published checkpoints raises."""
 
+from collections.abc import Collection
+
 from detailflow_jax.runtime.errors import UserError
 
 
@@ -15,3 +17,8 @@ class CheckpointError(UserError, ValueError):
     def __init__(self, found: str, *, expected: str = "", remedy: str = ""):
         text = f"{found}; expected {expected}" if expected else found
         super().__init__(f"{text}. {remedy}" if remedy else text)
+
+
+def some(names: Collection[str], most: int = 5) -> str:
+    """Returns the first names for a message: "a, b, ..."."""
+    return ", ".join([*names][:most]) + (", ..." if len(names) > most else "")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.errors import CheckpointError, some
 
 # What XLA asks of host memory that it is to use in place.
 _ALIGNMENT = 64
@@ -205,7 +205,7 @@ def from_published(
     if report.missing and initial is None:
         raise CheckpointError(
             f"{source}: {len(report.missing)} of {len(wanted)} tensors are missing: "
-            f"{_some(report.missing)} (the file holds {len(tensors)})",
+            f"{some(report.missing)} (the file holds {len(tensors)})",
             expected="every tensor of this network",
             remedy="Is this a checkpoint of another network or size? To initialise the missing "
             "ones, allow it (allow_missing).",
@@ -215,7 +215,7 @@ def from_published(
     if report.unused and not allow_unused:
         raise CheckpointError(
             f"{source}: {len(report.unused)} of its tensors belong to no parameter: "
-            f"{_some(report.unused)}",
+            f"{some(report.unused)}",
             expected="the tensors of this network alone",
             remedy="Is this a checkpoint of another network or size? To leave them out, allow it "
             "(allow_unused).",
@@ -241,10 +241,6 @@ def _check_tensor(tensor: _Tensor, array: Any, flat: Mapping[str, Any], source: 
         raise CheckpointError(
             f"{source}: tensor {tensor.name!r} is {array.dtype}", expected="real numbers"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from detailflow_jax.convert import mapping
-from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.errors import CheckpointError, some
 from detailflow_jax.convert.readers import check_finite, read_checkpoint
 from detailflow_jax.convert.registry import NETWORKS, Network
 from detailflow_jax.convert.select import Weights
@@ -220,7 +220,6 @@ def check(name: str | None, tensors: Collection[str], source: str) -> Network:
     wanted = [NETWORKS[name]] if name else [n for n in NETWORKS.values() if n.describe]
     if network in wanted:
         return network
-    some = ", ".join(list(tensors)[:3]) or "no tensors"
     looks = f"looks like a {network.title}" if network else "is of no network known here"
     remedy = "Check that it is the right file."
     if network and network.task:
@@ -230,7 +229,7 @@ def check(name: str | None, tensors: Collection[str], source: str) -> Network:
     if name and NETWORKS[name].files:
         remedy += f" The file expected is published at {WEIGHTS[NETWORKS[name].files[0]].source}."
     raise CheckpointError(
-        f"{source}: {looks} (it holds {some}, ...)",
+        f"{source}: {looks} (it holds {some(tensors, 3) or 'no tensors'})",
         expected=f"a {' or '.join(n.title for n in wanted)}",
         remedy=remedy,
     )

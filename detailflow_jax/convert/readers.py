@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from detailflow_jax.convert import select
-from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.errors import CheckpointError, some
 from detailflow_jax.convert.folders import Folder, open_folder
 from detailflow_jax.convert.locate import find, read_mapping
 from detailflow_jax.convert.pickled import read_tensors, strided_view
@@ -107,7 +107,7 @@ def read_checkpoint(
     if missing := [entry for entry, shard in shard_of.items() if entry not in files[shard].entries]:
         raise CheckpointError(
             f"{source}: {len(missing)} tensors are not in the shards it names for them: "
-            f"{', '.join(missing[:5])}",
+            f"{some(missing)}",
             expected="an index and shards of the same checkpoint",
             remedy="Download the index and its shards again, together.",
         )
@@ -131,10 +131,8 @@ def check_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
         name for name, x in tensors.items()
         if x.dtype.kind not in "biu" and not np.isfinite(x).all()
     ]  # fmt: skip
-    if not bad:
-        return []
-    some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-    return [f"{len(bad)} of {len(tensors)} tensors hold NaN or infinite numbers: {some}"]
+    text = f"{len(bad)} of {len(tensors)} tensors hold NaN or infinite numbers: {some(bad)}"
+    return [text] if bad else []
 
 
 def _read_file(path: Path, name: str) -> _File:

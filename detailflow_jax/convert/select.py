@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.errors import CheckpointError, some
 from detailflow_jax.convert.pickled import RESAVE, ArraySpec
 from detailflow_jax.convert.torch_file import Inert, items_of
 
@@ -119,15 +119,15 @@ def select(
             remedy="Save the state dict of one module alone.",
         )
     if rest := _beside(chosen, [path for path, known in is_tensor.items() if not known]):
-        notices.append(f"{source}: {len(rest)} entries are no tensors: {', '.join(rest[:5])}")
+        notices.append(f"{source}: {len(rest)} entries are no tensors: {some(rest)}")
     unwanted = _COUNTERS if chosen.label == "ema" else set()
     paths = {bare: path for bare, path in chosen.names.items() if bare not in unwanted}
     # Weights may all be arrays of NumPy. Among tensors these are something else.
     arrays = [bare for bare, path in paths.items() if isinstance(entries[path], ArraySpec)]
     if 0 < len(arrays) < len(paths):
-        some = ", ".join(sorted(arrays)[:5])
         notices.append(
-            f"{source}: {len(arrays)} entries are NumPy arrays among tensors, left out: {some}"
+            f"{source}: {len(arrays)} entries are NumPy arrays among tensors, left out: "
+            f"{some(arrays)}"
         )
         paths = {bare: path for bare, path in paths.items() if bare not in arrays}
     return paths, chosen.label if chosen.label != "model" else wanted, notices

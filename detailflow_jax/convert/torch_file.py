@@ -24,7 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.errors import CheckpointError, some
 from detailflow_jax.convert.pickled import (
     AGAIN,
     NUMPY,
@@ -75,7 +75,7 @@ def items_of(value: Any) -> list[tuple[Any, Any]] | None:
 
     A module holds its parameters, buffers and modules.
     """
-    if isinstance(value, list) or type(value) is tuple:
+    if isinstance(value, list | tuple):
         held = any(
             isinstance(x, dict | Inert | TensorSpec | ArraySpec) for x in value[:_MOST_LISTED]
         )
@@ -308,8 +308,7 @@ def _open_zip(raw: np.ndarray, path: Path, name: str) -> Any:
     pickles = [m for m in members if m.count("/") == 1 and m.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise CheckpointError(
-            f"{name}: a zip archive with {len(pickles)} members NAME/data.pkl "
-            f"({', '.join(list(members)[:5])})",
+            f"{name}: a zip archive with {len(pickles)} members NAME/data.pkl ({some(members)})",
             expected="one, as torch.save writes",
             remedy="Name a file that torch.save wrote.",
         )

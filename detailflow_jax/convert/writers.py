@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.errors import CheckpointError, some
 from detailflow_jax.convert.locate import TORCH_SUFFIXES
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.errors import ConfigError
@@ -148,7 +148,7 @@ def folder_for(target: Path, ours: set[Path], overwrite: bool) -> Iterator[Path]
         if strange or not target.is_dir() or target.is_symlink():
             raise CheckpointError(
                 f"{target}: holds more than the checkpoint to replace "
-                f"({', '.join(sorted(map(str, strange))[:5]) or 'it is no plain folder'})",
+                f"({some(sorted(map(str, strange))) or 'it is no plain folder'})",
                 expected=f"nothing but {', '.join(sorted(map(str, ours)))}",
                 remedy="Choose another path, or remove it yourself.",
             )

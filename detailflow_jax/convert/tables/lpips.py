@@ -11,7 +11,7 @@ The `lpips` package repeats its weights under `lins.K`.
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.errors import CheckpointError, some
 from detailflow_jax.convert.mapping import Entry, conv
 from detailflow_jax.convert.network import Layout, Network, image
 from detailflow_jax.models.lpips import LPIPS, SMALLEST, STAGES
@@ -69,7 +69,7 @@ def layout(tensors: Mapping[str, Any], params: Mapping[str, Any], source: str) -
     form = find(tensors)
     if form is None:
         raise CheckpointError(
-            f"{source}: VGG16 is not in it (it holds {', '.join(list(tensors)[:3])}, ...)",
+            f"{source}: VGG16 is not in it (it holds {some(tensors, 3)})",
             expected="features.0.weight ... of torchvision or a whole LPIPS",
             remedy="A file called vgg.pth has the weights over VGG16's features only: name "
             "torchvision's vgg16-397923af.pth beside it.",
