@@ -44,11 +44,12 @@ from detailflow_jax.data.pipeline import batch_sizes
 from detailflow_jax.evaluate.training import Scorer, make_scorer
 from detailflow_jax.inference.drawing import make_drawer
 from detailflow_jax.runtime import distributed, files, flops, memory, platforms, sharding
-from detailflow_jax.runtime.checkpoint import Checkpoints
+from detailflow_jax.runtime.checkpoint import Checkpoints, fingerprint
 from detailflow_jax.runtime.clock import Clock, describe
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import (
     check_fields,
+    check_moved,
     check_same,
     flatten,
     load_config,
@@ -144,6 +145,8 @@ def train(
         feed = stack.enter_context(Feed(iterator, mesh, stop.asked))
         names = tuple(getattr(iterator, "class_names", ()))
         check_same_classes(names, workdir)
+        found = {"data": getattr(iterator, "fingerprint", "")}
+        check_moved(config, workdir, "data", found["data"])
         encoded_by = check_encoder(config, getattr(iterator, "encoded_by", ""), workdir)
 
         # ------------------------------------------------- state: the newest checkpoint's or new
@@ -154,6 +157,8 @@ def train(
         if _is_finished(config, begun.step, workdir):
             return begun.state
         state = load_into(config, begun.state, task.frozen, fresh=begun.step == 0)
+        found["weights"] = fingerprint(state.frozen)
+        check_moved(config, workdir, "weights", found["weights"])
         task.check(_first_batch(feed, begun.step))  # Data of other shapes than the network's.
 
         # -------------------------------------------------------------------------------- steps
@@ -182,7 +187,7 @@ def train(
             scorer=make_scorer(config, mesh, workdir),
             drawer=make_drawer(config, mesh, encoded_by, names),
             started=started,
-            record=functools.partial(write_config, config, workdir, names, encoded_by),
+            record=functools.partial(write_config, config, workdir, names, encoded_by, found),
             saved=begun.step,
         )
         start_up.close()

@@ -51,6 +51,10 @@ class ReadableSource:
     def class_names(self) -> Sequence[str]:
         return self._source.class_names
 
+    @property
+    def quick_fingerprint(self) -> str:
+        return self._source.quick_fingerprint
+
     def __len__(self) -> int:
         return len(self._source)
 
@@ -215,7 +219,8 @@ def make_iterator(
         and log-variance of scaled latents, "label": int32 [b]}. `get_state` and `set_state` are
         exact, with any number of worker processes, and `grain.checkpoint.CheckpointSave` takes it.
         `class_names` has the names of the labels, `num_examples` the size of the data,
-        `encoded_by` the fingerprint of the encoder that made codes or latents.
+        `encoded_by` the fingerprint of the encoder that made codes or latents, `fingerprint`
+        that of the data themselves.
 
     Raises:
         ConfigError: a batch that the processes do not divide, an unknown source or crop, shared
@@ -239,6 +244,7 @@ def make_iterator(
     iterator = _start(source, dataset.batch(rows, batch_fn=together), data, rows, sizes)
     iterator.class_names, iterator.num_examples = source.class_names, len(source)
     iterator.encoded_by = getattr(source, "encoded_by", "")
+    iterator.fingerprint = source.quick_fingerprint
     return iterator
 
 

@@ -76,7 +76,7 @@ class ShardSource:
         self.encoded_by = self.manifest.get("encoded_by", "")
         self.class_names = tuple(self.manifest["class_names"])
         digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
-        self.fingerprint = f"{what}:{digest.hexdigest()[:16]}"
+        self.fingerprint = self.quick_fingerprint = f"{what}:{digest.hexdigest()[:16]}"
         place = os.fspath(files.path(directory))
         self.directory = os.path.abspath(place)
         if files.is_remote(place):  # The reader of these files knows disks only.

@@ -22,6 +22,11 @@ class Source(abc.ABC):
     fingerprint: str
 
     @property
+    def quick_fingerprint(self) -> str:
+        """As `fingerprint`, for every start of a run: it may rely on a sample of a large source."""
+        return self.fingerprint
+
+    @property
     def num_classes(self) -> int:
         return len(self.class_names)
 

@@ -33,6 +33,7 @@ T = TypeVar("T")
 MAY_DIFFER = (
     "class_names",  # of the data; written by `write_config`, no field of config files
     "encoded_by",  # the same
+    "fingerprints",  # the same, and of frozen weights
     "log_every",
     "figures_every",
     "checkpoint_every",
@@ -49,6 +50,12 @@ MAY_DIFFER = (
     "data.num_threads",
     "data.worker_buffer",
 )
+# Fields that name places: another one may hold the same, as its fingerprint tells.
+MAY_MOVE = {
+    **dict.fromkeys(("data.source", "data.data_dir"), "data"),
+    **dict.fromkeys(("teacher.path", "discriminator.path", "vae.path"), "weights"),
+    **dict.fromkeys(("losses.perceptual.path", "losses.perceptual.linear"), "weights"),
+}
 
 
 # --------------------------------------------------------------------------- files and overrides
@@ -304,6 +311,7 @@ def write_config(
     workdir: str | os.PathLike,
     class_names: Sequence[str] = (),
     encoded_by: str = "",
+    fingerprints: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the resolved configuration to WORKDIR/config.json, atomically.
 
@@ -312,6 +320,7 @@ def write_config(
         workdir: made if missing.
         class_names: those of the labels, where they are known; written as one more field.
         encoded_by: fingerprint of the encoder that made the codes or latents; the same.
+        fingerprints: of the "data" and the frozen "weights", which may then move; the same.
 
     Raises:
         ConfigError: the workdir cannot be made or written.
@@ -319,6 +328,7 @@ def write_config(
     try:
         files.make_folder(workdir)
         of_data = {"class_names": list(class_names), "encoded_by": encoded_by}
+        of_data |= {"fingerprints": {k: x for k, x in (fingerprints or {}).items() if x}}
         more = {name: value for name, value in of_data.items() if value}
         text = json.dumps(_as_json(config) | more, indent=2) + "\n"
         files.write_atomically(os.path.join(workdir, "config.json"), text.encode())
@@ -354,7 +364,8 @@ def check_same(
     """Checks that a workdir was not started with another configuration.
 
     `total_steps` may grow. A field that the workdir's configuration does not have yet counts there
-    with its default, the value in the config file.
+    with its default, the value in the config file. A field of `MAY_MOVE` is left to `check_moved`
+    where the workdir has the fingerprint.
 
     Args:
         config: the configuration to run now.
@@ -371,11 +382,12 @@ def check_same(
     written = flatten(_as_json(read_config(workdir)))
     old = {name: defaults[name] for name in new if name in defaults} | written
     absent = object()
+    moved = [name for name, kind in MAY_MOVE.items() if f"fingerprints.{kind}" in written]
     differing = [
         name
         for name in dict.fromkeys([*written, *new])
         if old.get(name, absent) != new.get(name, absent)
-        and not any(name == free or name.startswith(f"{free}.") for free in may_differ)
+        and not any(name == free or name.startswith(f"{free}.") for free in (*may_differ, *moved))
     ]
     before, now = old.get("total_steps"), new.get("total_steps")
     if "total_steps" in differing and isinstance(before, int) and before < now:
@@ -391,6 +403,36 @@ def check_same(
             + "\nGive the run another --workdir (or delete this one), or resume it with its own "
             "configuration."
         )
+
+
+def check_moved(
+    config: ConfigDict, workdir: str | os.PathLike, kind: str, fingerprint: str
+) -> None:
+    """Checks that what a resumed run finds in another place is the same as before.
+
+    Args:
+        config: the configuration to run now.
+        workdir: of the run; if it has no config.json there is nothing to compare.
+        kind: "data" or "weights", of `MAY_MOVE`.
+        fingerprint: of what is there now.
+
+    Raises:
+        ConfigError: it is not the same; the text names the places.
+    """
+    if not files.exists(os.path.join(workdir, "config.json")):
+        return
+    written, new = flatten(_as_json(read_config(workdir))), flatten(_as_json(config))
+    before = written.get(f"fingerprints.{kind}")
+    for name, of in MAY_MOVE.items():
+        if of != kind or before is None or written.get(name) == new.get(name):
+            continue
+        if before != fingerprint:
+            raise ConfigError(
+                f"{workdir} was started with other {kind}: config.{name} is {_shown(written, name)}"
+                f" there, {_shown(new, name)} now, and they differ. Name the same, or give the run "
+                "another --workdir"
+            )
+        logging.info("config.%s has moved to %s and is the same", name, _shown(new, name))
 
 
 def _shown(fields: dict[str, Any], name: str) -> str:

@@ -118,7 +118,13 @@ def test_a_finished_run_can_be_made_longer(finished, tmp_path):
     shutil.copytree(workdir, tmp_path / "longer")
     longer = toy_config(**config.to_dict())
     longer.total_steps += 3
-    toy_task.run(longer, tmp_path / "longer")
+    state = toy_task.run(longer, tmp_path / "longer")
+    # Adam and the average go on: neither starts anew, nor stands still.
+    assert int(state.opt_state[0].count) == config.total_steps + 3
+    before, after = jax.tree.leaves(restore_params(workdir)), jax.tree.leaves(state.ema)
+    pairs = zip(before, after, jax.tree.leaves(state.params), strict=True)
+    shares = [np.abs(y - x).max() / np.abs(z - x).max() for x, y, z in pairs]
+    assert all(0 < share < 0.6 for share in shares)  # 0.27 of the way, were the parameters still.
     lines = metrics_of(tmp_path / "longer")
     assert lines[: len(metrics_of(workdir))] == metrics_of(workdir)
     assert lines[-1]["step"] == config.total_steps + 3
