@@ -94,7 +94,10 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "norm_groups": placeholder(int),
     }
     # Where a new run takes weights from, a workdir or a published checkpoint; None: from scratch.
-    config.init_from = {"model": placeholder(str)}
+    config.init_from = {
+        "model": placeholder(str),
+        "classes": placeholder(str),  # of that model, one for each class here, as 285,207,new
+    }
     config.loss = {"scale_weights": placeholder(tuple)}  # one per scale; None: side^2 / last^2
     lr = 5e-5 * batch_size / 256
     config.optim = {

@@ -67,7 +67,10 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "remat": "none",
     }
     # Where a new run takes weights from, a workdir or a published checkpoint; None: from scratch.
-    config.init_from = {"model": placeholder(str)}
+    config.init_from = {
+        "model": placeholder(str),
+        "classes": placeholder(str),  # of that model, one for each class here, as 285,207,new
+    }
     config.loss = {"correction": 0.3}  # share of examples that train on a correction pair
     config.optim = {
         "lr": 1e-4,  # not scaled with the batch

@@ -56,6 +56,7 @@ def read(
     name: str | None,
     *paths: str | os.PathLike[str],
     params: Mapping[str, Any] | None = None,
+    classes: str | None = None,
     weights: Weights | None = None,
     scan: bool | None = None,
     allow_missing: bool = False,
@@ -69,8 +70,9 @@ def read(
       name: key of `registry.NETWORKS`; None: recognised by the tensors.
       paths: what `read_checkpoint` takes; several files are read as one.
       params: nested arrays or shapes that are wanted, see `place`. Default: those of the
-        configuration that the files tell. The arguments below are for this alone.
-      weights: "model" or "ema"; default what the published evaluation takes. Of use in both cases.
+        configuration that the files tell, to which `scan` and what follows it belong.
+      classes: with `params`, see `place`.
+      weights: "model" or "ema"; default what the published evaluation takes.
       scan: layout of the parameters; default that of the configuration.
       allow_missing: initialise a parameter that has no tensor.
       allow_unused: leave out tensors that belong to no parameter.
@@ -100,7 +102,7 @@ def read(
     source = " and ".join(file.source for file in files)
     notices = [notice for file in files for notice in file.notices]
     network = check(name, tensors, source)
-    config, options = None, {}
+    config, options = None, {"classes": classes}
     if params is None:
         config, more = network.infer(tensors, published, overrides or {}, source)
         notices += more
@@ -127,6 +129,7 @@ def place(
     *,
     resize: bool = True,
     allow_unused: bool = False,
+    classes: str | None = None,
     **options: Any,
 ) -> Loaded:
     """Puts published tensors into the places of `params`.
@@ -138,6 +141,7 @@ def place(
       source: what messages call the file.
       resize: for training that starts from the file: tables of positions and of tokens are resized
         to `params`, and parameters of the network's `optional` tensors may be absent.
+      classes: of the file, one for each class of `params`, as "285,207,new".
       allow_unused, **options: see `mapping.from_published`.
 
     Raises:
@@ -148,6 +152,8 @@ def place(
         table, skipped = network.layout(tensors, params, source)
     optional: tuple[str, ...] = ()
     if resize:
+        if classes:
+            tensors = _mapped_classes(table, tensors, params, classes, source)
         tensors, anew = _fitted(table, tensors, params)
         optional = (*network.optional, *anew)
     placed, report = mapping.from_published(
@@ -165,6 +171,37 @@ def place(
     dtypes = collections.Counter(str(x.dtype) for x in used.values()).most_common()
     dtypes = tuple(dtype for dtype, _ in dtypes)
     return Loaded(network.name, None, placed, report, notices, source, dtypes)
+
+
+def _mapped_classes(
+    table: Iterable[mapping.Entry],
+    tensors: Mapping[str, np.ndarray],
+    params: Mapping[str, Any],
+    classes: str,
+    source: str,
+) -> dict[str, np.ndarray]:
+    """The tensors with a class table of the classes named; a new class starts as the null class.
+
+    Raises:
+      CheckpointError: a class that the file does not have, or not one for each class of `params`.
+    """
+    mapped, words = dict(tensors), [word.strip() for word in classes.split(",")]
+    tables = [entry for entry in table if _CLASSES in entry.paths]
+    for name, (rows, _) in mapping.published_shapes(tables, params).items():
+        if name not in tensors:
+            continue  # An error that `from_published` raises.
+        null = len(tensors[name]) - 1
+        known = {str(i): i for i in range(null)} | {"new": null}
+        wrong = [word for word in words if word not in known]
+        if wrong or len(words) != rows - 1:
+            raise CheckpointError(
+                f"config.init_from.classes={classes} does not fit {source}: "
+                + (f"{wrong[0]!r} is no class of it" if wrong else f"{len(words)} are named"),
+                expected=f"{rows - 1} words, each a class 0..{null - 1} of the file, or new",
+            )
+        mapped[name] = np.asarray(tensors[name])[[*(known[word] for word in words), null]]
+        logging.info("%s: the classes start as %s of the file", name, classes)
+    return mapped
 
 
 def _fitted(

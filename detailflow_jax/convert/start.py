@@ -2,6 +2,7 @@
 
     config.init_from.model     a whole network: a run of this project or a published checkpoint;
                                PATH#model takes the raw weights, PATH#ema their average
+    config.init_from.classes   classes of that network, one for each class here, as 285,207,new
     config.init_from.encoder   SigLIP2 for the tokenizer's encoder: its first layers
     config.init_from.discriminator   the discriminator's trained part
     config.teacher.path        SigLIP2 for the frozen teacher of the alignment loss
@@ -63,7 +64,8 @@ def load_into(
             expected="one of them: a whole model has an encoder",
         )
     if fresh and model:
-        state = _with_params(state, read_whole(config.task, model, state.params))
+        whole = read_whole(config.task, model, state.params, start.get("classes"))
+        state = _with_params(state, whole)
     if fresh and encoder:
         trunk = _told(published.read("siglip2", encoder, params=state.params["encoder"]["trunk"]))
         state = _with_params(state, {"encoder": {"trunk": trunk}})
@@ -82,13 +84,16 @@ def load_into(
     return state
 
 
-def read_whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any]:
+def read_whole(
+    kind: str, path: str, params: Mapping[str, Any], classes: str | None = None
+) -> dict[str, Any]:
     """Returns the parameters of a whole network, but for projections that the file lacks.
 
     Args:
       kind: name of the network.
       path: a run or a published checkpoint; "#model" or "#ema" behind it chooses the weights.
       params: nested arrays or shapes that are wanted.
+      classes: see `published.place`.
 
     Raises:
       CheckpointError: it cannot be read, or is another network.
@@ -97,10 +102,10 @@ def read_whole(kind: str, path: str, params: Mapping[str, Any]) -> dict[str, Any
     if is_workdir(path):
         run = load(kind, path, weights=choice)
         tensors = mapping.to_published(NETWORKS[kind].table, run.params)
-        read = published.place(NETWORKS[kind], tensors, params, path)
+        read = published.place(NETWORKS[kind], tensors, params, path, classes=classes)
         read = dataclasses.replace(read, taken=run.taken, notices=run.notices + read.notices)
     else:
-        read = published.read(kind, path, params=params, weights=choice)
+        read = published.read(kind, path, params=params, weights=choice, classes=classes)
     names = {"ema": "the average of the weights (ema)", "model": "the raw weights (model)"}
     logging.info("config.init_from.model: %s of %s", names[read.taken], path)
     return _told(read)

@@ -150,6 +150,19 @@ def test_other_classes_start_anew(tmp_path, caplog):
     assert "starts anew: it has 7 classes in the file, 10 here" in caplog.text
 
 
+def test_classes_start_as_those_named(tmp_path):
+    path, params = exported(tmp_path, generator(**{"model.num_classes": 7}))
+    mapped = {"init_from.model": path, "init_from.classes": "6, new, 0", "model.num_classes": 3}
+    config = generator(**mapped)
+    after = start.load_into(config, new_state(config), make_task(config).frozen, fresh=True)
+    rows = np.asarray(params["class_embedding"]["embedding"])[[6, 7, 0, 7]]  # 7: the null class
+    assert_equal(after.params, params | {"class_embedding": {"embedding": rows}})
+    for classes, found in (("6,0", "2 are named"), ("6,8,0", "'8' is no class of it")):
+        config = generator(**(mapped | {"init_from.classes": classes}))
+        with pytest.raises(CheckpointError, match=f"init_from.classes={classes}.*{found}.*3 words"):
+            start.load_into(config, new_state(config), make_task(config).frozen, fresh=True)
+
+
 def test_tables_of_another_grid_are_resized(tmp_path):
     """From 32 pixels to 48: the tables change as the network would resize them on the fly."""
     path, params = exported(tmp_path, digits())
