@@ -9,14 +9,14 @@ the curves of losses and logits. Every stage resumes.
 
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from detailflow_jax.demo import stages
-from detailflow_jax.evaluate import reconstruction, report
+from detailflow_jax.evaluate import digits, reconstruction, report
 from detailflow_jax.inference import api
-from detailflow_jax.runtime import pictures, platforms
+from detailflow_jax.runtime import platforms
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.train import train
 
@@ -34,7 +34,7 @@ def run(out: pathlib.Path) -> dict:
         with clock.stage(f"train {arm}"):
             train(load_config("configs/tokenizer.py:digits", overrides), str(out / arm))
     with clock.stage("evaluate"):
-        held_out = stages.held_out_digits()
+        held_out, labels = digits.load("digits:test", 32)
         models = {arm: api.load_tokenizer(str(out / arm)) for arm in ARMS}
         every = models["off"].config.num_tokens
         lines = {arm: report.read_metrics(out / arm) for arm in ARMS}
@@ -49,25 +49,27 @@ def run(out: pathlib.Path) -> dict:
             "images_per_second": {arm: lines[arm][-1]["images_per_second"] for arm in ARMS},
             "seconds": clock.seconds,
         }
-    shown = {"reconstructions": ("Reconstructions of held-out digits", draw(models, held_out[:12]))}
-    curves = {
-        "All runs": report.curves(lines, COMMON),
-        "The discriminator": report.curves(lines, JUDGED),
+    grid = draw(models, stages.one_of_each(held_out, labels))
+    sections = {
+        "Reconstructions of held-out digits": [grid.html()],
+        "Figures": [report.table_html(table(figures))],
+        "All runs": [curves(lines, COMMON)],
+        "The discriminator": [curves(lines, JUDGED)],
     }
     title = "Perceptual and adversarial terms on digits"
-    stages.write_report(out, title, figures, table(figures), shown, curves)
+    stages.write_report(out, title, figures, {"reconstructions": grid}, sections)
     return figures
 
 
-def draw(models: dict[str, "api.Tokenizer"], images: np.ndarray) -> np.ndarray:
-    """Reconstructions of all, and the originals: uint8 [H, W, 3]."""
+def curves(runs: Mapping[str, list[dict[str, float]]], names: Sequence[str]) -> str:
+    """Plots of metrics, one line per run."""
+    return report.plots_html({name: report.curve(runs, name) for name in names})
+
+
+def draw(models: Mapping[str, "api.Tokenizer"], images: np.ndarray) -> stages.Grid:
+    """Reconstructions of all, and the originals."""
     rows = [api.to_uint8(model.decode(model.encode(images))) for model in models.values()]
-    return pictures.grid(
-        np.concatenate([*rows, images]),
-        columns=len(images),
-        scale=2,
-        row_captions=[*models, "original"],
-    )
+    return stages.Grid(np.concatenate([*rows, images]), [*models, "real"])
 
 
 def table(figures: dict) -> stages.Rows:
@@ -80,7 +82,7 @@ def table(figures: dict) -> stages.Rows:
         ("every figure of the runs is finite", str(figures["finite"])),
         ("largest mean logit", f"{figures['largest_mean_logit']:.2f}"),
     ]
-    return rows + stages.seconds_table(figures["seconds"])
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

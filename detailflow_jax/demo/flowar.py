@@ -8,19 +8,19 @@ figures.json. Every stage resumes: the same command continues where it was stopp
 
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from detailflow_jax import data
 from detailflow_jax.demo import stages
-from detailflow_jax.evaluate import digits, report
+from detailflow_jax.demo.stages import Grid
+from detailflow_jax.evaluate import digits, reconstruction, report
 from detailflow_jax.inference import api, extract_latents, generate
-from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import interpolation
 from detailflow_jax.ops import scales as grids
-from detailflow_jax.runtime import pictures, platforms
+from detailflow_jax.runtime import platforms
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.train import train
 
@@ -30,63 +30,47 @@ SAMPLING = {"cfg_scale": 2.4, "num_steps": 25, "guidance_high": 0.9}
 def run(out: pathlib.Path) -> dict:
     """All stages; returns the figures that figures.json holds."""
     clock = stages.Stages(out)
-    vae_config = load_config("configs/vae.py:digits")
+    vae_config = load_config(f"configs/vae.py:{stages.DIGITS}")
     side = vae_config.data.image_size
     with clock.stage("train autoencoder"):
         train(vae_config, str(out / "vae"))
     with clock.stage("extract latents"):
         vae = api.load_vae(str(out / "vae"))
-        source = data.make_source("digits:train")
+        source = data.make_source(f"{stages.DIGITS}:train")
         folder = str(out / "latents")
         extract_latents.extract(vae, source, folder, image_size=side, shard_size=512)
     with clock.stage("train flowar"):
         overrides = [f"--config.data.source=latents:{out / 'latents'}"]
         overrides.append(f"--config.vae.path={out / 'vae'}")
-        train(load_config("configs/flowar.py:digits", overrides), str(out / "flowar"))
+        train(load_config(f"configs/flowar.py:{stages.DIGITS}", overrides), str(out / "flowar"))
     with clock.stage("sample"):
         flowar = api.load_flowar(str(out / "flowar"))
         latents = generate.sample(flowar, stages.LABELS, batch_size=100, **SAMPLING)
         images = api.to_uint8(vae.decode(latents))
     with clock.stage("evaluate"):
-        # By area averages, as the crops of the source are.
-        matrix = interpolation.area_matrix(32, side)
-        held_out = interpolation.apply_matrices(stages.held_out_digits(), matrix, matrix)
-        held_out = np.asarray(held_out).round().astype(np.uint8)
-        restored = vae.decode(vae.encode(held_out))
+        held_out, labels = digits.load(f"{stages.DIGITS}:test", side)
+        restored = api.to_uint8(vae.decode(vae.encode(held_out)))
         figures = {
-            "vae_psnr": float(np.mean(pixels.psnr(restored, pixels.to_float(held_out)))),
-            "accuracy": digits.accuracy(images, stages.LABELS),
+            "vae_psnr": reconstruction.mean_psnr(restored, held_out),
+            **stages.judge(images, restored, held_out, labels),
         }
-        shown = draw(vae, flowar, held_out[:12], restored[:12], images, latents)
+        drawn = draw(vae, flowar.config.scales, held_out, labels, restored, images, latents)
     figures["seconds"] = clock.seconds
-    vae_run, flowar_run = ({name: report.read_metrics(out / name)} for name in ("vae", "flowar"))
-    losses = [name for name in flowar_run["flowar"][-1] if name.startswith("loss")]
-    curves = {
-        "Training of the autoencoder": report.curves(
-            vae_run, ["loss/mse", "kl", "psnr", "latent_std"]
-        ),
-        "Training of FlowAR": report.curves(flowar_run, losses),
-    }
-    stages.write_report(out, "FlowAR on digits", figures, table(figures), shown, curves)
+    runs = {name: report.read_metrics(out / name) for name in ("vae", "flowar")}
+    sections = page(figures, drawn, flowar.config.scales, runs, out)
+    stages.write_report(out, "FlowAR on handwritten digits", figures, drawn, sections)
     return figures
 
 
-def draw(vae, flowar, held_out, restored, images, latents) -> dict[str, tuple[str, np.ndarray]]:
-    """The pictures of the report: name -> caption and uint8 [H, W, 3]."""
-    first, scales = stages.by_class(latents)[:, 0], flowar.config.scales
+def draw(vae, scales, held_out, labels, restored, images, latents) -> dict[str, Grid]:
+    """The pictures of the report."""
+    first = stages.by_class(latents)[:, 0]
     coarse = np.concatenate([_at_scale(vae, first, side) for side in scales])
-    captions = [f"{side} x {side}" for side in scales]
-    some, rows = np.concatenate([held_out, api.to_uint8(restored)]), ["original", "reconstructed"]
+    pair = [stages.one_of_each(x, labels) for x in (restored, held_out)]
     return {
-        "reconstructions": (
-            "Held-out digits and their reconstructions",
-            pictures.grid(some, columns=len(held_out), scale=2, row_captions=rows),
-        ),
-        "samples": ("Generated digits, one column per class", stages.class_grid(images)),
-        "scales": (
-            "Generated latents reduced to each scale, enlarged and decoded",
-            pictures.grid(coarse, columns=10, scale=2, row_captions=captions),
-        ),
+        "samples": stages.samples_grid(images),
+        "scales": Grid(coarse, [f"{side} x {side}" for side in scales]),
+        "reconstructions": Grid(np.concatenate(pair), ["restored", "real"]),
     }
 
 
@@ -97,13 +81,61 @@ def _at_scale(vae: "api.VAE", latents: np.ndarray, side: int) -> np.ndarray:
     return api.to_uint8(vae.decode(np.asarray(enlarged)))
 
 
+def page(
+    figures: dict,
+    drawn: Mapping[str, Grid],
+    scales: Sequence[int],
+    runs: Mapping[str, list[dict[str, float]]],
+    out: pathlib.Path,
+) -> dict[str, list[str]]:
+    """The sections of the page."""
+
+    def shown(name: str, *text: str) -> list[str]:
+        return [drawn[name].html(), report.text_html(*text)]
+
+    def curves(run: str, titles: Mapping[str, str]) -> str:
+        return report.plots_html(
+            {title: report.curve({run: runs[run]}, name) for name, title in titles.items()}
+        )
+
+    sides = ", ".join(map(str, scales))
+    return {
+        "Digits that it wrote": shown("samples", stages.judged_text(figures)),
+        "What a scale adds": shown(
+            "scales",
+            f"FlowAR writes an image {len(scales)} times over, with {sides} places a side: each "
+            "time it sees the coarser one and turns noise into the finer one. The rows show the "
+            "same digits as each of these scales has them.",
+        ),
+        "Real digits through the autoencoder": shown(
+            "reconstructions",
+            "FlowAR does not write pixels but the short code of an autoencoder. The last row are "
+            "digits that nothing was trained on, the first what their codes keep of them.",
+        ),
+        "Figures": [report.table_html(table(figures))],
+        "Training of the autoencoder": [
+            curves("vae", {"loss/mse": "Squared error of the pixels", "psnr": "PSNR (dB)"})
+        ],
+        "Training of FlowAR": [curves("flowar", {"loss": "Squared error of the velocity"})],
+        stages.NEXT: [
+            report.commands_html(
+                {
+                    "More digits:": f"detailflow generate --vae {out}/vae --flowar {out}/flowar "
+                    "--labels 3,7 --per_class 8 --cfg_scale 2.4 --num_steps 25 --out runs/samples",
+                    "The other system, DetailFlow, on the same digits:": "make demo",
+                    "Your own images, one folder per class:": "detailflow train --config "
+                    "configs/vae.py:small:image_size=64 --workdir runs/vae "
+                    "--config.data.source=folder:photos",
+                }
+            )
+        ],
+    }
+
+
 def table(figures: dict) -> stages.Rows:
     """The figures as rows for people."""
-    rows = [
-        ("PSNR of held-out digits, autoencoder", f"{figures['vae_psnr']:.2f} dB"),
-        ("generated digits of the asked class", f"{figures['accuracy']:.1%}"),
-    ]
-    return rows + stages.seconds_table(figures["seconds"])
+    psnr = f"{figures['vae_psnr']:.2f} dB"
+    return [*stages.judged_rows(figures), ("Held-out digits through the autoencoder, PSNR", psnr)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import pathlib
 import time
@@ -9,16 +10,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from detailflow_jax import data
-from detailflow_jax.evaluate import report
+from detailflow_jax.evaluate import digits, report
 from detailflow_jax.runtime import extras, files, pictures
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 from detailflow_jax.runtime.files import write_atomically
 
+DIGITS = "digits"
+"""The set that the demos learn, a source and a variant of the configurations."""
 SAMPLES_PER_CLASS = 50
 LABELS = np.repeat(np.arange(10), SAMPLES_PER_CLASS)
 """Classes of the samples: equally many of each digit."""
+NAMES = tuple("0123456789")
+SHOWN_PER_CLASS = 6
+NEXT = "What to do next"
 
 Rows = list[tuple[str, str]]
 
@@ -53,52 +58,128 @@ class Stages:
                 write_atomically(self._path, json.dumps(stored, indent=2).encode())
 
 
-def held_out_digits() -> np.ndarray:
-    """The digits that no model was trained on: uint8 [B, 32, 32, 3]."""
-    return np.stack([example["image"] for example in data.make_source("digits:test")])
-
-
 def by_class(samples: np.ndarray) -> np.ndarray:
     """Samples of `LABELS` [B, ...] -> [10, SAMPLES_PER_CLASS, ...]."""
     return samples.reshape(10, SAMPLES_PER_CLASS, *samples.shape[1:])
 
 
-def class_grid(images: np.ndarray) -> np.ndarray:
-    """Eight images of each class of `LABELS`, one column per class: uint8 [H, W, 3]."""
-    rows = by_class(images)[:, :8].swapaxes(0, 1)
-    captions = [str(label) for label in range(10)]
-    flat = rows.reshape(-1, *images.shape[1:])
-    return pictures.grid(flat, columns=10, scale=2, column_captions=captions)
+def one_of_each(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The first image of each digit, in order: [10, ...]."""
+    return images[[int(np.flatnonzero(labels == label)[0]) for label in range(10)]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Pictures in ten columns, for the page and as a PNG.
+
+    Attributes:
+      images: uint8 [rows * 10, R, R, 3], row by row.
+      rows: one caption per row, or none.
+      corner: what the captions of the rows are.
+      heads: one caption per column.
+    """
+
+    images: np.ndarray
+    rows: Sequence[str] = ()
+    corner: str = ""
+    heads: Sequence[str] = NAMES
+
+    def html(self) -> str:
+        """For the page."""
+        columns = len(self.heads)
+        return report.grid_html(
+            self.images, columns, rows=self.rows, heads=self.heads, corner=self.corner
+        )
+
+    def picture(self) -> np.ndarray:
+        """For a PNG: uint8 [H, W, 3]."""
+        rows = [f"{row} {self.corner}".strip() for row in self.rows]
+        return pictures.grid(
+            self.images,
+            columns=len(self.heads),
+            scale=2,
+            row_captions=rows,
+            column_captions=self.heads,
+        )
+
+
+def samples_grid(images: np.ndarray) -> Grid:
+    """Some images of each class of `LABELS`, one column per class."""
+    rows = by_class(images)[:, :SHOWN_PER_CLASS].swapaxes(0, 1)
+    return Grid(rows.reshape(-1, *images.shape[1:]))
+
+
+def judged_text(figures: Mapping[str, float]) -> str:
+    """What the classifier says of the samples, in a sentence for people."""
+    return (
+        f"Each column was asked for one digit. A classifier of real digits, right on "
+        f"{figures['classifier_accuracy']:.1%} of those that nothing was trained on, reads "
+        f"{figures['accuracy']:.1%} of {len(LABELS)} generated ones as the digit asked for."
+    )
+
+
+def judged_rows(figures: Mapping[str, float]) -> Rows:
+    """The same as rows of the table."""
+    return [
+        ("Generated digits that the classifier reads as the digit asked for", share(figures, "")),
+        (
+            "Held-out digits after reconstruction, read correctly",
+            share(figures, "reconstructed_"),
+        ),
+        ("Held-out digits themselves, read correctly", share(figures, "classifier_")),
+    ]
+
+
+def share(figures: Mapping[str, float], prefix: str) -> str:
+    """An accuracy as text."""
+    return f"{figures[f'{prefix}accuracy']:.1%}"
+
+
+def judge(made: np.ndarray, restored: np.ndarray, held_out: np.ndarray, labels: np.ndarray) -> dict:
+    """How many digits a classifier of real ones reads as their labels, as shares.
+
+    Args:
+      made: samples of `LABELS`, uint8 [B, R, R, 3].
+      restored: reconstructions of the held-out digits.
+      held_out: digits that nothing was trained on.
+      labels: of the held-out digits.
+    """
+    classifier = digits.Judge(f"{DIGITS}:train")
+    return {
+        "accuracy": classifier.accuracy(made, LABELS),
+        "reconstructed_accuracy": classifier.accuracy(restored, labels),
+        "classifier_accuracy": classifier.accuracy(held_out, labels),
+    }
 
 
 def write_report(
     out: pathlib.Path,
     title: str,
     figures: dict,
-    rows: Rows,
-    shown: Mapping[str, tuple[str, np.ndarray]],
-    curves: Mapping[str, bytes],
+    grids: Mapping[str, Grid],
+    sections: Mapping[str, Sequence[str]],
 ) -> None:
     """Writes figures.json, the pictures as PNG, and report.html, each atomically.
 
     Args:
       out: the folder.
       title: of the page.
-      figures: what figures.json holds.
-      rows: the same as a table for people.
-      shown: name of the PNG -> caption and picture, uint8 [H, W, 3].
-      curves: caption -> plot of a training, as PNG bytes.
+      figures: what figures.json holds, the seconds included.
+      grids: name of a PNG -> picture.
+      sections: of the page: heading -> HTML parts; what to do next comes after the seconds.
     """
-    for name, (_, picture) in shown.items():
-        pictures.save_png(out / f"{name}.png", picture)
-    plots = {caption: report.png(picture) for caption, picture in shown.values()} | curves
-    parts = [
-        "<p>Everything below comes from one run on scikit-learn's handwritten digits: trained, "
-        "sampled and measured on this machine.</p>",
-        report.table_html(rows),
-        *(report.figure_html(caption, plot) for caption, plot in plots.items()),
-    ]
-    write_atomically(out / "report.html", report.page(title, parts).encode())
+    for name, grid in grids.items():
+        pictures.save_png(out / f"{name}.png", grid.picture())
+    seconds = figures["seconds"]
+    parts = dict(sections)
+    steps = {name: parts.pop(name) for name in (NEXT,) if name in parts}
+    parts |= {"Seconds": [report.table_html(seconds_table(seconds))]} | steps
+    lead = (
+        "Trained, sampled and measured on this machine in "
+        f"{max(1, round(sum(seconds.values()) / 60))} minutes, from nothing but images of digits."
+    )
+    page = report.page(title, lead, parts)
+    write_atomically(out / "report.html", page.encode())
     write_atomically(out / "figures.json", json.dumps(figures, indent=2).encode())
 
 
@@ -118,12 +199,13 @@ def main(
     args = parser.parse_args(argv)
     try:
         out = files.local_path(args.out, "--out")
-        for module in ("sklearn.datasets", "matplotlib.figure"):  # Before training, not after it.
+        # Before training, not after it.
+        for module in ("sklearn.datasets", "skimage.feature", "matplotlib.figure"):
             extras.require(module)
         figures = run(out)
     except UserError as error:
         return error.report()
-    rows = table(figures)
+    rows = [*table(figures), *(("seconds: " + k, v) for k, v in seconds_table(figures["seconds"]))]
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {value:>9}" for name, value in rows))
     print(f"\nreport: {out / 'report.html'}")
@@ -132,5 +214,5 @@ def main(
 
 def seconds_table(seconds: Mapping[str, float]) -> Rows:
     """Seconds of every stage and their sum, as rows for people."""
-    rows = [(f"seconds: {name}", f"{value:.1f}") for name, value in seconds.items()]
-    return [*rows, ("seconds: all", f"{sum(seconds.values()):.1f}")]
+    rows = [(name, f"{value:.1f}") for name, value in seconds.items()]
+    return [*rows, ("all", f"{sum(seconds.values()):.1f}")]

@@ -40,11 +40,17 @@ def psnr_by_tokens(tokenizer, images: np.ndarray, counts: Sequence[int]) -> dict
     original, so a count is judged by what a viewer sees.
     """
     codes = tokenizer.encode(images)
-    reference = pixels.to_float(np.asarray(images))
-    return {
-        n: float(np.mean(pixels.psnr(decode_enlarged(tokenizer, codes, n), reference)))
-        for n in counts
-    }
+    return {n: mean_psnr(decode_enlarged(tokenizer, codes, n), images) for n in counts}
+
+
+def mean_psnr(made: np.ndarray, images: np.ndarray) -> float:
+    """Mean PSNR in dB of reconstructions of images; both [B, R, R, 3], uint8 or in [-1, 1]."""
+    return float(np.mean(pixels.psnr(_in_range(made), _in_range(images))))
+
+
+def _in_range(images: np.ndarray) -> Any:
+    """Images in [-1, 1]."""
+    return pixels.to_float(np.asarray(images)) if images.dtype == np.uint8 else images
 
 
 def evaluate(
