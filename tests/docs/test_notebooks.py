@@ -17,7 +17,7 @@ def runs(tmp_path_factory):
     """Digits models of three training steps each: tokenizer, generator, vae, flowar."""
     folder = tmp_path_factory.mktemp("runs")
     with tarfile.open(ROOT / "tests" / "fixtures" / "old_runs" / "runs.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder)
     return folder
 
 

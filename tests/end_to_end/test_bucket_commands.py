@@ -32,7 +32,7 @@ def here(tmp_path_factory):
     """A folder of this machine with a run of each kind, their shards, and pictures."""
     folder = tmp_path_factory.mktemp("runs") / "a ü"
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder)
     save_pictures(folder / "pictures", images(4, size=32), "ö/{}.png")
     save_pictures(folder / "pictures", images(3, size=32, seed=1), "b c/{}.png")
     np.savez(folder / "reference.npz", images(40, size=32))

@@ -26,7 +26,7 @@ RUNS += [pytest.param(x, marks=pytest.mark.full) for x in ("tokenizer", "vae", "
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("old_runs")
     with tarfile.open(FIXTURES / "runs.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder)
     return folder
 
 
