@@ -21,7 +21,7 @@ from detailflow_jax.models import flow_sampler, flowar, layers, sampler
 from detailflow_jax.ops import flow
 from detailflow_jax.ops import logits as filters
 from detailflow_jax.ops import scales as grids
-from detailflow_jax.pod import flops
+from detailflow_jax.runtime import flops
 
 _SMALL = {"cfg_scale": 4.3, "guidance_high": 0.9, "num_steps": 25}
 SETTINGS = {

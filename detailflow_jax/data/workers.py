@@ -110,6 +110,7 @@ class WorkerIterator(grain.DatasetIterator):
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags; a library has none.
             flags.FLAGS.mark_as_parsed()
         _spare_main()
+        shared_memory.SharedMemory = _NamedMemory  # Batches outlive the workers, see `_stop`.
         rest = self._batches[self._next_index :].to_iter_dataset(self._read_options)
         begin = functools.partial(_begin, self._prefix)
         with _signals_blocked():
@@ -179,9 +180,8 @@ def _begin(prefix: str, index: int, count: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, args=(prefix,), daemon=True).start()
-    if prefix:
-        _NamedMemory.prefix = prefix
-        shared_memory.SharedMemory = _NamedMemory
+    _NamedMemory.prefix = prefix
+    shared_memory.SharedMemory = _NamedMemory
 
 
 def _leave_with_parent(prefix: str) -> None:
@@ -191,14 +191,18 @@ def _leave_with_parent(prefix: str) -> None:
 
 
 class _NamedMemory(shared_memory.SharedMemory):
-    """Shared memory whose name tells who made it, so that others can remove it."""
+    """Shared memory whose name tells who made it, so that others can remove it first."""
 
     prefix = ""
 
     def __init__(self, name: str | None = None, create: bool = False, size: int = 0):
-        if create and name is None:
+        if create and name is None and self.prefix:
             name = f"{self.prefix}{secrets.token_hex(8)}"
         super().__init__(name, create, size)
+
+    def unlink(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            super().unlink()
 
 
 # ------------------------------------------------------------------------------------ in the parent

@@ -216,7 +216,9 @@ def runs(tmp_path_factory):
     state = small_tasks.start(tasks.make_task(config))
     state = state.replace(ema=jax.tree.map(lambda x: x * 0.9, state.params))
     write_config(config, workdir)
-    with Checkpoints(workdir, 1) as checkpoints:
+    with Checkpoints(workdir, 2) as checkpoints:
+        before = jax.tree.map(lambda x: x * 0.8, state.params)
+        checkpoints.save(2, state.replace(params=before), {}, {})
         checkpoints.save(3, state, {}, {})
     return {"tokenizer": workdir}
 

@@ -321,8 +321,8 @@ def test_contradictions(tmp_path, theirs):
     config = digits(**{"init_from.encoder": path})
     with pytest.raises(CheckpointError, match=r"looks like a DetailFlow tokenizer.*a SigLIP2 vis"):
         start.load_into(config, new_state(config), make_task(config).frozen, fresh=True)
-    config = digits(**{"init_from.model": path, "model.num_tokens": 32})
-    with pytest.raises(CheckpointError, match=r"latent_pos_embed' has shape \(1, 16, 96\); exp"):
+    config = digits(**{"init_from.model": path, "model.codebook_size": 7})
+    with pytest.raises(CheckpointError, match=r"quantize.embedding.* has shape .*; expected \(7, "):
         start.load_into(config, new_state(config), make_task(config).frozen, fresh=True)
     with pytest.raises(ValueError, match=r"config\.teacher\.path is not set"):
         make_task(aligned())

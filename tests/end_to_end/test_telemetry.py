@@ -12,15 +12,19 @@ import wandb
 
 import toy_task
 from detailflow_jax import train
-from detailflow_jax.runtime.errors import ConfigError, DataError
+from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.runtime.profiler import Profiler
 from detailflow_jax.runtime.wandb_run import WandbRun
 
 BROKEN, SAVED, STEPS = 9, 6, 12
 
 
+class PowerCut(BaseException):
+    """Ends a run before it can save."""
+
+
 class BreaksAfter:
-    """An iterator that gives some batches and then fails, as when the machine goes away."""
+    """An iterator that gives some batches until the power is cut."""
 
     def __init__(self, iterator, batches: int):
         self._iterator, self._left = iterator, batches
@@ -28,7 +32,7 @@ class BreaksAfter:
     def __next__(self):
         self._left -= 1
         if self._left < 0:
-            raise OSError("the disk is gone")
+            raise PowerCut
         return next(self._iterator)
 
     def __getattr__(self, name):
@@ -43,7 +47,7 @@ def config_of(**fields):
 
 @pytest.fixture(scope="module")
 def restarted(tmp_path_factory):
-    """The workdir of a run that failed in step 10, after a checkpoint of step 6, and went on."""
+    """The workdir of a run that was cut off in step 10, after saving step 6, and went on."""
     workdir = tmp_path_factory.mktemp("told") / "run"
     config = config_of(
         tensorboard=True,
@@ -53,7 +57,7 @@ def restarted(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         broken = BreaksAfter(toy_task.make_iterator(config), BROKEN)
-        with pytest.raises(DataError):
+        with pytest.raises(PowerCut):
             train.train(config, workdir, toy_task.make_task(config), broken)
         toy_task.run(config, workdir)
     wandb.teardown()
@@ -147,7 +151,7 @@ def history(path: pathlib.Path) -> dict[int, dict]:
 def test_weights_and_biases_gets_the_same(restarted):
     first, second = sorted((restarted / "wandb").glob("offline-run-*/run-*.wandb"))
     assert first.name == second.name == f"run-{(restarted / 'wandb_id').read_text()}.wandb"
-    assert list(history(first)) == list(range(1, BROKEN))
+    assert list(history(first)) == list(range(1, BROKEN + 1))
     rows = history(second)
     assert list(rows) == list(range(SAVED + 1, STEPS + 1))
     for line in lines_of(restarted)[SAVED:]:

@@ -198,6 +198,7 @@ from detailflow_jax.runtime import distributed
 place = distributed.start()
 assert distributed.start() == place  # Again: nothing.
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 assert (jax.process_count(), jax.process_index()) == (2, place.process_id)
@@ -208,7 +209,8 @@ psum = jax.shard_map(
     lambda x: jax.lax.psum(x, "data"),
     mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec(),
 )
-print("sum", float(jax.jit(psum)(x)[0]), jax.device_count())
+print("sum", float(jax.jit(psum)(x)[0]), jax.device_count(), flush=True)
+multihost_utils.sync_global_devices("said")  # The launcher ends the other one at once.
 if place.process_id == 1:
     raise OSError("a traceback")  # The other one waits for it at its exit.
 distributed.leave(0)

@@ -467,7 +467,7 @@ def test_batches_that_cannot_be_split_are_refused():
     feed = Feed(iter([{"image": pictures(3, 32)}]), sharding.make_mesh({}, jax.devices()[:1]))
     feed._blocks, feed._mesh = 1, types.SimpleNamespace(shape={"data": 2, "fsdp": 1})
     with pytest.raises(DataError, match=r"3 rows.*data x fsdp = 2.*data\.dynamic\.multiple"):
-        feed.prefetch()
+        feed.take()
 
 
 # --------------------------------------------------------------------------------- published form
