@@ -54,6 +54,7 @@ def check(parts, wanted):
         np.testing.assert_allclose(part, right, atol=1e-5 * np.abs(right).max(), rtol=0)
 
 
+@pytest.mark.full
 def test_the_arithmetic_of_flowar_s():
     """Multiply-adds of the linear layers by hand; attention's own products are a few per cent."""
     network = flowar.FlowAR(flowar.FlowARConfig(**flowar.SIZES["FlowAR-S"]))

@@ -336,6 +336,7 @@ def bucket(data_dir, monkeypatch):
     server.server_close()
 
 
+@pytest.mark.full
 def test_reads_from_a_bucket(data_dir, bucket):
     local = make_source("tfds:imagenet2012:validation", data_dir=data_dir)
     remote = make_source("tfds:imagenet2012:validation", data_dir="gs://bucket")

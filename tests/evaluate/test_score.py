@@ -71,6 +71,7 @@ def test_samples_are_those_of_the_doors_on_any_mesh(folder, tmp_path):
         assert found["score/raw/fid_of_21"] != found["score/ema/fid_of_21"]
 
 
+@pytest.mark.full
 def test_a_run_scores_its_tokenizer(tmp_path):
     """Real training on digits: reconstructions of held-out images get better, in metrics.jsonl."""
     overrides = {
