@@ -43,7 +43,7 @@ def read_again(read: Callable[[], T], name: str) -> T:
         name: what is read, for the log.
 
     Raises:
-        what `read` raises, at its last try or if it does not pass.
+        Exception: what `read` raises, at its last try or if it does not pass.
     """
     for pause in PAUSES:
         try:
