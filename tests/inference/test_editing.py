@@ -85,6 +85,7 @@ def test_outside_of_the_mask_the_image_is_its_reconstruction(vae, flow):
     assert np.abs(found - rebuilt)[:, HOLE].max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_mask_of_everything_is_a_plain_sample(flow):
     latents, mask = np.zeros((3, 4, 4, 3), np.float32), np.ones((3, 4, 4), bool)
     found = flow.sample(LABELS, num_steps=2, latents=latents, mask=mask)
@@ -179,6 +180,7 @@ def result(tmp_path, name):
     return np.asarray(Image.open(tmp_path / "out" / name))
 
 
+@pytest.mark.slow
 def test_edit_paints_where_the_mask_is_white(call, vae, tmp_path):
     few = ("--count", "2", "--num_steps", "2", "--label", "1")
     assert call(edit, "--image", "cat.png", "--mask", "mask.png", *few) == 0
@@ -190,6 +192,7 @@ def test_edit_paints_where_the_mask_is_white(call, vae, tmp_path):
     assert said["made_by"]["vae"]["fingerprint"] == vae.fingerprint
 
 
+@pytest.mark.slow
 def test_edit_paints_in_a_box_or_around(call, tmp_path):
     few = ("--image", "cat.png", "--count", "1", "--num_steps", "2")
     assert call(edit, *few, "--box", "0,0,0.5,0.5") == 0
@@ -197,6 +200,7 @@ def test_edit_paints_in_a_box_or_around(call, tmp_path):
     assert result(tmp_path, "cat_0.png").shape == (SIDE, SIDE, 3)
 
 
+@pytest.mark.slow
 def test_vary_and_upscale_write_their_results(call, tmp_path):
     assert call(vary, "--image", "cat.png", "small.png", "--keep", "2", "--label", "1") == 0
     assert len(list((tmp_path / "out").glob("*_?.png"))) == 8
@@ -204,6 +208,7 @@ def test_vary_and_upscale_write_their_results(call, tmp_path):
     assert result(tmp_path, "small_1.png").shape == (SIDE, SIDE, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "words", "found"),
     [
