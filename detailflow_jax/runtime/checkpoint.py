@@ -323,8 +323,12 @@ def _audit(fields: dict[str, PyTree]) -> tuple[bool, dict[str, int]]:
     A program for each shape of an array is small. One for all arrays would take as long to
     compile as a training step.
     """
-    found = {name: [_examine(x) for x in jax.tree.leaves(tree)] for name, tree in fields.items()}
-    found = jax.device_get(found)
+    # One after another: where processes run several programs at once, each with sums over all
+    # devices, they may take them up in different orders and wait for each other for ever.
+    found = {
+        name: [jax.device_get(_examine(x)) for x in jax.tree.leaves(tree)]
+        for name, tree in fields.items()
+    }
     finite = all(ok for arrays in found.values() for ok, _ in arrays)
     return finite, {name: _combine([bits for _, bits in found[name]]) for name in found}
 
