@@ -146,7 +146,7 @@ def page(
             f"The generator writes {group} tokens at once, so some of them will not fit "
             "together. In the middle row the second group was replaced by other tokens; in the "
             f"last row the groups after it know that, and make up for it as far as they can "
-            f"({damaged['noisy']:.1f} dB becomes {damaged['corrected']:.1f} dB).",
+            f"({damaged['noisy']:.2f} dB becomes {damaged['corrected']:.2f} dB).",
         ),
         "Figures": [report.table_html(table(figures))],
         "Training of the tokenizer": [
