@@ -39,7 +39,7 @@ def test_judge_is_right_on_held_out_digits(source, least):
     images, labels = digits.load(f"{source}:test", 32)
     judge = digits.Judge(f"{source}:train")
     assert judge.accuracy(images, labels) > least
-    assert judge.accuracy(images, np.roll(labels, 1)) < 0.2
+    assert judge.accuracy(images, (labels + 1) % 10) < 0.2
 
 
 @pytest.mark.full

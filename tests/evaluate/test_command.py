@@ -7,12 +7,15 @@ import pytest
 
 import detailflow_jax as df
 from detailflow_jax.evaluate import __main__ as command
-from detailflow_jax.evaluate.models import Sampler
+from detailflow_jax.evaluate import image_quality
+from detailflow_jax.evaluate.models import Reconstructor, Sampler
 from scored_models import (
     SIZE,
     extractor,
     generator,
     images,
+    mesh_of,
+    save_pictures,
     tokenizer,
 )
 
@@ -148,3 +151,49 @@ def test_a_sweep_by_features_without_a_download(tmp_path, saved, capsys):
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["summary"]["distance"] == "fd_pixels"
     assert set(results["rows"][0]) >= {"fd_pixels", "precision_pixels", "recall_pixels"}
+
+
+@pytest.mark.full
+def test_unreadable_images_are_skipped_counted_and_named(
+    tmp_path, saved, small_chunks, monkeypatch, capsys, caplog
+):
+    """In samples, references and reconstructions, also the whole of a chunk; also when resumed."""
+    monkeypatch.setattr(command, "load_extractor", lambda path, size: extractor(size))
+    data, broken = images(50), [0, *range(16, 33), 40]
+    readable = np.delete(np.arange(50), broken)
+    save_pictures(tmp_path / "all", data)
+    save_pictures(tmp_path / "readable", data[readable])
+    for i in broken:
+        file = tmp_path / "all" / f"{i:03d}.png"
+        file.write_bytes(file.read_bytes()[:60])
+
+    def run(name, *argv):
+        out = ["--out", str(tmp_path / "out" / name), "--batch_size", "8"]
+        assert command.main([*argv, *out]) == 0
+        results = json.loads((tmp_path / "out" / name / "results.json").read_text())
+        return results, capsys.readouterr().out
+
+    rows = {}
+    for name in ("all", "readable", "all"):
+        folder = str(tmp_path / name)
+        common = ["--reference", folder, "--cache", str(tmp_path / "cache")]
+        results, printed = run(name, "generation", "--samples", folder, *common)
+        named = [results["unreadable"], results["reference"]["unreadable"]]
+        assert [len(names) for names in named] == [19 * (name == "all")] * 2
+        assert f"{38 * (name == 'all')} unreadable" in printed
+        rows[name] = {k: x for k, x in results["rows"][0].items() if not isinstance(x, str)}
+    assert "017.png" in named[0][2]
+    assert rows["all"]["num_samples"] == 31
+    assert rows["all"] == pytest.approx(rows["readable"], rel=1e-5, abs=1e-9)
+    for i in broken:
+        assert f"{i:03d}.png" in caplog.text
+
+    model = ["reconstruction", "--model", str(saved / "tok/model.safetensors"), "--without"]
+    model += ["lpips", "--noise_groups", "1", "--reference", str(tmp_path / "all")]
+    results, printed = run("reconstruction", *model)
+    assert results["rows"][0]["images"] == 31 and "19 unreadable" in printed
+    # The noise of an image depends on its place in the set.
+    small = Reconstructor(tokenizer(), mesh_of(1), 4)
+    made = small(data[readable], [8], [1], indices=readable)
+    psnr = image_quality.psnr(made["group 1 noisy"], data[readable])
+    assert results["rows"][1]["psnr"] == pytest.approx(float(np.mean(psnr)), rel=1e-5)
