@@ -143,7 +143,7 @@ def watch(config: ConfigDict, *, log_every: int, figures_every: int, checkpoint_
     config.wandb = {"project": ""}  # on Weights & Biases; empty: nothing goes there
     config.profile = {  # xprof files in WORKDIR/profile
         "start": 0,  # after this step, or after the first one of a part that begins later
-        "steps": 0,  # so many steps; 0: none
+        "steps": 0,  # how many steps; 0: none
         "port": 0,  # where `jax.profiler` answers, one port per process; 0: nowhere
     }
     config.score = {  # of a few images, with raw and averaged weights (evaluate/training.py)

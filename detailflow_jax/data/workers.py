@@ -32,7 +32,7 @@ from absl import flags, logging
 from detailflow_jax.runtime.errors import ConfigError, ReadError
 
 RESTARTS = 5
-"""So many times in a run, workers that ended by themselves are started again."""
+"""How often in a run workers that ended by themselves are started again."""
 
 _MEMORY = pathlib.Path("/dev/shm")  # Linux; elsewhere shared memory cannot be listed.
 _NAME = "grain-process-prefetch"  # How Grain names its processes,

@@ -6,6 +6,7 @@ Trains a tokenizer, extracts codes, trains a generator, samples, and writes repo
 figures.json. Every stage resumes: the same command continues where it was stopped.
 """
 
+import functools
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -120,29 +121,19 @@ def page(
     group, every = counts[0], counts[-1]
     damaged = figures["psnr_of_damaged"]
 
-    def shown(name: str, *text: str) -> list[str]:
-        return [grids[name].html(), report.text_html(*text)]
-
-    def curves(run: str, titles: Mapping[str, str]) -> str:
-        return report.plots_html(
-            {title: report.curve({run: runs[run]}, name) for name, title in titles.items()}
-        )
-
+    curves = functools.partial(stages.curves, runs)
     return {
-        "Digits that it wrote": shown("samples", stages.judged_text(figures)),
-        "What a token adds": shown(
-            "progressive",
+        "Digits that it wrote": grids["samples"].section(stages.judged_text(figures)),
+        "What a token adds": grids["progressive"].section(
             f"Each digit is a sequence of {every} tokens, and each row shows the same digits from "
             f"the first {', '.join(map(str, counts[:-1]))} and all {every} of them. The first "
             f"{group} tokens say where the ink is, and every further {group} sharpen it.",
         ),
-        "Real digits as tokens": shown(
-            "reconstructions",
+        "Real digits as tokens": grids["reconstructions"].section(
             "The last row are digits that nothing was trained on; above it is what their tokens "
             "keep of them.",
         ),
-        "What correction is": shown(
-            "correction",
+        "What correction is": grids["correction"].section(
             f"The generator writes {group} tokens at once, so some of them will not fit "
             "together. In the middle row the second group was replaced by other tokens; in the "
             f"last row the groups after it know that, and make up for it as far as they can "

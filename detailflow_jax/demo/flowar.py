@@ -6,6 +6,7 @@ Trains an autoencoder, caches latents, trains FlowAR on them, samples, and write
 figures.json. Every stage resumes: the same command continues where it was stopped.
 """
 
+import functools
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,26 +90,16 @@ def page(
     out: pathlib.Path,
 ) -> dict[str, list[str]]:
     """The sections of the page."""
-
-    def shown(name: str, *text: str) -> list[str]:
-        return [drawn[name].html(), report.text_html(*text)]
-
-    def curves(run: str, titles: Mapping[str, str]) -> str:
-        return report.plots_html(
-            {title: report.curve({run: runs[run]}, name) for name, title in titles.items()}
-        )
-
+    curves = functools.partial(stages.curves, runs)
     sides = ", ".join(map(str, scales))
     return {
-        "Digits that it wrote": shown("samples", stages.judged_text(figures)),
-        "What a scale adds": shown(
-            "scales",
+        "Digits that it wrote": drawn["samples"].section(stages.judged_text(figures)),
+        "What a scale adds": drawn["scales"].section(
             f"FlowAR writes an image {len(scales)} times over, with {sides} places a side: each "
             "time it sees the coarser one and turns noise into the finer one. The rows show the "
             "same digits as each of these scales has them.",
         ),
-        "Real digits through the autoencoder": shown(
-            "reconstructions",
+        "Real digits through the autoencoder": drawn["reconstructions"].section(
             "FlowAR does not write pixels but the short code of an autoencoder. The last row are "
             "digits that nothing was trained on, the first what their codes keep of them.",
         ),

@@ -91,6 +91,10 @@ class Grid:
             self.images, columns, rows=self.rows, heads=self.heads, corner=self.corner
         )
 
+    def section(self, *text: str) -> list[str]:
+        """For the page, with paragraphs below."""
+        return [self.html(), report.text_html(*text)]
+
     def picture(self) -> np.ndarray:
         """For a PNG: uint8 [H, W, 3]."""
         rows = [f"{row} {self.corner}".strip() for row in self.rows]
@@ -101,6 +105,13 @@ class Grid:
             row_captions=rows,
             column_captions=self.heads,
         )
+
+
+def curves(runs: Mapping[str, list[dict[str, float]]], run: str, titles: Mapping[str, str]) -> str:
+    """Plots of figures of one run, from {name of the figure: its title}."""
+    return report.plots_html(
+        {title: report.curve({run: runs[run]}, name) for name, title in titles.items()}
+    )
 
 
 def samples_grid(images: np.ndarray) -> Grid:

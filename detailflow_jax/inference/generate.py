@@ -202,12 +202,17 @@ def generate(args: argparse.Namespace) -> Images:
     if jax.process_index() == 0:
         columns, single = args.per_class, args.single
         write_outputs(args.out, labels, images, progressive, columns=columns, single=single)
-        made_by = {
-            m.kind: {"source": m.source, "fingerprint": m.fingerprint} for m in (decoder, model)
-        }
-        text = json.dumps({"made_by": made_by, "arguments": vars(args)}, indent=1)
-        write_atomically(files.path(args.out) / "samples.json", text.encode())
+        write_origin(files.path(args.out) / "samples.json", (decoder, model), args)
     return images
+
+
+def write_origin(
+    path: files.PathLike, models: Sequence[api.Model], args: argparse.Namespace
+) -> None:
+    """Writes which models made the pictures, with their fingerprints, and the arguments."""
+    made_by = {m.kind: {"source": m.source, "fingerprint": m.fingerprint} for m in models}
+    text = json.dumps({"made_by": made_by, "arguments": vars(args)}, indent=1)
+    write_atomically(path, text.encode())
 
 
 def labels_of(text: str, model: str) -> list[int]:

@@ -7,7 +7,6 @@ Shapes: B images, R full image side.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from detailflow_jax.data.images import Picture, decode_picture, read_file
 from detailflow_jax.data.transforms import center_crop
 from detailflow_jax.inference import api
 from detailflow_jax.inference.errors import InputError
-from detailflow_jax.inference.generate import labels_of
+from detailflow_jax.inference.generate import labels_of, write_origin
 from detailflow_jax.inference.models import Model
 from detailflow_jax.runtime import files, pictures
 from detailflow_jax.runtime.command import program_name
@@ -118,9 +117,7 @@ def write_results(
         stem = os.path.splitext(os.path.basename(path))[0]
         for i, image in enumerate(row):
             pictures.save_png(out / f"{stem}_{i}.png", image)
-    made_by = {m.kind: {"source": m.source, "fingerprint": m.fingerprint} for m in models}
-    text = json.dumps({"made_by": made_by, "arguments": vars(args)}, indent=1)
-    files.write_atomically(out / "results.json", text.encode())
+    write_origin(out / "results.json", models, args)
     print(f"{len(images)} images of {images.shape[1]} px in {args.out}")
 
 
