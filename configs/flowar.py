@@ -69,6 +69,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "head_depth": placeholder(int),
         "injection": placeholder(str),
         "head_dim": 64,
+        "objective": "flow",  # "diffusion": noise prediction, of the paper's ablation
         # None: those of the latents, or of the images and the autoencoder
         "scales": placeholder(tuple),  # any increasing sides, the last one that of the latent
         "channels": placeholder(int),
@@ -98,6 +99,8 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "model": placeholder(str),
         "classes": placeholder(str),  # of that model, one for each class here, as 285,207,new
     }
+    # "image": the autoencoder encodes the image reduced to every scale (the paper's ablation)
+    config.scales_from = "latent"
     config.loss = {"scale_weights": placeholder(tuple)}  # one per scale; None: side^2 / last^2
     lr = 5e-5 * batch_size / 256
     config.optim = {

@@ -12,7 +12,8 @@ from jaxtyping import Float32
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.models.flow_sampler import Known
 from detailflow_jax.models.flowar import FlowARConfig
-from detailflow_jax.ops import Array, flow
+from detailflow_jax.ops import Array
+from detailflow_jax.ops.objectives import OBJECTIVES
 
 _RANGE = 8.0  # of images of floats, beyond which they are no images in [-1, 1]
 ArrayLike = Array | Sequence
@@ -58,15 +59,21 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
         raise InputError(f"labels {wrong[:5]} are out of range, expected 0..{num_classes - 1}")
 
 
-def check_flow_settings(cfg_scale: float, low: float, high: float, solver: str) -> None:
-    """Raises InputError unless guidance is at least 1, 0 <= low <= high <= 1, the solver known."""
+def check_flow_settings(
+    cfg_scale: float, low: float, high: float, solver: str, objective: str
+) -> None:
+    """Raises InputError unless guidance is at least 1, 0 <= low <= high <= 1, the solver fits."""
     check_guidance(cfg_scale)
     if not 0.0 <= low <= high <= 1.0:
         raise InputError(
             f"guidance_low={low}, guidance_high={high}: expected 0 <= low <= high <= 1"
         )
-    if solver not in flow.SOLVERS:
-        raise InputError(f"solver={solver!r} is not one of {', '.join(flow.SOLVERS)}")
+    solvers = OBJECTIVES[objective].solvers
+    if solver not in solvers:
+        raise InputError(
+            f"solver={solver!r} is not one of {', '.join(solvers)}, which sample a model of "
+            f"objective {objective!r}"
+        )
 
 
 def check_guidance(cfg_scale: float) -> None:

@@ -32,7 +32,7 @@ from detailflow_jax.inference.checks import check_labels
 from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.inference.errors import InputError, as_input_error
 from detailflow_jax.inference.sampling import DECODERS
-from detailflow_jax.ops import flow
+from detailflow_jax.ops.objectives import GRIDS
 from detailflow_jax.runtime import distributed, files, pictures
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import ConfigError, UserError
@@ -162,7 +162,7 @@ def _add_flowar(add: Any) -> None:
     add("--flowar", help="what df.load_flowar takes, such as a workdir or FlowAR-L.pth")
     add("--num_steps", default="25", help="flow steps, one number or one per scale, as 25,20,15")
     add("--guidance_high", type=float, default=0.9, help="guide from this time on (1 is noise)")
-    add("--solver", default="euler", choices=sorted(flow.SOLVERS), help="of the flow")
+    add("--solver", choices=GRIDS, help="default: euler, or ddim if the model predicts noise")
 
 
 def generate(args: argparse.Namespace) -> Images:

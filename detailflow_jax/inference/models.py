@@ -392,7 +392,7 @@ class FlowAR(_Sampler):
         guidance_high: float = 0.9,
         guidance_low: float = 0.0,
         grid: str | None = None,
-        solver: str = "euler",
+        solver: str | None = None,
         noise: Sequence[ArrayLike] | None = None,
         *,
         latents: ArrayLike | None = None,
@@ -413,7 +413,8 @@ class FlowAR(_Sampler):
           guidance_high: guidance applies from this time on (1 is noise, 0 data).
           guidance_low: guidance applies down to this time.
           grid: of times, "published", "uniform" or "sde"; default what the solver is used with.
-          solver: "euler", "heun" (two evaluations per step) or "euler_maruyama" (an SDE).
+          solver: "euler" (default), "heun" (two evaluations per step) or "euler_maruyama" (an SDE);
+            of a model that predicts noise "ddim" (default) or "ddpm" (draws noise).
           noise: one array [B, i^2, C] per scale of side i, or [2B, i^2, C] of which the null half
             is unused.
           latents: of images that are kept outside of the mask, float [B, S, S, C], scaled.

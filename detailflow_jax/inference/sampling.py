@@ -18,6 +18,7 @@ from detailflow_jax.models import flow_sampler, sampler
 from detailflow_jax.models.flowar import FlowAR
 from detailflow_jax.models.generator import Generator
 from detailflow_jax.ops import Array, logits
+from detailflow_jax.ops.objectives import GRIDS, OBJECTIVES
 
 DECODERS = {"generator": "tokenizer", "flowar": "vae"}
 """Network that samples -> network that makes images of its samples."""
@@ -108,17 +109,18 @@ def sample_latents(
     guidance_high: float = 0.9,
     guidance_low: float = 0.0,
     grid: str | None = None,
-    solver: str = "euler",
+    solver: str | None = None,
 ) -> Sampling:
     """FlowAR's sampler; the settings are those of `FlowAR.sample`.
 
     Raises:
       InputError: a setting out of range.
     """
-    check_flow_settings(cfg_scale, guidance_low, guidance_high, solver)
+    objective = network.config.objective
+    solver = solver or OBJECTIVES[objective].default
+    check_flow_settings(cfg_scale, guidance_low, guidance_high, solver, objective)
     scales = len(network.config.scales)
-    if grid is None:
-        grid = "sde" if solver == "euler_maruyama" else "published"
+    grid = grid or GRIDS[solver]
     with as_input_error():
         times = flow_sampler.flow_times(scales, num_steps, grid)
     options = flow_sampler.FlowSamplingOptions(

@@ -19,6 +19,7 @@ from detailflow_jax.models.flowar import FlowAR, FlowARConfig, extend_cache
 from detailflow_jax.ops import Array, flow
 from detailflow_jax.ops import logits as filters
 from detailflow_jax.ops import scales as grids
+from detailflow_jax.ops.objectives import OBJECTIVES, STOCHASTIC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class FlowSamplingOptions:
       times: of every scale, from 1 to 0, float64 values (`flow_times`).
       guided: compute the null half. Without guidance (scale 1) it is not computed.
       guidance_low, guidance_high: guidance applies at steps that begin at a time within them.
-      solver: one of `ops.flow.SOLVERS`.
+      solver: one of those of the model's objective (`ops.objectives`).
     """
 
     times: tuple[tuple[float, ...], ...]
@@ -168,24 +169,25 @@ class Sampling:
     ) -> Float[Array, "B P C"]:
         """Noise -> latent of one scale of P positions, a scan for each run of equal guidance.
 
-        What is known stays on its straight path to the data: at every time it is the interpolant
-        of the known latent and its noise.
+        What is known stays on its path to the data: at every time it is the interpolant of the
+        known latent and its noise.
         """
         times = self.options.times[scale]
         x, kept = noise, None if known is None else known.at(self.model.config.scales[scale])
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, len(self.options.times) + scale)
-        solver = flow.SOLVERS[self.options.solver]
+        objective = OBJECTIVES[self.model.config.objective]
+        solver = objective.solvers[self.options.solver]
         for guided, first, last in _runs(self.options, scale):
             velocity = self.velocity(scale, semantics, guided)
 
             def advance(x, step, velocity=velocity):
                 drawn = None
-                if self.options.solver == "euler_maruyama":
+                if self.options.solver in STOCHASTIC:
                     drawn = _step_noise(keys, step.index, x.shape[1:])
                 x = solver(velocity, x, step, drawn)
                 if kept is not None:
                     latent, anew = kept
-                    x = jnp.where(anew, x, flow.interpolate(latent, noise, step.next_time))
+                    x = jnp.where(anew, x, objective.interpolate(latent, noise, step.next_time))
                 return x, None
 
             x, _ = jax.lax.scan(advance, x, flow.steps(times, first, last))

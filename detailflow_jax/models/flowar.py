@@ -22,6 +22,7 @@ from detailflow_jax.models.flow_head import FlowHead, FlowHeadConfig
 from detailflow_jax.models.layers import KeysValues, LayerCache, Mask, Prefix, Rope
 from detailflow_jax.ops import Array, modulation
 from detailflow_jax.ops import scales as grids
+from detailflow_jax.ops.objectives import OBJECTIVES
 
 Labels = Int[Array, " B"]
 Halves = tuple[LayerCache, LayerCache]
@@ -42,6 +43,7 @@ class FlowARConfig:
       buffer_size: n, class tokens in front of the sequence.
       head_width, head_depth, injection: of the flow head (`FlowHeadConfig`).
       head_dim: width of an attention head of the flow head.
+      objective: what the head learns, one of `ops.objectives.OBJECTIVES`; published: "flow".
       class_dropout: share of the labels that training replaces by the null class.
       attention_dropout, projection_dropout: rates in the transformer, in training.
       dtype, scan, remat: see `FlowHeadConfig`.
@@ -59,6 +61,7 @@ class FlowARConfig:
     head_depth: int = 2
     injection: str = "spatial"
     head_dim: int = 64
+    objective: str = "flow"
     class_dropout: float = 0.1
     attention_dropout: float = 0.1
     projection_dropout: float = 0.1
@@ -74,6 +77,8 @@ class FlowARConfig:
                 f"width={self.width} is no multiple of 4 x num_heads={self.num_heads}, which "
                 "2-D rotary positions need"
             )
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}")
         self.head  # noqa: B018  (its own checks run too)
 
     @property

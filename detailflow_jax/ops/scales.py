@@ -107,10 +107,16 @@ def pyramid(
             f"latents have shape {latents.shape}, expected [B, {scales[-1]}, {scales[-1]}, C]: "
             f"the last of the scales {tuple(scales)} is the side of the latent"
         )
-    levels = [reduce_to(latents, side) for side in scales]
+    return sequence([reduce_to(latents, side) for side in scales], scales)
+
+
+def sequence(
+    levels: Sequence[Float[Array, "B _ C"]], scales: Sequence[int]
+) -> tuple[Float[Array, "B T C"], Float[Array, "B T_later C"]]:
+    """Targets and inputs, as of `pyramid`, from the positions [B, i^2, C] of each scale."""
     inputs = [
         next_input(level, side, after, scales[-1])
         for level, (side, after) in zip(levels, itertools.pairwise(scales), strict=False)
     ]
-    empty = jnp.zeros((len(latents), 0, latents.shape[-1]), jnp.float32)
+    empty = jnp.zeros((len(levels[0]), 0, levels[0].shape[-1]), jnp.float32)
     return jnp.concatenate(levels, axis=1), jnp.concatenate([empty, *inputs], axis=1)

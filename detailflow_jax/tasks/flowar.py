@@ -16,9 +16,10 @@ from detailflow_jax.models import flow_sampler
 from detailflow_jax.models.flowar import SIZES, FlowAR, FlowARConfig, check_vae, example
 from detailflow_jax.models.layers import apply, drop_labels
 from detailflow_jax.models.vae import VAE, Posterior, VAEConfig
-from detailflow_jax.ops import Array, flow
+from detailflow_jax.ops import Array
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import scales as grids
+from detailflow_jax.ops.objectives import GRIDS, OBJECTIVES
 from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.tasks import Task, TrainState, from_section, no_plan, optim, with_size
 
@@ -56,30 +57,31 @@ def scale_weights(
 def flow_losses(
     model: FlowAR,
     params: Any,
-    latents: Float[Array, "B S S C"],
+    pyramid: tuple[Float[Array, "B T C"], Float[Array, "B T_later C"]],
     labels: Int[Array, " B"],
     times: Float[Array, "B K"],
     noise: Float[Array, "B T C"],
     dropout_key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, " K"], Float[Array, "B T W"]]:
-    """Mean squared error of the velocity at every scale, and the semantics.
+    """Mean squared error of what the head predicts at every scale, and the semantics.
 
     Args:
       model: the network.
       params: its parameters.
-      latents: scaled.
+      pyramid: targets and inputs (`ops.scales.pyramid`), of scaled latents.
       labels: null classes drawn already.
       times: one per image and scale.
       noise: at every position.
       dropout_key: PRNG key, or None for no dropout.
     """
     scales = model.config.scales
-    data, inputs = grids.pyramid(latents, scales)
+    data, inputs = pyramid
+    objective = OBJECTIVES[model.config.objective]
     time = jnp.take(times, grids.scale_index(scales), axis=1)
-    noisy = flow.interpolate(data, noise, time[..., None])
+    noisy = objective.interpolate(data, noise, time[..., None])
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    semantics, velocity = apply(model, params, inputs, labels, noisy, time, rngs=rngs)
-    error = jnp.mean(jnp.square(velocity - flow.target_velocity(data, noise)), axis=(0, 2))
+    semantics, predicted = apply(model, params, inputs, labels, noisy, time, rngs=rngs)
+    error = jnp.mean(jnp.square(predicted - objective.target(data, noise)), axis=(0, 2))
     # Means over each scale's own positions, as one product.
     members = grids.scale_index(scales)[None] == np.arange(len(scales))[:, None]
     members = members / np.square(np.array(scales, np.float32))[:, None]
@@ -125,9 +127,43 @@ def _latents(vae: VAE | None, frozen: Any, batch: Any, key: Array) -> Float[Arra
     if vae is None or "moments" in batch:
         mean, logvar = jnp.split(batch["moments"], 2, axis=-1)
         return Posterior(mean, logvar).sample(key)
-    images = pixels.to_float(batch["image"])
-    posterior = apply(vae, frozen["vae"], images, method="encode")
-    return vae.scale(posterior.sample(key))
+    return _encode(vae, frozen["vae"], pixels.to_float(batch["image"]), key)
+
+
+def _encode(
+    vae: VAE, params: Any, images: Float[Array, "B H W _"], key: Array
+) -> Float[Array, "B S S C"]:
+    return vae.scale(apply(vae, params, images, method="encode").sample(key))
+
+
+def reduced_images(
+    vae: VAE, params: Any, images: Float[Array, "B H W _"], scales: Sequence[int], key: Array
+) -> list[Float[Array, "B _ C"]]:
+    """The positions [B, i^2, C] of every scale, each encoded from the image reduced to its size.
+
+    What the paper compares reduced latents with (its ablation).
+    """
+    levels = []
+    for scale, side in enumerate(scales):
+        size = side * vae.config.stride
+        small = grids.reduce_to(images, size).reshape(len(images), size, size, -1)
+        latents = _encode(vae, params, small, jax.random.fold_in(key, scale))
+        levels.append(latents.reshape(len(images), side * side, -1))
+    return levels
+
+
+def _check_scales_from(config: Any) -> None:
+    """Raises ConfigError unless the scales can be had from what config.scales_from names."""
+    if config.scales_from not in ("latent", "image"):
+        raise ConfigError(
+            f"config.scales_from={config.scales_from!r}, expected 'latent' or 'image'"
+        )
+    if config.scales_from == "image" and config.data.source.startswith("latents:"):
+        raise ConfigError(
+            f"config.scales_from='image' needs images, but config.data.source="
+            f"{config.data.source} holds latents of one size: name the images, and the autoencoder "
+            "in config.vae.path"
+        )
 
 
 def _check_batch(c: FlowARConfig, vae: VAE | None, batch: Any) -> None:
@@ -151,6 +187,7 @@ def make(config: Any) -> Task:
     c = model_config(config.model)
     model, vae = FlowAR(c), _vae(config, c)
     weights = scale_weights(c, config.loss.scale_weights)
+    _check_scales_from(config)
     optimizer = optim.optimizer(config.optim, config.total_steps)
 
     def init(key: jax.Array) -> TrainState:
@@ -161,22 +198,28 @@ def make(config: Any) -> Task:
             frozen["vae"] = vae.init(jax.random.fold_in(key, 1), image)["params"]
         return optim.new_state(params, optimizer.init(params), config.ema, frozen=frozen)
 
+    def make_pyramid(frozen, batch, key):
+        if config.scales_from == "latent":
+            return grids.pyramid(_latents(vae, frozen, batch, key), c.scales)
+        images = pixels.to_float(batch["image"])
+        return grids.sequence(reduced_images(vae, frozen["vae"], images, c.scales, key), c.scales)
+
     def train_step(state: TrainState, batch, plan, *, variant=None):
         del plan, variant
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         latent_key, flow_key, label_key, dropout_key = jax.random.split(key, 4)
-        latents = jax.lax.stop_gradient(_latents(vae, state.frozen, batch, latent_key))
+        pyramid = jax.lax.stop_gradient(make_pyramid(state.frozen, batch, latent_key))
         labels = drop_labels(label_key, batch["label"], c)
-        times, noise = draw(flow_key, c, len(latents))
+        times, noise = draw(flow_key, c, len(labels))
 
         def mean_loss(params, rows, key):
             losses, _ = flow_losses(model, params, *rows, dropout_key=key)
             by_scale = {f"loss/scale_{side}": losses[k] for k, side in enumerate(c.scales)}
             return jnp.sum(weights * losses), by_scale
 
-        rows = latents, labels, times, noise
+        rows = pyramid, labels, times, noise
         new, metrics = optim.update(state, optimizer, mean_loss, rows, dropout_key, config)
-        return new, metrics | {"latent_std": jnp.std(latents)}
+        return new, metrics | {"latent_std": jnp.std(pyramid[0][:, c.offsets[-2] :])}
 
     return Task(
         init,
@@ -212,9 +255,9 @@ def _draw(
     model: FlowAR, vae: VAE, params: Any, vae_params: Any, labels: Int[Array, " B"], num_steps: int
 ) -> Float[Array, "B H W _"]:
     num_scales = len(model.config.scales)
-    options = flow_sampler.FlowSamplingOptions(
-        flow_sampler.flow_times(num_scales, num_steps), guidance_high=0.9
-    )
+    solver = OBJECTIVES[model.config.objective].default
+    times = flow_sampler.flow_times(num_scales, num_steps, GRIDS[solver])
+    options = flow_sampler.FlowSamplingOptions(times, guidance_high=0.9, solver=solver)
     keys = jax.random.split(jax.random.key(0), len(labels))
     factors = flow_sampler.guidance_factors(2.4, num_scales)
     latents = flow_sampler.sample(model, params, labels, keys, factors, options=options)

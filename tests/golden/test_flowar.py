@@ -70,7 +70,7 @@ def test_every_recorded_weight_is_used(golden):
 def test_training_semantics_and_loss(golden):
     latents, labels, times, noise = golden.train_arrays()
     losses, semantics = jax.jit(functools.partial(task.flow_losses, golden.model))(
-        golden.params, latents, labels, times, noise
+        golden.params, grids.pyramid(latents, SCALES), labels, times, noise
     )
     loss = np.sum(task.scale_weights(golden.config) * losses)
     assert golden_files.error(semantics, golden.arrays["train/semantics"]) <= golden_files.FLOWAR

@@ -12,6 +12,7 @@ import scored_models
         ({"cfg_scale": 0.5}, "cfg_scale=0.5, expected >= 1"),
         ({"num_steps": [4, 4, 4]}, "3 counts, expected 2, one per scale"),
         ({"solver": "rk4"}, "solver='rk4' is not one of"),
+        ({"solver": "ddim"}, "'ddim' is not one of .* sample a model of objective 'flow'"),
         ({"guidance_high": 2.0}, "0 <= low <= high <= 1"),
         ({"grid": "cosine"}, "grid='cosine' is not one of"),
         ({"noise": [np.zeros((1, 1, 3))]}, "noise has shapes"),

@@ -146,6 +146,18 @@ def test_other_ways_to_sample_differ_and_are_finite(fields):
 
 
 @pytest.mark.slow
+def test_a_model_that_predicts_noise_is_sampled_by_its_own_solvers():
+    model, params = network(dataclasses.replace(TINY, objective="diffusion"))
+    fields = {"num_steps": 4, "grid": "uniform"}
+    first, second = (
+        sampled(model.config, params, [1, 3], [0, 1], solver=solver, **fields)
+        for solver in ("ddim", "ddpm")
+    )
+    assert np.isfinite(first).all() and np.isfinite(second).all()
+    assert np.abs(first - second).max() > 1e-3
+
+
+@pytest.mark.slow
 def test_one_program_serves_every_guidance_scale():
     _, params = network(TINY)
     before = flow_sampler.sample._cache_size()
@@ -193,10 +205,11 @@ def test_dropout_acts_only_with_a_key():
     times, noise = task.draw(jax.random.key(0), TINY, 2)
     run = jax.jit(functools.partial(task.flow_losses, model))
     labels = jnp.array([0, 4])
-    base, _ = run(params, latents, labels, times, noise)
-    again, _ = run(params, latents, labels, times, noise)
+    pyramid = grids.pyramid(latents, TINY.scales)
+    base, _ = run(params, pyramid, labels, times, noise)
+    again, _ = run(params, pyramid, labels, times, noise)
     np.testing.assert_array_equal(base, again)
-    dropped, _ = run(params, latents, labels, times, noise, jax.random.key(1))
+    dropped, _ = run(params, pyramid, labels, times, noise, jax.random.key(1))
     assert np.abs(dropped - base).max() > 1e-4
 
 
@@ -206,6 +219,7 @@ def test_dropout_acts_only_with_a_key():
         ({"scales": (2, 1)}, "no scale schedule"),
         ({"num_heads": 3}, "no multiple of 4 x num_heads"),
         ({"head_width": 20}, "no multiple of head_dim"),
+        ({"objective": "noise"}, "objective='noise' is not one of flow, diffusion"),
     ],
 )
 def test_configurations_that_cannot_be(fields, text):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import small_tasks
+from detailflow_jax.models.vae import VAE, VAEConfig
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.errors import ConfigError
@@ -24,7 +25,7 @@ TINY = [
     "--config.batch_size=8", "--config.total_steps=30", "--config.optim.warmup_steps=1",
     "--config.optim.lr=1e-2", "--config.tensorboard=False",
 ]  # fmt: skip
-VAE = [
+IMAGES = [
     "--config.vae.random=True", "--config.vae.channels=8", "--config.vae.multipliers=(1,1)",
     "--config.vae.latent_channels=2", "--config.data.image_size=8", "--config.data.source=digits",
     "--config.vae.res_blocks=1", "--config.vae.norm_groups=8",
@@ -53,7 +54,7 @@ def first_state(*overrides):
 def stepped(*overrides):
     """(task, compiled step, first state)."""
     task = make_task(tiny(*overrides))
-    state = first_state(*(x for x in overrides if x in VAE))  # the others do not change it
+    state = first_state(*(x for x in overrides if x in IMAGES))  # the others do not change it
     return task, jax.jit(functools.partial(task.train_step, variant=None)), state
 
 
@@ -77,6 +78,30 @@ def test_the_loss_falls_and_every_scale_is_reported():
     )
     assert float(metrics["loss"]) == pytest.approx(total, rel=1e-5)
     assert float(metrics["latent_std"]) > 0.1
+
+
+def test_noise_prediction_learns_too():
+    _, step, state = stepped("--config.model.objective=diffusion")
+    _, losses, _ = run(step, state, 0, 30)
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_every_scale_is_the_latent_of_the_reduced_image():
+    task = make_task(tiny(*IMAGES, "--config.scales_from=image"))
+    state = first_state(*IMAGES)
+    vae = VAE(VAEConfig(8, (1, 1), 1, 2, norm_groups=8))
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    key, params = jax.random.key(0), state.frozen["vae"]
+    levels = flowar_task.reduced_images(vae, params, images, (1, 2, 4), key)
+    for scale, side in enumerate((1, 2, 4)):
+        block = 4 // side
+        small = images.reshape(2, 2 * side, block, 2 * side, block, 3).mean((2, 4))
+        posterior = vae.apply({"params": params}, small, method="encode")
+        expected = vae.scale(posterior.sample(jax.random.fold_in(key, scale)))
+        np.testing.assert_allclose(levels[scale].reshape(expected.shape), expected, atol=1e-5)
+    batch = {"image": np.zeros((8, 8, 8, 3), np.uint8), "label": np.zeros(8, np.int32)}
+    _, metrics = jax.jit(functools.partial(task.train_step, variant=None))(state, batch, {})
+    assert np.isfinite(float(metrics["loss"]))
 
 
 def test_resumed_equals_uninterrupted(tmp_path):
@@ -111,7 +136,7 @@ def test_accumulated_parts_give_the_same_step():
 
 @pytest.mark.full
 def test_images_go_through_the_frozen_autoencoder_and_samples_are_drawn():
-    task, step, state = stepped(*VAE)
+    task, step, state = stepped(*IMAGES)
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
     batch = {"image": images, "label": np.arange(8, dtype=np.int32)}
     task.check(batch)
@@ -134,6 +159,8 @@ def test_without_an_autoencoder_nothing_is_drawn():
         (["--config.data.source=digits"], "config.vae.path is not set"),
         (["--config.vae.random=True"], "latents of 16 channels, this FlowAR of 2"),
         (["--config.model.scales=(4,2)"], "no scale schedule"),
+        (["--config.scales_from=pixels"], "scales_from='pixels', expected 'latent' or 'image'"),
+        (["--config.scales_from=image"], "needs images, but config.data.source=latents:"),
         (["--config.loss.scale_weights=(1.0,)"], "1 values, expected one for each of the 3"),
     ],
 )

@@ -87,6 +87,7 @@ _BUILT = {
     "channels": 16,
     "buffer_size": 0,
     "head_dim": 64,
+    "objective": "flow",
 }
 """What the published code builds in every size."""
 
