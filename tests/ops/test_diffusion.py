@@ -7,6 +7,7 @@ import pytest
 
 from detailflow_jax.ops import diffusion, flow
 
+
 def test_the_signal_falls_from_one_to_its_bound():
     share = diffusion.signal(np.linspace(0, 1, 1001))
     assert share[0] == 1.0 and share[-1] == np.float32(diffusion.LEAST_SIGNAL)
