@@ -3,9 +3,9 @@
     python benchmarks/ablation.py --seeds 3 --out runs/ablation
     python benchmarks/ablation.py --system flowar --seeds 3 --out runs/ablation_flowar
 
-Every arm trains anew for every seed, all for equally many steps on equally many images. Each arm of
-DetailFlow adds one thing to the arm above, in the paper's order; each of FlowAR changes one thing of
-the whole system. What is measured:
+Every arm trains anew for every seed, all for equally many steps on equally many images. Each arm
+of DetailFlow adds one thing to the arm above, in the paper's order; each arm of FlowAR changes one
+thing of the whole system. What is measured:
 
     classifier   share of the sampled digits that a classifier of real ones assigns to their label
     distance     Fréchet distance of sampled and real digits (training and held out) in the

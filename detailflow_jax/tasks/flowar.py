@@ -199,7 +199,7 @@ def make(config: Any) -> Task:
         return optim.new_state(params, optimizer.init(params), config.ema, frozen=frozen)
 
     def make_pyramid(frozen, batch, key):
-        if config.scales_from == "latent":
+        if vae is None or config.scales_from == "latent":
             return grids.pyramid(_latents(vae, frozen, batch, key), c.scales)
         images = pixels.to_float(batch["image"])
         return grids.sequence(reduced_images(vae, frozen["vae"], images, c.scales, key), c.scales)
