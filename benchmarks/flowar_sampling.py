@@ -43,7 +43,7 @@ def schedules(args: argparse.Namespace, num_scales: int) -> dict[str, tuple[int,
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError where a setting is out of range."""
-    check_flow_settings(args.cfg_scale, 0.0, args.guidance_high, "euler")
+    check_flow_settings(args.cfg_scale, 0.0, args.guidance_high, "euler", "flow")
     for steps in schedules(args, len(flowar.FlowARConfig.scales)).values():
         flow_sampler.flow_times(len(steps), steps)
     if args.batch < 1 or args.repeats < 1:
