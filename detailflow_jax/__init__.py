@@ -21,6 +21,7 @@ __all__ = [
     "load_tokenizer",
     "load_vae",
     "rules",
+    "save_diffusers",
     "save_pytorch",
     "to_uint8",
     "upscale",

@@ -19,7 +19,15 @@ FLOORS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # What takes seconds to import, or is not part of the base install.
-HEAVY = {"torch", "tensorflow", "tensorflow_datasets", "sklearn", "matplotlib", "transformers"}
+HEAVY = {
+    "torch",
+    "tensorflow",
+    "tensorflow_datasets",
+    "sklearn",
+    "matplotlib",
+    "transformers",
+    "diffusers",
+}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -1,7 +1,8 @@
-"""Converts checkpoints between the published PyTorch layout and this project's.
+"""Converts checkpoints between the published PyTorch layouts and this project's.
 
 detailflow convert --to jax --src hf:ByteFlow-AI/DetailFlow-16 --dst models/tok16
 detailflow convert --to pytorch --src runs/gen --dst exported/gen
+detailflow convert --to diffusers --src runs/vae --dst exported/vae
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from detailflow_jax.convert import export
+from detailflow_jax.convert import diffusers, export
 from detailflow_jax.convert.load import load
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.registry import NETWORKS
@@ -49,7 +50,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program_name("convert"),
         description="Convert a checkpoint: a published one into a folder that df.load_* reads, or "
-        "a model of this project into the published layout. Reading never runs code from a file.",
+        "a model of this project into the published layout, or an autoencoder into a folder of "
+        "diffusers. Reading never runs code from a file.",
         epilog="""\
 examples:
   --to jax     --src hf:ByteFlow-AI/DetailFlow-16        --dst models/tokenizer16
@@ -58,13 +60,14 @@ examples:
   --to pytorch --src runs/gen                            --dst exported/gen.safetensors
   --to jax     --src downloads/kl16.ckpt                 --dst models/kl16
   --to jax     --src downloads/FlowAR-L.pth              --dst models/flowar-l
+  --to diffusers --src runs/vae                          --dst exported/vae
 
 exit codes: 0 done; 2 not done, the last line says why and nothing partial is left.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--to", required=True, choices=("jax", "pytorch"), help="the layout to write")
+    add("--to", required=True, choices=("jax", "pytorch", "diffusers"), help="the layout to write")
     add(
         "--src",
         required=True,
@@ -139,6 +142,11 @@ def convert(args: argparse.Namespace) -> list[str]:
     if args.to == "jax":
         write_jax(found, args.dst, overwrite=args.overwrite)
         lines["written"] = args.dst
+    elif args.to == "diffusers":
+        written = diffusers.write(
+            found.kind, found.config, found.params, args.dst, overwrite=args.overwrite
+        )
+        lines["written"] = str(written)
     else:
         done = export.export(
             found.kind,

@@ -47,7 +47,7 @@ def open_folder(
     """Returns the folder that `path` names or is in, and the file's name if it names a file.
 
     Args:
-        path: a local path, `gs://` or `s3://` path, or `hf:OWNER/NAME[@REVISION][/FILE]`.
+        path: a local path, `gs://` or `s3://` path, or `hf:OWNER/NAME[@REVISION][/PATH]`.
         stack: closing it deletes the copies that `fetch` made of a bucket's files. One that was
             mapped before stays valid.
 
@@ -142,20 +142,23 @@ def _open_hub(text: str) -> tuple[Folder, str | None]:
             f"{text}: not a name on the hub", expected="hf:OWNER/NAME[@REVISION][/FILE]"
         )
     repo, revision = parts["repo"], parts["revision"]
-    root, name = PurePosixPath("."), None
-    if parts["file"]:
-        root, name = _split(PurePosixPath(parts["file"]))
+    path = PurePosixPath(parts["file"] or ".")
     repository = f"hf:{repo}" + (f"@{revision}" if revision else "")
-    where = repository if root == PurePosixPath(".") else _join(repository, str(root))
 
-    def fetch(name: str) -> Path:
-        try:
-            return Path(hub.hf_hub_download(repo, (root / name).as_posix(), revision=revision))
-        except (OSError, errors.HTTPError) as error:
-            raise _hub_error(_join(where, name), repo, error) from error
+    def place(is_folder: bool) -> tuple[PurePosixPath, str | None, str]:
+        root, name = (path, None) if is_folder else _split(path)
+        return root, name, repository if root == PurePosixPath() else _join(repository, str(root))
 
     try:
-        there = map(PurePosixPath, hub.HfApi().list_repo_files(repo, revision=revision))
+        there = [*map(PurePosixPath, hub.HfApi().list_repo_files(repo, revision=revision))]
+        root, name, where = place(any(path in file.parents for file in there))
+
+        def fetch(name: str) -> Path:
+            try:
+                return Path(hub.hf_hub_download(repo, (root / name).as_posix(), revision=revision))
+            except (OSError, errors.HTTPError) as error:
+                raise _hub_error(_join(where, name), repo, error) from error
+
         inside = [f for f in there if f.parent in (root, root / "checkpoints")]
         return Folder(where, sorted(f.relative_to(root).as_posix() for f in inside), fetch), name
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
@@ -170,6 +173,7 @@ def _open_hub(text: str) -> tuple[Folder, str | None]:
             cached = getattr(nothing, "snapshot_path", None)
         if not cached:
             raise _hub_error(repository, repo, error) from error
+        root, name, where = place((Path(cached) / path).is_dir())
         snapshot = epath.Path(cached) / root
         return _plain_folder(snapshot, where, lambda name: Path(snapshot / name)), name
 

@@ -3,7 +3,8 @@
 It is chosen in this order:
 
 1. `model.safetensors`
-2. `model.safetensors.index.json`, then `pytorch_model.bin.index.json` (shards)
+2. `model.safetensors.index.json`, then `pytorch_model.bin.index.json` (shards); then the names that
+   diffusers has for the same: `diffusion_pytorch_model.safetensors` or `.bin`, whole or in shards
 3. the only other `*.safetensors` or `*.safetensors.index.json`
 4. the only file in `checkpoints/`, as the published folders have it
 5. the only `.pt`, `.pth`, `.ckpt` or `.bin` in the folder itself
@@ -25,7 +26,14 @@ _FIRST = (
     "model.safetensors",
     f"model.safetensors{INDEX_SUFFIX}",
     f"pytorch_model.bin{INDEX_SUFFIX}",
+    *(
+        f"diffusion_pytorch_model{suffix}{index}"
+        for suffix in (".safetensors", ".bin")
+        for index in ("", INDEX_SUFFIX)
+    ),
 )
+_PIPELINE = "model_index.json"
+"""What a folder of diffusers' pipelines has, whose parts are folders of their own."""
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 # What trainers leave beside the weights under the same suffixes.
 _NOT_WEIGHTS = re.compile(
@@ -69,7 +77,9 @@ def choose_weights(names: Sequence[str], where: str) -> str:
         f"{where}: holds no weights ({_listed(names)})",
         expected="model.safetensors, an index of shards, checkpoints/*.pt, or one .safetensors, "
         ".pt, .pth, .ckpt or .bin file",
-        remedy="Name the folder or the file that holds them.",
+        remedy="This is a pipeline: name its folder vae."
+        if _PIPELINE in names
+        else "Name the folder or the file that holds them.",
     )
 
 

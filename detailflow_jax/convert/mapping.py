@@ -29,12 +29,15 @@ class Entry:
       transpose: a linear layer: published [out, in], here [in, out].
       permute: any other order of the axes: ours is `published.transpose(permute)`.
       lead: how many leading axes of size 1 the published tensor has and ours lacks.
+      extra: how many leading axes of size 1 ours has and the published tensor lacks: a 1x1
+        convolution that is published as a linear layer.
     """
 
     name: str
     paths: tuple[str, ...]
     transpose: bool = False
     lead: int = 0
+    extra: int = 0
     permute: tuple[int, ...] | None = None
 
     def __post_init__(self):
@@ -64,7 +67,8 @@ class _Tensor:
     def shape(self, flat: Mapping[str, Any]) -> tuple[int, ...]:
         """The published shape."""
         shapes = [
-            tuple(flat[path].shape[0 if layer is None else 1 :]) for path, layer in self.places
+            tuple(flat[path].shape[(layer is not None) + self.entry.extra :])
+            for path, layer in self.places
         ]
         shapes = [tuple(shape[axis] for axis in self.axes(len(shape))) for shape in shapes]
         return (1,) * self.entry.lead + (sum(s[0] for s in shapes), *shapes[0][1:])
@@ -259,6 +263,7 @@ def _place(tensor: _Tensor, array: np.ndarray, flat, out) -> None:
         if path not in out:
             out[path] = _aligned(tuple(flat[path].shape))
         target = out[path] if layer is None else out[path][layer]
+        target = target.reshape(target.shape[tensor.entry.extra :])  # a view
         target = target.transpose(tensor.axes(target.ndim))
         target[...] = array[start : start + target.shape[0]]
         start += target.shape[0]
@@ -275,6 +280,7 @@ def to_published(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[str,
         parts = []
         for path, layer in tensor.places:
             part = np.asarray(flat[path]) if layer is None else np.asarray(flat[path][layer])
+            part = part.reshape(part.shape[tensor.entry.extra :])
             parts.append(part.transpose(tensor.axes(part.ndim)))
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         out[tensor.name] = whole.reshape((1,) * tensor.entry.lead + whole.shape)

@@ -101,7 +101,7 @@ def read(
     published = {key: value for file in files for key, value in file.config.items()}
     source = " and ".join(file.source for file in files)
     notices = [notice for file in files for notice in file.notices]
-    network = check(name, tensors, source)
+    network = check(name, tensors, source, str(published.get("_class_name") or ""))
     config, options = None, {"classes": classes}
     if params is None:
         config, more = network.infer(tensors, published, overrides or {}, source)
@@ -241,13 +241,14 @@ def name_of(tensors: Collection[str]) -> str | None:
     return next((name for name, of in NETWORKS.items() if of.recognise(tensors)), None)
 
 
-def check(name: str | None, tensors: Collection[str], source: str) -> Network:
+def check(name: str | None, tensors: Collection[str], source: str, class_name: str = "") -> Network:
     """Returns the network that these tensors are of.
 
     Args:
       name: of the network that is expected; None is any that can be loaded and written.
       tensors: published names.
       source: what messages call the file.
+      class_name: what a config.json of diffusers calls the network.
 
     Raises:
       CheckpointError: they are of another network; the text says of which.
@@ -258,6 +259,8 @@ def check(name: str | None, tensors: Collection[str], source: str) -> Network:
     if network in wanted:
         return network
     looks = f"looks like a {network.title}" if network else "is of no network known here"
+    if class_name and not network:
+        looks = f"is of no network known here, its config.json calls it {class_name}"
     remedy = "Check that it is the right file."
     if network and network.task:
         remedy = f"df.load_{found} loads it, config.init_from.model starts training from it."

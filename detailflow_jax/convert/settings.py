@@ -100,6 +100,7 @@ class Settings:
         why: str = "",
         signed: bool = False,
         needed: str = "",
+        several: bool = False,
     ) -> Any:
         """Settles and returns a field that no shape determines.
 
@@ -112,6 +113,7 @@ class Settings:
           why: where a default comes from; if given, a notice says that it was used.
           signed: whether zero and negative numbers are allowed.
           needed: what the field is, if None is no value for it.
+          several: whether a list of such values may be given.
 
         Raises:
           CheckpointError: a value of another kind, or none where one is needed.
@@ -129,8 +131,11 @@ class Settings:
                 )
             if why:
                 self.notices.append(f"{self.source}: nothing tells {name}; {value} taken, {why}")
-        if not (value is None and default is None):
-            value = self._number(name, value, kind, -_MOST if signed else 0)
+        above = -_MOST if signed else 0
+        if several and isinstance(value, list | tuple):
+            value = tuple(self._number(name, x, kind, above) for x in value)
+        elif not (value is None and default is None):
+            value = self._number(name, value, kind, above)
         self.fields[name] = value
         return value
 
@@ -144,13 +149,19 @@ class Settings:
             )
         return kind(value)
 
-    def only(self, name: str, supported: Any, meaning: str) -> None:
+    def only(
+        self,
+        name: str,
+        supported: Any,
+        meaning: str,
+        where: str = "as in every published DetailFlow",
+    ) -> None:
         """Raises CheckpointError if the configuration has another value than the supported one."""
         said = self.published.get(name)
         if said is not None and said != supported:
             raise CheckpointError(
                 f"{self.source}: its configuration says {name}={said!r}, {meaning}",
-                expected=f"{name}={supported!r}, as in every published DetailFlow",
+                expected=f"{name}={supported!r}, {where}",
                 remedy="Such a network is not supported here.",
             )
 

@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import UInt8
 
-from detailflow_jax.convert import export, load
+from detailflow_jax.convert import diffusers, export, load
 from detailflow_jax.inference import rules as rules
 from detailflow_jax.inference.checks import ArrayLike
 from detailflow_jax.inference.editing import edit as edit
@@ -83,8 +83,11 @@ def load_generator(path: Path, **options: Any) -> Generator:
 def load_vae(path: Path, **options: Any) -> VAE:
     """Loads an autoencoder from a run or a published checkpoint; see `load_tokenizer`.
 
-    Its shapes cannot tell `scale_factor` (default for a published file: 0.2325 with 16 latent
-    channels, 0.18215 with 4), `shift_factor` and `norm_groups`.
+    Files may be of the LDM family, also a whole latent-diffusion checkpoint, or diffusers'
+    `AutoencoderKL`: its folder, or `hf:OWNER/NAME/vae` of a pipeline.
+
+    Shapes cannot tell `scale_factor` (default without a configuration: that of KL-16, or 0.18215
+    with 4 latent channels), `shift_factor` and `norm_groups`.
     """
     return _load(VAE, path, **options)
 
@@ -179,3 +182,20 @@ def save_pytorch(
     for notice in done.notices:
         logging.warning("%s: %s", done.path, notice)
     return done.path
+
+
+def save_diffusers(model: Model, path: Path, *, overwrite: bool = False) -> pathlib.Path:
+    """Writes an autoencoder as a folder that diffusers' `from_pretrained` loads.
+
+    Args:
+      model: a loaded autoencoder.
+      path: a folder to make: config.json and diffusion_pytorch_model.safetensors.
+      overwrite: whether such a folder at `path` may be replaced.
+
+    Returns:
+      the path written.
+
+    Raises:
+      CheckpointError: another network, or something is at `path`.
+    """
+    return diffusers.write(model.kind, model.config, model.params, path, overwrite=overwrite)

@@ -12,6 +12,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Float32, Key
 
 from detailflow_jax.models import layers
@@ -29,9 +30,12 @@ class VAEConfig:
       multipliers: width of every level as a multiple; each level but the last halves the sides.
       res_blocks: residual blocks per level of the encoder; the decoder has one more.
       latent_channels: C.
-      scale_factor: latents are (z - shift_factor) * scale_factor, of about unit variance.
-      shift_factor: 0 but for newer autoencoders.
-      quant_conv: 1x1 convolutions on either side of the latent.
+      scale_factor: latents are (z - shift_factor) * scale_factor, of about unit variance. One
+        number, or one per latent channel.
+      shift_factor: the same; 0 but for newer autoencoders.
+      quant_conv: 1x1 convolution after the encoder.
+      post_quant_conv: the same before the decoder; None: as `quant_conv`.
+      middle_attention: attention between the two residual blocks in the middle of either half.
       encoder_attention: levels of the encoder with attention after each residual block; None: the
         last one.
       decoder_attention: the same for the decoder; None: no level.
@@ -44,9 +48,11 @@ class VAEConfig:
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     res_blocks: int = 2
     latent_channels: int = 16
-    scale_factor: float = 0.2325
-    shift_factor: float = 0.0
+    scale_factor: float | tuple[float, ...] = 0.2325
+    shift_factor: float | tuple[float, ...] = 0.0
     quant_conv: bool = True
+    post_quant_conv: bool | None = None
+    middle_attention: bool = True
     encoder_attention: tuple[int, ...] | None = None
     decoder_attention: tuple[int, ...] | None = None
     norm_groups: int = 32
@@ -61,15 +67,28 @@ class VAEConfig:
             raise ValueError(
                 f"multipliers={self.multipliers}; expected one per level, each at least 1"
             )
-        if not self.scale_factor > 0:
-            raise ValueError(f"scale_factor={self.scale_factor}; expected more than 0")
         # A config file holds lists; a static argument must hash.
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        if self.post_quant_conv is None:
+            object.__setattr__(self, "post_quant_conv", self.quant_conv)
+        self._check_scaling()
         usual = {"encoder_attention": (self.stride_power,), "decoder_attention": ()}
         for name, levels in usual.items():
             given = getattr(self, name)
             object.__setattr__(self, name, levels if given is None else tuple(given))
         self._check_levels()
+
+    def _check_scaling(self) -> None:
+        for name in ("scale_factor", "shift_factor"):
+            if not isinstance(value := getattr(self, name), int | float):
+                object.__setattr__(self, name, tuple(value))
+            if np.shape(value) not in ((), (self.latent_channels,)):
+                raise ValueError(
+                    f"{name} has {len(value)} values, expected one or {self.latent_channels}, one "
+                    "per latent channel"
+                )
+        if not np.all(np.asarray(self.scale_factor) > 0):
+            raise ValueError(f"scale_factor={self.scale_factor}; expected more than 0")
 
     def _check_levels(self) -> None:
         for width in (self.channels * m for m in self.multipliers):
@@ -182,14 +201,15 @@ class AttentionBlock(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block."""
+    """Residual block, attention unless the configuration leaves it out, residual block."""
 
     config: VAEConfig
 
     @nn.compact
     def __call__(self, x):
         x = ResBlock(self.config, x.shape[-1], name="block_0")(x)
-        x = AttentionBlock(self.config, name="attention")(x)
+        if self.config.middle_attention:
+            x = AttentionBlock(self.config, name="attention")(x)
         return ResBlock(self.config, x.shape[-1], name="block_1")(x)
 
 
@@ -255,6 +275,11 @@ class Decoder(nn.Module):
         return _conv(c.image_channels, 3, dtype, name="conv_out")(x).astype(jnp.float32)
 
 
+def _numbers(value: float | tuple[float, ...]) -> Any:
+    """One number, or those of the channels as an array."""
+    return np.asarray(value, np.float32) if isinstance(value, tuple) else value
+
+
 class VAE(nn.Module):
     """Encoder and decoder; latents that leave and enter it are scaled to about unit variance."""
 
@@ -264,9 +289,10 @@ class VAE(nn.Module):
         c = self.config
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
+        dtype = jnp.dtype(c.dtype)
         if c.quant_conv:
-            dtype = jnp.dtype(c.dtype)
             self.quant_conv = _conv(2 * c.latent_channels, 1, dtype, name="quant_conv")
+        if c.post_quant_conv:
             self.post_quant_conv = _conv(c.latent_channels, 1, dtype, name="post_quant_conv")
 
     def encode(self, images: Float[Array, "B H W _"]) -> Posterior:
@@ -302,14 +328,14 @@ class VAE(nn.Module):
             raise ValueError(
                 f"latents have shape {latents.shape}, expected [B, h, w, {c.latent_channels}]"
             )
-        z = latents / c.scale_factor + c.shift_factor
-        if c.quant_conv:
+        z = latents / _numbers(c.scale_factor) + _numbers(c.shift_factor)
+        if c.post_quant_conv:
             z = self.post_quant_conv(z.astype(c.dtype))
         return self.decoder(z)
 
     def scale(self, z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Unscaled latents (a posterior's sample or mean) -> scaled, as the rest of the system."""
-        return (z - self.config.shift_factor) * self.config.scale_factor
+        return (z - _numbers(self.config.shift_factor)) * _numbers(self.config.scale_factor)
 
     def __call__(self, images: Array, key: Array | None = None):
         """Reconstruction from a sample (from the mean without a key), and the posterior."""

@@ -146,16 +146,29 @@ def served(cache, **repositories):
 
 
 def test_from_a_server_only_what_is_needed(tmp_path, repository):
+    (repository / "vae").mkdir()
+    (repository / "vae" / "config.json").write_text('{"dim": 16}')
+    torch.save({"w": torch.tensor([3.0])}, repository / "vae" / "diffusion_pytorch_model.bin")
     with served(tmp_path / "cache", **{"Owner/Name": repository}) as hub:
         got = read_in_fresh_process(
-            "hf:Owner/Name", "hf:Owner/Name@main/checkpoints/128.pt", "hf:Owner/None", **hub
+            *("hf:Owner/Name", "hf:Owner/Name@main/checkpoints/128.pt", "hf:Owner/None"),
+            "hf:Owner/Name/vae",
+            **hub,
         )
+        offline = read_in_fresh_process("hf:Owner/Name/vae", **hub | {"HF_HUB_OFFLINE": "1"})
+    part = ["hf:Owner/Name/vae/diffusion_pytorch_model.bin", [3.0], {"dim": 16}]
+    assert got["hf:Owner/Name/vae"] == offline["hf:Owner/Name/vae"] == part
     assert "several checkpoints" in got["hf:Owner/Name"]
     assert got["hf:Owner/Name@main/checkpoints/128.pt"] == [
         "hf:Owner/Name@main/checkpoints/128.pt", [1.0], {"dim": 8},
     ]  # fmt: skip
     assert "models--Owner--None" in got["hf:Owner/None"]
-    assert sorted(Hub.fetched) == ["checkpoints/128.pt", "config.json"]
+    files = ["config.json", "diffusion_pytorch_model.bin"]
+    assert sorted(Hub.fetched) == [
+        "checkpoints/128.pt",
+        "config.json",
+        *(f"vae/{x}" for x in files),
+    ]
 
 
 @pytest.mark.full

@@ -154,6 +154,16 @@ def test_its_trainings_other_networks_are_left_aside(tmp_path, vae):
     assert df.load_vae(path).fingerprint == vae.fingerprint
 
 
+def test_a_whole_latent_diffusion_checkpoint(tmp_path, vae):
+    """As Stable Diffusion was published: the autoencoder is a part of it, under its prefix."""
+    state = {f"first_stage_model.{name}": torch.from_numpy(x) for name, x in small_state().items()}
+    others = ("model.diffusion_model.out.2.weight", "model_ema.decay", "model_ema.outweight")
+    state |= {name: torch.ones(1) for name in others}
+    state |= {"cond_stage_model.transformer.text_model.final_layer_norm.bias": torch.ones(1)}
+    torch.save({"state_dict": state, "global_step": 1}, tmp_path / "sd.ckpt")
+    assert df.load_vae(tmp_path / "sd.ckpt").fingerprint == vae.fingerprint
+
+
 # -------------------------------------------------------------------------------------- refusals
 
 
@@ -209,6 +219,9 @@ def test_overrides_that_cannot_be(kl16, overrides, message):
 
 def test_the_scale_of_other_widths_must_be_told():
     shapes = small_state()
+    with pytest.raises(CheckpointError, match="a level is 24 channels wide; expected multiples"):
+        odd = {"encoder.down.4.block.0.conv1.weight": np.zeros((24, 64, 3, 3))}
+        NETWORKS["vae"].infer(shapes | odd, {}, {}, "x")
     for name, axis in (("decoder.conv_in.weight", 1), ("post_quant_conv.weight", 0)):
         shapes[name] = np.take(shapes[name], range(8), axis=axis)
     with pytest.raises(CheckpointError, match=r"x: nothing tells scale_factor; expected scale_"):

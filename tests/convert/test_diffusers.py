@@ -1,0 +1,251 @@
+"""Autoencoders of diffusers: read, compared with diffusers at random weights, written back."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL
+
+import detailflow_jax as df
+import golden_files
+from detailflow_jax.convert import CheckpointError
+from detailflow_jax.convert.__main__ import main
+
+SMALL = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 4,
+}
+PLAIN = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+MIXED = {
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+}
+FLUX = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+FLUX |= {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+PER_CHANNEL = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.0, 2.0, 0.5, 4.0]}
+VARIANTS = {
+    "sd": PLAIN,
+    "flux": PLAIN | FLUX,
+    "attention": MIXED | {"use_quant_conv": False, "layers_per_block": 2},
+    "channels": PLAIN | PER_CHANNEL | {"mid_block_add_attention": False, "scaling_factor": 0.5},
+}
+
+
+def randomise(model):
+    """Weights as they are drawn, and norms and biases that do something."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Name of a variant -> (diffusers' model, its folder)."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("diffusers")
+    models = {k: randomise(AutoencoderKL(**SMALL | v)) for k, v in VARIANTS.items()}
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+    return {name: (model, root / name) for name, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return {name: df.load_vae(folder) for name, (_, folder) in saved.items()}
+
+
+def copied(saved, folder, name="sd", **fields):
+    """A copy of a folder whose config.json has other fields; None removes one."""
+    shutil.copytree(saved[name][1], folder)
+    config = json.loads((folder / "config.json").read_text()) | fields
+    text = json.dumps({key: x for key, x in config.items() if x is not None})
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+def images(height, width):
+    return np.random.default_rng(0).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
+
+
+def to_torch(x):
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+
+def scaled(model, z):
+    """Latents as diffusers' pipelines scale them."""
+    c = model.config
+    if c.latents_mean:
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (c.latents_mean, c.latents_std))
+        return (z - mean) * c.scaling_factor / std
+    return (z - (c.shift_factor or 0)) * c.scaling_factor
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [*((name, (8, 24)) for name in VARIANTS), ("sd", (16, 16))]
+)
+def test_the_numbers_of_diffusers(saved, loaded, name, size):
+    model, vae, x = saved[name][0], loaded[name], images(*size)
+    with torch.no_grad():
+        want = model.encode(to_torch(x)).latent_dist
+        decoded = model.decode(want.mean).sample
+    posterior = vae.encode(x)
+    for got, theirs in zip(posterior, (want.mean, want.logvar), strict=True):
+        assert golden_files.error(got, golden_files.nhwc(theirs)) <= golden_files.VAE
+    latents = golden_files.nhwc(scaled(model, want.mean))
+    assert golden_files.error(posterior.mode(), latents) <= golden_files.VAE
+    assert golden_files.error(vae.decode(latents), golden_files.nhwc(decoded)) <= golden_files.VAE
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_written_back_it_is_the_same(saved, loaded, name, tmp_path):
+    model, vae = saved[name][0], loaded[name]
+    folder = df.save_diffusers(vae, tmp_path / "out")
+    again, info = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(x, state[key]) for key, x in again.state_dict().items())
+    known = {*SMALL, *PLAIN, *FLUX, "mid_block_add_attention"} - {"scaling_factor"}
+    plain = json.loads(model.to_json_string())  # lists, as the file has them
+    assert {k: again.config[k] for k in known} == {k: plain[k] for k in known}
+    np.testing.assert_allclose(scaled(again, torch.ones(1, 1)), scaled(model, torch.ones(1, 1)))
+    read = df.load_vae(folder)
+    assert read.fingerprint == vae.fingerprint
+    np.testing.assert_allclose(read.config.scale_factor, vae.config.scale_factor, rtol=1e-15)
+
+
+def test_other_files_of_a_folder(saved, loaded, tmp_path):
+    """A PyTorch file, shards, a file alone; half precision beside the weights; a pipeline."""
+    model, want = saved["sd"][0], loaded["sd"]
+    model.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 1
+    halves = copied(saved, tmp_path / "halves")
+    (halves / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
+    alone = halves / "diffusion_pytorch_model.safetensors"
+    for path in (tmp_path / "bin", tmp_path / "shards", halves, alone):
+        vae = df.load_vae(path)
+        assert vae.fingerprint == want.fingerprint and vae.config == want.config
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="This is a pipeline: name its folder vae"):
+        df.load_vae(tmp_path / "pipeline")
+
+
+def test_names_before_diffusers_0_17(saved, loaded, tmp_path):
+    """As in stabilityai/sd-vae-ft-mse; diffusers itself reads them too."""
+    folder = copied(saved, tmp_path / "old")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for name, x in safetensors.torch.load_file(file).items():
+        for theirs, old in new.items():
+            name = name.replace(f"attentions.0.{theirs}.", f"attentions.0.{old}.")
+        state[name] = x
+    assert sum("query" in name for name in state) == 4
+    safetensors.torch.save_file(state, file)
+    assert df.load_vae(folder).fingerprint == loaded["sd"].fingerprint
+
+
+def test_without_a_configuration(saved, tmp_path):
+    """The tensors tell all but scale, shift and groups."""
+    file = shutil.copy(saved["flux"][1] / "diffusion_pytorch_model.safetensors", tmp_path)
+    told = {"shift_factor": 0.1159, "norm_groups": 8}
+    with pytest.raises(CheckpointError, match=r"nothing tells scale_factor.*FLUX: 0\.3611 with"):
+        df.load_vae(file, **told)
+    assert (
+        df.load_vae(file, scale_factor=0.3611, **told).config
+        == df.load_vae(saved["flux"][1]).config
+    )
+
+
+def test_the_command_makes_a_folder_of_diffusers(saved, loaded, tmp_path, capsys):
+    ours, back = str(tmp_path / "ours"), str(tmp_path / "back")
+    assert main(["--to", "jax", "--src", str(saved["channels"][1]), "--dst", ours]) == 0
+    assert df.load_vae(ours).config == loaded["channels"].config
+    assert main(["--to", "diffusers", "--src", ours, "--dst", back]) == 0
+    assert df.load_vae(back).fingerprint == loaded["channels"].fingerprint
+    assert main(["--to", "diffusers", "--src", ours, "--dst", back]) == 2
+    assert "back: exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"_class_name": "AutoencoderTiny"}, r"_class_name='AutoencoderTiny', its tensors are nam"),
+        (
+            {"act_fn": "relu"},
+            "act_fn=.relu., so its activations are others; expected act_fn=.silu",
+        ),
+        ({"out_channels": 4}, "out_channels=4, unlike in_channels"),
+        ({"latent_channels": 8}, "latent_channels=8, the weights themselves say 4"),
+        ({"in_channels": 1, "out_channels": 1}, "in_channels=1, the weights themselves say 3"),
+        ({"layers_per_block": 2}, "layers_per_block=2, the weights themselves say 1"),
+        ({"block_out_channels": [32, 32]}, r"block_out_channels=\[32, 32\], .* say \[32, 64\]"),
+        ({"use_quant_conv": False}, "use_quant_conv=False, the weights themselves say True"),
+        (
+            {"up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]},
+            r"up_block_types=\['AttnUp.* say \['UpDecoderBlock2D', 'UpDec",
+        ),
+        ({"norm_num_groups": 5}, "not a multiple of norm_groups=5"),
+        ({"scaling_factor": 0}, "scale_factor=0; expected float above 0"),
+        ({"latents_mean": [0, 0, 0, 0]}, "only one of latents_mean and latents_std"),
+        ({"latents_mean": [0.0], "latents_std": [1.0]}, r"latents_mean=\[0\.0\]; expected 4 numb"),
+        (
+            {"latents_mean": [0, 0, 0, 0], "latents_std": [1, 1, 0, 1]},
+            r"latents_std=.*one per latent channel, above 0",
+        ),
+    ],
+)
+def test_configurations_that_cannot_be(saved, tmp_path, fields, message):
+    with pytest.raises(CheckpointError, match=message) as raised:
+        df.load_vae(copied(saved, tmp_path / "x", **fields))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder.conv_norm_out.bias": None}, r"1 of \d+ tensors are missing: decoder\.conv_norm"),
+        ({"encoder.down_blocks.0.resnets.0.conv1.weight": None}, "conv1.weight' is missing"),
+        ({"bn.running_mean": torch.zeros(4)}, r"belong to no parameter: bn\.running_mean"),
+        (
+            {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(24, 32, 3, 3)},
+            r"block_out_channels=\[32, 64\], the weights themselves say \[24, 64\]",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(saved, tmp_path, change, message):
+    folder = copied(saved, tmp_path / "x")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load_file(file) | change
+    safetensors.torch.save_file({k: x for k, x in state.items() if x is not None}, file)
+    with pytest.raises(CheckpointError, match=message):
+        df.load_vae(folder)
+
+
+def test_a_network_that_is_not_known(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    safetensors.torch.save_file({"encoder.layers.0.weight": torch.ones(1)}, file)
+    message = r"no network known here, its config\.json calls it AutoencoderTiny.*expected a KL"
+    with pytest.raises(CheckpointError, match=message):
+        df.load_vae(tmp_path)
+
+
+def test_what_is_no_autoencoder_is_not_written(tmp_path):
+    from scored_models import generator
+
+    with pytest.raises(CheckpointError, match=r"generator is no network of diffusers; expected an"):
+        df.save_diffusers(generator(), tmp_path / "x")
