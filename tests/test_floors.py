@@ -14,6 +14,7 @@ FLOORS = (
     {"convert"},
     {"inference"},
     {"evaluate"},
+    {"training"},
     {"train"},
     {"pod", "demo", "cli"},
 )

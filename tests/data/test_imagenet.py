@@ -23,7 +23,6 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 import detailflow_jax as df
 from detailflow_jax import train
@@ -39,9 +38,10 @@ from detailflow_jax.data.prepare import main as prepare
 from detailflow_jax.inference import extract_codes
 from detailflow_jax.models import siglip
 from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from pixels import photographs
 from random_weights import TRUNK, random_like
 
-PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]
+PHOTOS = [Image.fromarray(photo) for photo in photographs()]
 SIZES = [(500, 375), (333, 500), (120, 90), (640, 426), (64, 200)]
 TRUNCATED, CMYK, PNG = "n01443537_3.JPEG", "n01739381_1309.JPEG", "n02105855_2933.JPEG"
 STRAY_CMYK, STRAY_PNG = "n01440764_7.JPEG", "n01443537_8.JPEG"  # That the builder knows nothing of.

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from sklearn.datasets import load_digits
 
 from detailflow_jax.data import UnreadableImage, make_iterator, make_source
 from detailflow_jax.data.images import decode_image
@@ -123,7 +122,7 @@ def test_digits_hold_out_a_fixed_stratified_fifth():
     train, test = make_source("digits"), make_source("digits:test")
     assert (len(train), len(test)) == (1438, 359)
     assert not set(train.positions) & set(test.positions)
-    labels = load_digits().target
+    labels = extras.require("sklearn.datasets").load_digits().target
     share = np.bincount(labels[test.positions]) / np.bincount(labels)
     assert np.abs(share - 0.2).max() < 0.005
     assert test.positions[:6].tolist() == [3, 7, 13, 19, 36, 38]  # Fixed for good.
@@ -133,7 +132,7 @@ def test_digits_hold_out_a_fixed_stratified_fifth():
 
 
 def test_digits_are_smooth_enlargements_of_the_real_ones():
-    source, digits = make_source("digits:test"), load_digits()
+    source, digits = make_source("digits:test"), extras.require("sklearn.datasets").load_digits()
     for i in (0, 100, 358):
         example, row = source[i], source.positions[i]
         image = example["image"]

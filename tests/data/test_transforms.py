@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from detailflow_jax.data import ENCODING_CROPS, TRAINING_CROPS, encoding_crops, training_crop
 from detailflow_jax.data.images import decode_picture
 from detailflow_jax.data.transforms import center_crop, longest_short_side, random_crop
+from pixels import photographs
 
 
 def picture(height, width, seed=0):
@@ -161,7 +161,7 @@ def test_reduced_decoding_moves_nothing(shape, size):
 
 
 def test_reduced_decoding_of_photographs_differs_as_documented():
-    for photo in load_sample_images().images:
+    for photo in photographs():
         data = jpeg(photo)
         reduced = decode_picture(data, "x", reduce_to=128)
         assert reduced.pixels.size == (320, 214) and reduced.reduction == 2

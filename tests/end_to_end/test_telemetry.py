@@ -8,10 +8,10 @@ import struct
 import jax
 import numpy as np
 import pytest
-import wandb
 
 import toy_task
 from detailflow_jax import train
+from detailflow_jax.runtime import extras
 from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.runtime.profiler import Profiler
 from detailflow_jax.runtime.wandb_run import WandbRun
@@ -60,7 +60,7 @@ def restarted(tmp_path_factory):
         with pytest.raises(PowerCut):
             train.train(config, workdir, toy_task.make_task(config), broken)
         toy_task.run(config, workdir)
-    wandb.teardown()
+    extras.require("wandb").teardown()
     return workdir
 
 
@@ -168,7 +168,7 @@ def test_weights_and_biases_gets_the_same(restarted):
 def test_a_run_goes_on_when_weights_and_biases_fails(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = WandbRun(tmp_path, "digits", "run", {})
-    wandb.teardown()  # Its service is gone, as after a kill.
+    extras.require("wandb").teardown()  # Its service is gone, as after a kill.
     run.scalars(1, {"loss": 1.0})
     run.scalars(2, {"loss": 1.0})
     run.close()
@@ -181,7 +181,7 @@ def test_weights_and_biases_without_a_login_is_refused_at_the_start(tmp_path, mo
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="wandb login"):
         WandbRun(tmp_path, "digits", "run", {})
-    wandb.teardown()
+    extras.require("wandb").teardown()
 
 
 def test_profiler_answers_on_its_port(tmp_path):

@@ -20,6 +20,15 @@ def test_missing_package_is_an_error_that_names_the_extra(monkeypatch):
     assert isinstance(error.value, UserError) and isinstance(error.value, ImportError)
 
 
+def test_folder_of_a_package_is_found_without_importing_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mlxtend", raising=False)
+    folder = extras.folder("mlxtend")
+    assert (folder / "__init__.py").is_file() and "mlxtend" not in sys.modules
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(extras.MissingExtra, match=r"detailflow_jax\[demo\]"):
+        extras.folder("mlxtend")
+
+
 def test_error_inside_an_installed_package_stays_as_it_is(monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("import something_else")
     monkeypatch.syspath_prepend(tmp_path)
