@@ -1,6 +1,7 @@
 """What describes a network to loading, conversion, training and evaluation: one entry each."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -113,17 +114,29 @@ class Network:
 
     def initialize(self, config: Any, *, scan: bool) -> Callable[[jax.Array], dict]:
         """Returns key -> initial parameters, in the scanned or the unrolled layout."""
-        module = self.module(with_scan(config, True))
-
-        def init(key: jax.Array) -> dict:
-            params = _unboxed(module.init(key, *self.example(config))["params"])
-            return params if scan else layers.unstack_layers(params)
-
-        return init
+        return functools.partial(_initialize, self.module, self.example, config, scan)
 
     def abstract(self, config: Any, *, scan: bool) -> dict[str, Any]:
         """Returns the parameters as shapes, in the scanned or the unrolled layout."""
-        return jax.eval_shape(self.initialize(config, scan=scan), jax.random.key(0))
+        arguments = self.module, self.example, config, scan
+        try:
+            hash(arguments)
+        except TypeError:  # A network from outside may have a configuration that is no key.
+            return _abstract(*arguments)
+        return jax.tree.map(lambda x: x, _kept_abstract(*arguments))  # Dicts of the caller's own.
+
+
+def _initialize(module: Callable, example: Callable, config: Any, scan: bool, key: Any) -> dict:
+    params = _unboxed(module(with_scan(config, True)).init(key, *example(config))["params"])
+    return params if scan else layers.unstack_layers(params)
+
+
+def _abstract(*arguments: Any) -> dict:
+    return jax.eval_shape(functools.partial(_initialize, *arguments), jax.random.key(0))
+
+
+# To trace a network takes up to seconds, and one program may load several of a kind.
+_kept_abstract = functools.lru_cache(maxsize=16)(_abstract)
 
 
 def with_scan(config: Any, scan: bool) -> Any:
