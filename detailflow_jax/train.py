@@ -22,14 +22,14 @@ Exit codes:
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from detailflow_jax.runtime import distributed, files, platforms, sharding
+from detailflow_jax.runtime import distributed, files, platforms
 from detailflow_jax.runtime.errors import Diverged, UserError
 from detailflow_jax.runtime.stop import PREEMPTED as PREEMPTED
 from detailflow_jax.tasks import Task, TrainState
@@ -67,28 +67,25 @@ def train(
         step, state, task, run = begin(stack, config, workdir, task, iterator)
         if run is None:
             return state
-        train_step = sharding.jit_step(task.train_step, state)
         try:
-            state = run_steps(run, task, train_step, state, step)
+            state = run_steps(run, task, state, step)
         except Diverged as error:
             raise Diverged(f"{error}; {run.checkpoints.last_good()}") from error
         run.finish()
     return state
 
 
-def run_steps(
-    run: Run, task: Task, train_step: Callable, state: TrainState, step: int
-) -> TrainState:
+def run_steps(run: Run, task: Task, state: TrainState, step: int) -> TrainState:
     """Runs the steps. The host waits for the devices only to log, draw or save."""
     config, first = run.config, step + 1
     while step < config.total_steps:
         run.watchdog.beat(f"step {step + 1}")
         batch = run.next_batch(step, state)
-        variant, plan = task.plan(step)
-        program, work = run.compiled(train_step, variant, state, batch, plan)
+        _, plan = task.plan(step)
+        program = run.program(step, state, batch)
         with run.clock.dispatch(step + 1):
-            state, step_metrics = program(state, batch, plan)
-        run.clock.watch(step_metrics["loss"], work)
+            state, step_metrics = program.run(state, batch, plan)
+        run.clock.watch(step_metrics["loss"], program.flops)
         step += 1
         # The call returns before the devices are done: meanwhile the next batch is read.
         run.averages.add(step, step_metrics)

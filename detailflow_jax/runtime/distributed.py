@@ -25,6 +25,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -34,6 +35,7 @@ from absl import logging
 
 from detailflow_jax.runtime.errors import ConfigError
 
+COMPILER = "compiler"  # Name of the threads that compile.
 PORT = 8476  # Where process 0 listens if nothing else says.
 # Of Google's machines: JAX asks there for the other hosts of a pod, gcsfs for the account.
 _METADATA = ("metadata.google.internal", "169.254.169.254")
@@ -139,13 +141,18 @@ def leave(code: int) -> NoReturn:
     """Ends this process with `code`.
 
     At its exit a process of many waits for the others. After a failure they would wait for it too,
-    in the middle of a step. So a failure ends the process at once.
+    in the middle of a step. So a failure ends the process at once. So does the end of a run whose
+    next program is being compiled: that can take minutes, and nobody needs it any more.
 
     Args:
         code: 0 and 143 (preempted, in all processes) are no failures.
     """
-    if code in (0, 143) or not jax.distributed.is_initialized():
+    together = jax.distributed.is_initialized()
+    compiling = any(thread.name == COMPILER for thread in threading.enumerate())
+    if not compiling and (code in (0, 143) or not together):
         sys.exit(code)
+    if code in (0, 143) and together:
+        jax.distributed.shutdown()  # Waits for the others.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -52,6 +52,7 @@ class Task:
       figures: (state, batch) -> {name: uint8 [H, W, 3]}, pictures to look at; on the devices, as
         the processes of a run draw them together.
       check: raises ConfigError if a batch is not of the shapes that the task was made for.
+      steady: whether the batches of all steps have the same shapes.
       frozen: `losses.Frozen` of each network whose weights are read when a run starts.
     """
 
@@ -60,6 +61,7 @@ class Task:
     train_step: Callable[..., tuple[TrainState, Metrics]]
     figures: Callable[[TrainState, Any], Mapping[str, Array]] = lambda state, batch: {}
     check: Callable[[Any], None] = lambda batch: None
+    steady: bool = True
     frozen: tuple[Any, ...] = ()
 
 

@@ -73,6 +73,7 @@ def make(config: Any) -> Task:
         config,
         Tokenizer(c),
         smallest,
+        steady=sizes is None,
         parts=TRAIN_ONLY[config.train_only],
         sizes=sizes,
         tokens=tokens_by_size(config, c, sizes),

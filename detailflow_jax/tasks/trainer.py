@@ -46,8 +46,17 @@ class Trainer(abc.ABC):
     keys: ClassVar[tuple[str, ...]]
 
     @classmethod
-    def task(cls, config: Any, model: Any, smallest: int, **fields: Any) -> Task:
-        """The task of a network; `smallest` is the smallest side of a reconstruction in pixels.
+    def task(
+        cls, config: Any, model: Any, smallest: int, *, steady: bool = True, **fields: Any
+    ) -> Task:
+        """The task of a network.
+
+        Args:
+          config: of the task.
+          model: the network.
+          smallest: the smallest side of a reconstruction in pixels.
+          steady: see `Task`.
+          fields: further ones of the class.
 
         Raises:
           ConfigError: loss terms that contradict each other.
@@ -56,7 +65,9 @@ class Trainer(abc.ABC):
         optimizer = optim.optimizer(config.optim, config.total_steps)
         self = cls(config=config, model=model, losses=made, optimizer=optimizer, **fields)
         frozen = tuple(self.frozen.values())
-        return Task(self.init, self.plan, self.train_step, self.figures, frozen=frozen)
+        return Task(
+            self.init, self.plan, self.train_step, self.figures, steady=steady, frozen=frozen
+        )
 
     @abc.abstractmethod
     def init(self, key: PRNGKeyArray) -> TrainState:

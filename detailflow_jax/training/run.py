@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from typing import Any
 
 import jax
@@ -11,17 +11,20 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from detailflow_jax.evaluate.training import Scorer
-from detailflow_jax.runtime import flops, memory, sharding
+from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.runtime.clock import Clock, describe
 from detailflow_jax.runtime.errors import DataError, UserError
 from detailflow_jax.runtime.feed import Feed, Leaving
 from detailflow_jax.runtime.metrics import Averages, MetricWriter, Progress
 from detailflow_jax.runtime.profiler import Profiler
+from detailflow_jax.runtime.programs import Program, Programs
 from detailflow_jax.runtime.stop import PREEMPTED, StopRequest
 from detailflow_jax.runtime.watchdog import Watchdog
 from detailflow_jax.runtime.workdir import Workdir
 from detailflow_jax.tasks import TrainState
+
+_LOOK = 0.1  # Seconds between two looks at the wish to leave, while waiting for the compiler.
 
 
 class Preempted(UserError, SystemExit):
@@ -59,7 +62,8 @@ class Run:
     started: float
     record: Callable[[], None]  # writes the configuration
     saved: int  # the step of the newest checkpoint, 0 for none
-    programs: dict[Hashable, tuple[Callable, int]] = dataclasses.field(default_factory=dict)
+    programs: Programs
+    used: set[Future] = dataclasses.field(default_factory=set)  # of its programs
 
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:
@@ -67,20 +71,27 @@ class Run:
         with self.progress.pause(), self.clock.doing(what):
             yield
 
-    def compiled(self, train_step, variant: Hashable, *args: Any) -> tuple[Callable, int]:
-        """Returns the program of a variant, and its FLOPs without recomputation."""
-        if variant not in self.programs:
-            start = time.perf_counter()
+    def program(self, step: int, state: TrainState, batch: Any) -> Program:
+        """Returns the program of the step after `step`; waits for it, where it is not made yet.
+
+        Raises:
+            Preempted: asked to leave while waiting for it; the state of `step` was saved.
+        """
+        future = self.programs.ask(step, state, batch)
+        if not future.done():
             with self.pause("compile"):
-                traced = train_step.trace(*args, variant=variant)
-                program = traced.lower().compile()
-                needed = memory.check(program, self.config)
-                self.programs[variant] = program, flops.written(traced, recomputed=False)
-                # Processes compile at different speed, and a collective waits only so long.
+                while not wait([future], timeout=_LOOK).done:
+                    # Others may be in the middle of the next step.
+                    if jax.process_count() == 1 and self.stop.asked():
+                        self.save(step, state)
+                        raise Preempted(step)
+        program = future.result()
+        if future not in self.used:
+            # Processes compile at different speed, and a collective waits only so long.
+            with self.pause("compile"):
                 sharding.sync_processes("compiled")
-            seconds, name = time.perf_counter() - start, "" if variant is None else f" {variant}"
-            logging.info("compiled the step%s in %.1f s%s", name, seconds, needed)
-        return self.programs[variant]
+            self.used.add(future)
+        return program
 
     def next_batch(self, step: int, state: TrainState) -> dict[str, jax.Array]:
         """Returns the next batch; saves the state of `step` where none comes.

@@ -35,6 +35,7 @@ from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.runtime.feed import Feed, Leaving
 from detailflow_jax.runtime.metrics import Averages, MetricWriter, Progress, log_start, run_log
 from detailflow_jax.runtime.profiler import Profiler
+from detailflow_jax.runtime.programs import Programs
 from detailflow_jax.runtime.stop import StopRequest
 from detailflow_jax.runtime.watchdog import Watchdog
 from detailflow_jax.runtime.workdir import open_workdir
@@ -120,6 +121,8 @@ def begin(
     clock.go_on(held.folder, saved.get("spent"))
     options = {"tensorboard": config.tensorboard, "wandb": _wandb(config, workdir)}
     writer = MetricWriter(held.folder, step=step, **options)
+    train_step = sharding.jit_step(task.train_step, state)
+    programs = Programs(train_step, task.plan, mesh, config, ahead=task.steady)
     progress = Progress(config.total_steps, step, config.batch_size, saved["seconds"])
     run = Run(
         config=config,
@@ -138,6 +141,7 @@ def begin(
         started=started,
         record=functools.partial(write_config, config, workdir, *origin),
         saved=step,
+        programs=stack.enter_context(programs),
     )
     return Begun(step, state, task, run)
 

@@ -377,6 +377,16 @@ def test_second_interrupt_leaves_at_once(tmp_path):
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_run_that_waits_for_its_next_program_can_be_asked_to_leave(tmp_path):
+    child = start(tmp_path, "compile_delay=90.0")
+    while "first step done" not in child.stdout.readline():
+        assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == PREEMPTED
+    child.stdout.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
 # -------------------------------------------------------------------------------- the launcher
 
 

@@ -4,7 +4,6 @@ Also a configuration file (`--config tests/helpers/toy_task.py`) and a program t
 `python tests/helpers/toy_task.py --config tests/helpers/toy_task.py --workdir DIR`.
 """
 
-import sys
 import time
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from detailflow_jax import train
+from detailflow_jax.runtime import distributed
 from detailflow_jax.tasks import Task, TrainState
 
 WIDTH, HIDDEN, CLASSES = 16, 64, 8
@@ -40,6 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "model": {"dropout": 0.1},
             "optim": {"lr": 1e-2},
             "nan_at": -1,  # The step whose loss is NaN.
+            "compile_delay": 0.0,  # Seconds that the second program takes.
             "delay": 0.0,  # Seconds a batch, to leave time for a signal.
         }
     )
@@ -84,6 +85,7 @@ def make_task(config: ConfigDict, traced: list | None = None) -> Task:
     def train_step(state, batch, plan, *, variant):
         if traced is not None:
             traced.append(variant)
+        time.sleep(config.compile_delay * variant)
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
         def loss_fn(params):
@@ -155,4 +157,4 @@ def train_for(workdir: str, fields: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(train.main(run=run))
+    distributed.leave(train.main(run=run))
