@@ -14,7 +14,8 @@ fi
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-readonly KILL_AFTER=10 # Seconds that the others get when one process failed: they may hang for it.
+# Seconds that the others get when one process failed: they may hang for it.
+readonly KILL_AFTER=${DETAILFLOW_KILL_SECONDS:-10}
 readonly USAGE="\
 usage: launch/local.sh [options] TRAINING-OPTIONS
        launch/local.sh [options] -- COMMAND [ARGUMENT ...]

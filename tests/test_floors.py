@@ -1,6 +1,7 @@
 """The rooms of the package stand on floors: a module imports only from its own room or below."""
 
 import ast
+import functools
 import pathlib
 
 import detailflow_jax
@@ -31,6 +32,7 @@ HEAVY = {
 }
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """Dotted name below the package -> syntax tree; "" is the package itself."""
     trees = {}
@@ -55,17 +57,16 @@ def imported(tree: ast.AST) -> set[str]:
 
 def at_import(tree: ast.Module) -> set[str]:
     """What is imported while the module itself is: not the imports inside functions."""
-
-    class Outside(ast.NodeTransformer):
-        def visit_FunctionDef(self, node):
-            return None
-
-        visit_AsyncFunctionDef = visit_FunctionDef
-
-        def visit_If(self, node):
-            return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
-
-    return imported(Outside().visit(ast.parse(ast.unparse(tree))))
+    names, waiting = set(), list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= imported(node)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += ast.iter_child_nodes(node)
+    return names
 
 
 def own(names: set[str], known) -> set[str]:

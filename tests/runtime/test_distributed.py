@@ -228,8 +228,9 @@ except distributed.ConfigError as error:
 
 
 @pytest.mark.slow
-def test_two_processes_reduce_over_loopback_and_one_fails():
+def test_two_processes_reduce_over_loopback_and_one_fails(monkeypatch):
     """0 + 1 + 10 + 11, over two processes of two devices; the failure is seen at once."""
+    monkeypatch.setenv("DETAILFLOW_KILL_SECONDS", "1")
     command = [ROOT / "launch" / "local.sh", "-n", "2", "--cpu-devices", "2", "--"]
     done = subprocess.run(
         [*command, "python", "-c", TWO_PROCESSES], capture_output=True, text=True, timeout=120
