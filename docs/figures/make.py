@@ -79,7 +79,8 @@ def tagged_generator() -> tuple[GeneratorConfig, dict]:
     )
     model = Generator(config)
     codes = jnp.zeros((1, TOKENS), jnp.int32)
-    params = nn.unbox(model.init(jax.random.key(0), codes, jnp.zeros(1, jnp.int32))["params"])
+    init = jax.jit(model.init)
+    params = nn.unbox(init(jax.random.key(0), codes, jnp.zeros(1, jnp.int32))["params"])
 
     def table(values):
         return {"embedding": jnp.repeat(jnp.asarray(values, jnp.float32)[:, None], 8, axis=1)}
