@@ -13,11 +13,10 @@ from ml_collections import ConfigDict
 
 from detailflow_jax import data
 from detailflow_jax.convert.load import load_autoencoder
+from detailflow_jax.models.autoencoder import AutoencoderConfig
 from detailflow_jax.models.vae import VAEConfig
 from detailflow_jax.runtime.errors import ConfigError
-
-VAE_FIELDS = tuple(x.name for x in dataclasses.fields(VAEConfig) if x.name != "dtype")
-
+from detailflow_jax.tasks.vae import autoencoder_config
 
 Fact = tuple[str, Any, str]
 """A field below `config`, its value (never None), and where that comes from, for messages."""
@@ -54,7 +53,8 @@ def _settle(config: ConfigDict, fact: Fact, origins: dict[str, str]) -> None:
     section, _, name = field.partition(".")
     given = config[section].get(name)
     if given is None:
-        config[section][name], origins[field] = value, origin
+        with config.ignore_type():  # One number per channel may stand where one is usual.
+            config[section][name], origins[field] = value, origin
     elif field == "model.num_classes" and given > value:
         return  # Published weights for 1,000 classes may be trained on with images of ten.
     elif _plain(given) != _plain(value):
@@ -107,21 +107,30 @@ def _of_flowar(config: ConfigDict) -> Iterator[Fact]:
     if vae.get("path"):
         found = load_autoencoder(vae, scaling).config
         origin = f"the autoencoder {vae.path}"
-        sizes = {name: getattr(found, name) for name in ("channels", "multipliers", "norm_groups")}
-        usual = VAEConfig(**sizes)
-        for name in VAE_FIELDS:
+        for name, default in _defaults_of(found).items():
             # A field that the configuration does not have is added only if it is needed.
-            if name in vae or _plain(getattr(found, name)) != _plain(getattr(usual, name)):
+            if name in vae or _plain(getattr(found, name)) != default:
                 yield f"vae.{name}", getattr(found, name), origin
     elif kind != "latents" and vae.get("random"):
-        fields = {name: vae[name] for name in VAE_FIELDS if vae.get(name) is not None}
-        found, origin = VAEConfig(**fields), "the random autoencoder of config.vae"
+        fields = {name: x for name, x in vae.items() if name not in ("path", "random")}
+        found, origin = autoencoder_config(fields, "config.vae"), "the random one of config.vae"
     else:
         return
     if kind != "latents":
         side = config.data.image_size // found.stride
         origin = f"{origin} at config.data.image_size={config.data.image_size}"
         yield from _of_latents(config, side, found.latent_channels, origin)
+
+
+def _defaults_of(config: AutoencoderConfig) -> dict[str, Any]:
+    """The fields of an autoencoder that decide its numbers, with their defaults."""
+    sizes: dict[str, Any] = {}
+    if isinstance(config, VAEConfig):  # Some defaults follow from sizes.
+        sizes = {n: getattr(config, n) for n in ("channels", "multipliers", "norm_groups")}
+    usual = dataclasses.asdict(type(config)(**sizes))
+    if "architecture" in usual:  # Without the field it is a KL autoencoder.
+        usual["architecture"] = "kl"
+    return {name: x for name, x in usual.items() if name != "dtype"}
 
 
 def _of_latents(config: ConfigDict, side: int, channels: int, origin: str) -> Iterator[Fact]:

@@ -48,8 +48,10 @@ def write(
             expected="an autoencoder",
             remedy="Write it in its published layout (df.save_pytorch, convert --to pytorch).",
         )
-    table, described = network.diffusers(config)
+    table, described = network.diffusers(config, params)
     tensors = mapping.to_published(table, params)
+    written = [entry for entry in table if entry.name in tensors]
+    tensors |= {name: np.zeros((), np.int64) for name in mapping.counters(written)}
     with folder_for(local_path(path), {Path("config.json"), Path(WEIGHTS)}, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         ready = {name: np.ascontiguousarray(x) for name, x in tensors.items()}

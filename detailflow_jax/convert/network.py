@@ -42,8 +42,8 @@ class Network:
       describe: configuration -> (config.json, exactly fields that the published code knows; what
         config.yaml holds besides: what it evaluates with, and what no published field can say;
         notices of what the published code cannot build). None: it is read only.
-      diffusers: configuration -> (table of diffusers' names, its config.json). None: diffusers has
-        no such network.
+      diffusers: (configuration, parameters) -> (table of diffusers' names, its config.json). None:
+        diffusers has no such network.
       names: our fields in the published configuration.
       options: name of an override -> (text -> value, help), for the `convert` command.
       buffers: configuration -> published name -> array that strict loading asks for besides.
@@ -69,7 +69,7 @@ class Network:
     infer_config: Callable[[Settings], Any] | None = None
     from_run: Callable[[Any], Any] | None = None
     describe: Callable[[Any], Description] | None = None
-    diffusers: Callable[[Any], Diffusers] | None = None
+    diffusers: Callable[[Any, Mapping[str, Any]], Diffusers] | None = None
     names: Names = dataclasses.field(default_factory=dict)
     options: Options = dataclasses.field(default_factory=dict)
     buffers: Callable[[Any], dict[str, Any]] = lambda config: {}

@@ -84,7 +84,7 @@ def load_vae(path: Path, **options: Any) -> VAE:
     """Loads an autoencoder from a run or a published checkpoint; see `load_tokenizer`.
 
     Files may be of the LDM family, also a whole latent-diffusion checkpoint, or diffusers'
-    `AutoencoderKL`: its folder, or `hf:OWNER/NAME/vae` of a pipeline.
+    `AutoencoderKL` and `AutoencoderDC`: a folder, or `hf:OWNER/NAME/vae` of a pipeline.
 
     Shapes cannot tell `scale_factor` (default without a configuration: that of KL-16, or 0.18215
     with 4 latent channels), `shift_factor` and `norm_groups`.

@@ -8,6 +8,8 @@ image, as it does when it encodes images itself.
 
 from typing import Any
 
+import numpy as np
+
 from detailflow_jax import data
 from detailflow_jax.convert.load import is_workdir
 from detailflow_jax.data.latents import DTYPES, VIEWS
@@ -72,8 +74,9 @@ def extract(
             "source": source.fingerprint,
             "vae": vae.fingerprint,
             "encoded_by": vae.encoder_fingerprint,
-            "scale_factor": c.scale_factor,
-            "shift_factor": c.shift_factor,
+            # Lists where there is one per channel, as the manifest has them.
+            "scale_factor": np.asarray(c.scale_factor).tolist(),
+            "shift_factor": np.asarray(c.shift_factor).tolist(),
             "class_names": list(source.class_names),
             "num_classes": source.num_classes,
             "image_size": image_size,

@@ -29,11 +29,10 @@ from detailflow_jax.inference.checks import (
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.inference.rules import Rule
 from detailflow_jax.inference.sampling import Sampling, sample_codes, sample_latents
+from detailflow_jax.models import autoencoder, layers, sampler
 from detailflow_jax.models import flowar as flowar_network
 from detailflow_jax.models import generator as generator_network
-from detailflow_jax.models import layers, sampler
 from detailflow_jax.models import tokenizer as tokenizer_network
-from detailflow_jax.models import vae as vae_network
 from detailflow_jax.runtime import sharding
 
 
@@ -274,7 +273,7 @@ class VAE(Model):
     """Images to latents and back."""
 
     kind = "vae"
-    config: vae_network.VAEConfig
+    config: autoencoder.AutoencoderConfig
 
     def encode(self, images: ArrayLike, *, batch_size: int = 16) -> "LatentPosterior":
         """Images -> the posterior over their latents.
@@ -349,7 +348,7 @@ class LatentPosterior(Sequence):
 
     mean: Float32[np.ndarray, "B h w C"]
     logvar: Float32[np.ndarray, "B h w C"]
-    network: vae_network.VAE = dataclasses.field(repr=False)
+    network: autoencoder.Autoencoder = dataclasses.field(repr=False)
 
     def mode(self) -> Float32[np.ndarray, "B h w C"]:
         """The most likely latents, scaled."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Float32, Int, Key, Shaped, UInt8
 
 from detailflow_jax.convert.registry import NETWORKS
-from detailflow_jax.models import generator, tokenizer, vae
+from detailflow_jax.models import autoencoder, generator, tokenizer
 from detailflow_jax.models.layers import apply
 from detailflow_jax.ops import Array, interpolation
 from detailflow_jax.ops import images as pixels
@@ -55,7 +55,7 @@ def logits(
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_moments(
-    network: vae.VAE, params: Any, images: Images
+    network: autoencoder.Autoencoder, params: Any, images: Images
 ) -> Float32[Array, "B h w moments"]:
     """Images -> mean and log-variance of their unscaled latents, along the last axis."""
     posterior = apply(network, params, pixels.to_float(images), method="encode")
@@ -64,19 +64,19 @@ def encode_moments(
 
 @functools.partial(jax.jit, static_argnums=0)
 def draw_latents(
-    network: vae.VAE,
+    network: autoencoder.Autoencoder,
     mean: Float32[Array, "B h w C"],
     logvar: Float32[Array, "B h w C"],
     keys: Key[Array, " B"],
 ) -> Float32[Array, "B h w C"]:
     """Scaled latents drawn from unscaled moments, with one PRNG key per image."""
-    draw = lambda mean, logvar, key: vae.Posterior(mean, logvar).sample(key)  # noqa: E731
+    draw = lambda mean, logvar, key: autoencoder.Posterior(mean, logvar).sample(key)  # noqa: E731
     return network.scale(jax.vmap(draw)(mean, logvar, keys))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode_latents(
-    network: vae.VAE, params: Any, latents: Float32[Array, "B h w C"]
+    network: autoencoder.Autoencoder, params: Any, latents: Float32[Array, "B h w C"]
 ) -> Float32[Array, "B H W _"]:
     """Scaled latents -> images, about [-1, 1]."""
     return apply(network, params, latents, method="decode")
@@ -86,10 +86,12 @@ def decode_latents(
 
 
 def decode_whole(
-    network: tokenizer.Tokenizer | vae.VAE, params: Any, samples: Shaped[Array, "B ..."]
+    network: tokenizer.Tokenizer | autoencoder.Autoencoder,
+    params: Any,
+    samples: Shaped[Array, "B ..."],
 ) -> Float32[Array, "B R R 3"]:
     """Codes [B, n] or latents [B, h, w, C] -> images; what fewer tokens give is enlarged to R."""
-    if isinstance(network, vae.VAE):
+    if isinstance(network, autoencoder.Autoencoder):
         return decode_latents(network, params, samples)
     resolutions = network.config.resolutions
     size, full = resolutions.decoded_size(samples.shape[1]), network.config.image_size
@@ -99,10 +101,12 @@ def decode_whole(
 
 @functools.partial(jax.jit, static_argnums=0)
 def reconstruct(
-    network: tokenizer.Tokenizer | vae.VAE, params: Any, images: UInt8[Array, "B R R 3"]
+    network: tokenizer.Tokenizer | autoencoder.Autoencoder,
+    params: Any,
+    images: UInt8[Array, "B R R 3"],
 ) -> Float32[Array, "B R R 3"]:
     """Images by way of all their tokens, or of their mean latent."""
-    if isinstance(network, vae.VAE):
+    if isinstance(network, autoencoder.Autoencoder):
         mean, _ = jnp.split(encode_moments(network, params, images), 2, axis=-1)
         return decode_latents(network, params, network.scale(mean))
     codes = encode(network, params, images)

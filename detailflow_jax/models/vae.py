@@ -9,30 +9,26 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Float, Float32, Key
 
 from detailflow_jax.models import layers
+from detailflow_jax.models.autoencoder import (
+    LOGVAR_RANGE,
+    Autoencoder,
+    AutoencoderConfig,
+    Posterior,
+)
 from detailflow_jax.ops import Array
 
-LOGVAR_RANGE = (-30.0, 20.0)
 
-
-@dataclasses.dataclass(frozen=True)
-class VAEConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEConfig(AutoencoderConfig):
     """Everything that shapes the network. The defaults are KL-16 (66.5M parameters).
 
-    Attributes:
+    Attributes, besides those of every autoencoder:
       channels: width of the first level.
       multipliers: width of every level as a multiple; each level but the last halves the sides.
       res_blocks: residual blocks per level of the encoder; the decoder has one more.
-      latent_channels: C.
-      scale_factor: latents are (z - shift_factor) * scale_factor, of about unit variance. One
-        number, or one per latent channel.
-      shift_factor: the same; 0 but for newer autoencoders.
       quant_conv: 1x1 convolution after the encoder.
       post_quant_conv: the same before the decoder; None: as `quant_conv`.
       middle_attention: attention between the two residual blocks in the middle of either half.
@@ -40,8 +36,6 @@ class VAEConfig:
         last one.
       decoder_attention: the same for the decoder; None: no level.
       norm_groups: groups of every group norm; divides every level's width.
-      image_channels: of the images.
-      dtype: of the computation; parameters, norms and softmax are float32.
     """
 
     channels: int = 128
@@ -49,18 +43,16 @@ class VAEConfig:
     res_blocks: int = 2
     latent_channels: int = 16
     scale_factor: float | tuple[float, ...] = 0.2325
-    shift_factor: float | tuple[float, ...] = 0.0
     quant_conv: bool = True
     post_quant_conv: bool | None = None
     middle_attention: bool = True
     encoder_attention: tuple[int, ...] | None = None
     decoder_attention: tuple[int, ...] | None = None
     norm_groups: int = 32
-    image_channels: int = 3
-    dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("channels", "res_blocks", "latent_channels", "norm_groups", "image_channels"):
+        super().__post_init__()
+        for name in ("channels", "res_blocks", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         if not self.multipliers or min(self.multipliers) < 1:
@@ -71,24 +63,11 @@ class VAEConfig:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         if self.post_quant_conv is None:
             object.__setattr__(self, "post_quant_conv", self.quant_conv)
-        self._check_scaling()
         usual = {"encoder_attention": (self.stride_power,), "decoder_attention": ()}
         for name, levels in usual.items():
             given = getattr(self, name)
             object.__setattr__(self, name, levels if given is None else tuple(given))
         self._check_levels()
-
-    def _check_scaling(self) -> None:
-        for name in ("scale_factor", "shift_factor"):
-            if not isinstance(value := getattr(self, name), int | float):
-                object.__setattr__(self, name, tuple(value))
-            if np.shape(value) not in ((), (self.latent_channels,)):
-                raise ValueError(
-                    f"{name} has {len(value)} values, expected one or {self.latent_channels}, one "
-                    "per latent channel"
-                )
-        if not np.all(np.asarray(self.scale_factor) > 0):
-            raise ValueError(f"scale_factor={self.scale_factor}; expected more than 0")
 
     def _check_levels(self) -> None:
         for width in (self.channels * m for m in self.multipliers):
@@ -116,24 +95,6 @@ class VAEConfig:
     def attends(self, part: str, level: int) -> bool:
         """Whether a level of "encoder" or "decoder" has attention."""
         return level in getattr(self, f"{part}_attention")
-
-
-@flax.struct.dataclass
-class Posterior:
-    """A diagonal Gaussian over unscaled latents: `mean` and `logvar`, float32 [B, h, w, C]."""
-
-    mean: Array
-    logvar: Array
-
-    def sample(self, key: Key[Array, ""]) -> Float32[Array, "*B h w C"]:
-        """mean + std * noise, unscaled."""
-        noise = jax.random.normal(key, self.mean.shape)
-        return self.mean + jnp.exp(0.5 * self.logvar) * noise
-
-    def kl(self) -> Float32[Array, " B"]:
-        """Divergence from a standard normal, summed over the latent of each sample."""
-        terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
-        return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
 
 
 def _conv(features: int, size: int, dtype: Any, *, stride: int = 1, name: str) -> nn.Conv:
@@ -275,13 +236,8 @@ class Decoder(nn.Module):
         return _conv(c.image_channels, 3, dtype, name="conv_out")(x).astype(jnp.float32)
 
 
-def _numbers(value: float | tuple[float, ...]) -> Any:
-    """One number, or those of the channels as an array."""
-    return np.asarray(value, np.float32) if isinstance(value, tuple) else value
-
-
-class VAE(nn.Module):
-    """Encoder and decoder; latents that leave and enter it are scaled to about unit variance."""
+class VAE(Autoencoder):
+    """See `Autoencoder`."""
 
     config: VAEConfig
 
@@ -295,50 +251,14 @@ class VAE(nn.Module):
         if c.post_quant_conv:
             self.post_quant_conv = _conv(c.latent_channels, 1, dtype, name="post_quant_conv")
 
-    def encode(self, images: Float[Array, "B H W _"]) -> Posterior:
-        """Images in [-1, 1] -> the unscaled posterior.
-
-        Raises:
-          ValueError: sides that are no multiple of the stride, or other channels.
-        """
-        c = self.config
-        if images.ndim != 4 or images.shape[-1] != c.image_channels:
-            raise ValueError(
-                f"images have shape {images.shape}, expected [B, H, W, {c.image_channels}]"
-            )
-        if images.shape[1] % c.stride or images.shape[2] % c.stride:
-            raise ValueError(
-                f"images are {images.shape[1]} x {images.shape[2]}; expected sides that are "
-                f"multiples of the autoencoder's stride {c.stride}"
-            )
+    def _posterior(self, images: Array) -> Posterior:
         moments = self.encoder(images)
-        if c.quant_conv:
+        if self.config.quant_conv:
             moments = self.quant_conv(moments)
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
-    def decode(self, latents: Float[Array, "B h w C"]) -> Float32[Array, "B H W _"]:
-        """Scaled latents -> images, about [-1, 1].
-
-        Raises:
-          ValueError: other channels.
-        """
-        c = self.config
-        if latents.ndim != 4 or latents.shape[-1] != c.latent_channels:
-            raise ValueError(
-                f"latents have shape {latents.shape}, expected [B, h, w, {c.latent_channels}]"
-            )
-        z = latents / _numbers(c.scale_factor) + _numbers(c.shift_factor)
-        if c.post_quant_conv:
-            z = self.post_quant_conv(z.astype(c.dtype))
+    def _images(self, z: Array) -> Array:
+        if self.config.post_quant_conv:
+            z = self.post_quant_conv(z.astype(self.config.dtype))
         return self.decoder(z)
-
-    def scale(self, z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Unscaled latents (a posterior's sample or mean) -> scaled, as the rest of the system."""
-        return (z - _numbers(self.config.shift_factor)) * _numbers(self.config.scale_factor)
-
-    def __call__(self, images: Array, key: Array | None = None):
-        """Reconstruction from a sample (from the mean without a key), and the posterior."""
-        posterior = self.encode(images)
-        z = posterior.mean if key is None else posterior.sample(key)
-        return self.decode(self.scale(z)), posterior

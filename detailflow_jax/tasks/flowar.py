@@ -13,15 +13,18 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, PRNGKeyArray, UInt8
 
 from detailflow_jax.models import flow_sampler
+from detailflow_jax.models.autoencoder import Autoencoder, Posterior
+from detailflow_jax.models.dc_ae import DCAE, DCAEConfig
 from detailflow_jax.models.flowar import SIZES, FlowAR, FlowARConfig, check_vae, example
 from detailflow_jax.models.layers import apply, drop_labels
-from detailflow_jax.models.vae import VAE, Posterior, VAEConfig
+from detailflow_jax.models.vae import VAE
 from detailflow_jax.ops import Array
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import scales as grids
 from detailflow_jax.ops.objectives import GRIDS, OBJECTIVES
 from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.tasks import Task, TrainState, from_section, no_plan, optim, with_size
+from detailflow_jax.tasks.vae import autoencoder_config
 
 
 def model_config(model: Any) -> FlowARConfig:
@@ -97,7 +100,7 @@ def draw(
     return times, jax.random.normal(noise_key, (batch, config.num_positions, config.channels))
 
 
-def _vae(config: Any, c: FlowARConfig) -> VAE | None:
+def _vae(config: Any, c: FlowARConfig) -> Autoencoder | None:
     """The frozen autoencoder: encodes images, and decodes the samples that are drawn as figures.
 
     Raises:
@@ -114,15 +117,17 @@ def _vae(config: Any, c: FlowARConfig) -> VAE | None:
                 "config.vae.random=True takes a random one, to try the code only"
             )
         return None
-    vae = from_section(VAEConfig, fields, "config.vae")
+    vae = autoencoder_config(fields, "config.vae")
     try:
         check_vae(c, vae.latent_channels, "config.vae")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return VAE(vae)
+    return DCAE(vae) if isinstance(vae, DCAEConfig) else VAE(vae)
 
 
-def _latents(vae: VAE | None, frozen: Any, batch: Any, key: Array) -> Float[Array, "B S S C"]:
+def _latents(
+    vae: Autoencoder | None, frozen: Any, batch: Any, key: Array
+) -> Float[Array, "B S S C"]:
     """A sample of the scaled latents of a batch of moments or of images."""
     if vae is None or "moments" in batch:
         mean, logvar = jnp.split(batch["moments"], 2, axis=-1)
@@ -131,13 +136,17 @@ def _latents(vae: VAE | None, frozen: Any, batch: Any, key: Array) -> Float[Arra
 
 
 def _encode(
-    vae: VAE, params: Any, images: Float[Array, "B H W _"], key: Array
+    vae: Autoencoder, params: Any, images: Float[Array, "B H W _"], key: Array
 ) -> Float[Array, "B S S C"]:
     return vae.scale(apply(vae, params, images, method="encode").sample(key))
 
 
 def reduced_images(
-    vae: VAE, params: Any, images: Float[Array, "B H W _"], scales: Sequence[int], key: Array
+    vae: Autoencoder,
+    params: Any,
+    images: Float[Array, "B H W _"],
+    scales: Sequence[int],
+    key: Array,
 ) -> list[Float[Array, "B _ C"]]:
     """The positions [B, i^2, C] of every scale, each encoded from the image reduced to its size.
 
@@ -166,7 +175,7 @@ def _check_scales_from(config: Any) -> None:
         )
 
 
-def _check_batch(c: FlowARConfig, vae: VAE | None, batch: Any) -> None:
+def _check_batch(c: FlowARConfig, vae: Autoencoder | None, batch: Any) -> None:
     """Raises ConfigError if a batch's latents are not those of the scale schedule."""
     if vae is None or "moments" in batch:
         height, width, channels = batch["moments"].shape[1:]
@@ -231,7 +240,7 @@ def make(config: Any) -> Task:
 
 
 def figures(
-    model: FlowAR, vae: VAE | None, state: TrainState, batch: Any, num_steps: int = 25
+    model: FlowAR, vae: Autoencoder | None, state: TrainState, batch: Any, num_steps: int = 25
 ) -> Mapping[str, UInt8[Array, "_ _ 3"]]:
     """`samples`: four of each of up to eight classes, one column per class.
 
@@ -252,7 +261,12 @@ def figures(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
 def _draw(
-    model: FlowAR, vae: VAE, params: Any, vae_params: Any, labels: Int[Array, " B"], num_steps: int
+    model: FlowAR,
+    vae: Autoencoder,
+    params: Any,
+    vae_params: Any,
+    labels: Int[Array, " B"],
+    num_steps: int,
 ) -> Float[Array, "B H W _"]:
     num_scales = len(model.config.scales)
     solver = OBJECTIVES[model.config.objective].default

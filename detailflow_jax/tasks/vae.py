@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, PRNGKeyArray, UInt8
 
+from detailflow_jax.models.dc_ae import DCAEConfig
 from detailflow_jax.models.layers import apply
 from detailflow_jax.models.vae import VAE, VAEConfig
 from detailflow_jax.ops import Array
@@ -30,6 +31,27 @@ def model_config(model: Any) -> VAEConfig:
       ConfigError: values that contradict each other.
     """
     return from_section(VAEConfig, model.to_dict(), "config.model")
+
+
+def autoencoder_config(fields: Mapping[str, Any], section: str) -> VAEConfig | DCAEConfig:
+    """The configuration of a trained autoencoder of either architecture.
+
+    Args:
+      fields: `architecture` "kl", also if there is none, or "dc_ae"; and those of this network.
+      section: where they are from, for messages.
+
+    Raises:
+      ConfigError: an unknown architecture or field, or values that contradict each other.
+    """
+    architecture = fields.get("architecture") or "kl"
+    if architecture == "dc_ae":
+        # A section has the fields of a KL autoencoder, which are not set then.
+        given = {name: value for name, value in fields.items() if value is not None}
+        return from_section(DCAEConfig, given, section)
+    if architecture != "kl":
+        raise ConfigError(f"{section}.architecture={architecture!r}; expected 'kl' or 'dc_ae'")
+    of_kl = {name: value for name, value in fields.items() if name != "architecture"}
+    return from_section(VAEConfig, of_kl, section)
 
 
 def forward(model: VAE, images: Float[Array, "B R R c"], key: PRNGKeyArray) -> Step:

@@ -70,11 +70,13 @@ def test_a_run_keeps_to_its_encoder(tmp_path, monkeypatch):
     config.vae.path = "runs/vae"
     assert start.check_encoder(config, "", tmp_path / "new") == own
     assert start.check_encoder(config, own, tmp_path / "new") == own
-    with pytest.raises(CheckpointError, match=r"runs/vae is not the KL autoencoder that made the"):
+    with pytest.raises(
+        CheckpointError, match=r"runs/vae is not the latent autoencoder that made the"
+    ):
         start.check_encoder(config, "c" * 32, tmp_path / "new")
     config.vae.path, config.score = None, {"every": 10, "decoder": "runs/other"}
     assert start.check_encoder(config, own, tmp_path / "new") == own
-    with pytest.raises(CheckpointError, match=r"config\.score\.decoder=runs/other is not the KL"):
+    with pytest.raises(CheckpointError, match=r"config\.score\.decoder=runs/other is not the lat"):
         start.check_encoder(config, "c" * 32, tmp_path / "new")
 
 

@@ -87,7 +87,9 @@ def test_a_network_of_another_package(tmp_path, toy):
     frozen = published.read("toy", back, params=found.params)
     jax.tree.map(np.testing.assert_array_equal, frozen.params, found.params)
 
-    with pytest.raises(CheckpointError, match=r"looks like a toy of another.*expected a KL auto"):
+    with pytest.raises(
+        CheckpointError, match=r"looks like a toy of another.*expected a latent auto"
+    ):
         load("vae", back)
     with pytest.raises(ValueError, match="network 'toy' already"):
         register(dataclasses.replace(TOY, title="another"))

@@ -267,7 +267,9 @@ def test_the_network_wanted_is_taken_of_several(tmp_path):
     torch.save({"vq": tokenizer, "gpt": MODEL}, tmp_path / "x.pt")
     assert shift_of(tmp_path / "x.pt") == 0
     assert df.load_tokenizer(tmp_path / "x.pt", **TOKENIZER_HEADS).config.num_tokens == 32
-    with pytest.raises(CheckpointError, match=r"looks like a DetailFlow tokenizer.*KL autoencoder"):
+    with pytest.raises(
+        CheckpointError, match=r"looks like a DetailFlow tokenizer.*latent autoencoder"
+    ):
         df.load_vae(tmp_path / "x.pt")
 
 

@@ -168,10 +168,10 @@ def test_a_whole_latent_diffusion_checkpoint(tmp_path, vae):
 
 
 def test_the_wrong_door(kl16, tmp_path):
-    with pytest.raises(CheckpointError, match=r"looks like a KL autoencoder.*df\.load_vae"):
+    with pytest.raises(CheckpointError, match=r"looks like a latent autoencoder.*df\.load_vae"):
         df.load_generator(kl16)
     generator = published(tmp_path / "gen", "generator_a")
-    message = r"looks like a DetailFlow generator.*expected a KL autoencoder"
+    message = r"looks like a DetailFlow generator.*expected a latent autoencoder"
     with pytest.raises(CheckpointError, match=message):
         df.load_vae(generator)
 

@@ -89,7 +89,8 @@ def test_noise_prediction_learns_too():
 def test_every_scale_is_the_latent_of_the_reduced_image():
     task = make_task(tiny(*IMAGES, "--config.scales_from=image"))
     state = first_state(*IMAGES)
-    vae = VAE(VAEConfig(8, (1, 1), 1, 2, norm_groups=8))
+    sizes = {"channels": 8, "multipliers": (1, 1), "res_blocks": 1, "norm_groups": 8}
+    vae = VAE(VAEConfig(latent_channels=2, **sizes))
     images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     key, params = jax.random.key(0), state.frozen["vae"]
     levels = flowar_task.reduced_images(vae, params, images, (1, 2, 4), key)

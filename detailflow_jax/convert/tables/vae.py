@@ -1,7 +1,7 @@
-"""The KL autoencoder in the names of the LDM family and of diffusers, and in their configurations.
+"""Autoencoders in the names of the LDM family and of diffusers, and in their configurations.
 
-A file is read in whichever names it has. `save_pytorch` writes the former, `save_diffusers` the
-latter.
+A file of a KL autoencoder is read in whichever names it has. `save_pytorch` writes the former,
+`save_diffusers` the latter. DC-AE, whose table is in `dc_ae`, has the latter only.
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, conv, norm
 from detailflow_jax.convert.network import Description, Diffusers, Layout, Network, any_of
 from detailflow_jax.convert.settings import Settings, count_layers, published_fields, unlike
+from detailflow_jax.convert.tables import dc_ae
+from detailflow_jax.models.dc_ae import DCAE, DCAEConfig
 from detailflow_jax.models.vae import VAE, VAEConfig
 from detailflow_jax.tasks import vae as task
 
@@ -158,6 +160,8 @@ SKIPPED = ("loss.",)
 def layout(tensors: Mapping[str, Any], params: Mapping[str, Any], source: str) -> Layout:
     """See `Network.layout`."""
     del source
+    if dc_ae.recognise(tensors):
+        return dc_ae.table(params), dc_ae.skipped(params)
     names = names_of(tensors)
     levels = sum(name.startswith("level_") for name in params["encoder"])
     return (table(names, levels) if names.reverse else TABLE), SKIPPED
@@ -191,8 +195,10 @@ _BLOCK_TYPES = {
 """Of diffusers, without and with attention."""
 
 
-def infer_config(s: Settings) -> VAEConfig:
+def infer_config(s: Settings) -> VAEConfig | DCAEConfig:
     """See `Network.infer_config`."""
+    if dc_ae.recognise(s.tensors):
+        return dc_ae.infer_config(dataclasses.replace(s, names=dc_ae.NAMES))
     names = names_of(s.tensors)
     if names.reverse:
         s = dataclasses.replace(s, names=_DIFFUSERS_NAMES)
@@ -303,8 +309,13 @@ def _by_channel(s: Settings, mean: Any, std: Any) -> dict[str, Any]:
     }
 
 
-def describe(config: VAEConfig) -> Description:
+def describe(config: VAEConfig | DCAEConfig) -> Description:
     """See `Network.describe`."""
+    if isinstance(config, DCAEConfig):
+        raise CheckpointError(
+            "a DC-AE is published in the layout of diffusers alone",
+            remedy="Write that: df.save_diffusers, or convert --to diffusers.",
+        )
     both = published_fields(config, _NAMES) | {"embed_dim": config.latent_channels}
     # What no published autoencoder of this family needs to tell.
     extra = {"norm_groups": config.norm_groups, "shift_factor": config.shift_factor}
@@ -318,8 +329,10 @@ def describe(config: VAEConfig) -> Description:
     return both, extra, notices
 
 
-def diffusers(config: VAEConfig) -> Diffusers:
-    """See `Network.diffusers`: an `AutoencoderKL`."""
+def diffusers(config: VAEConfig | DCAEConfig, params: Mapping[str, Any]) -> Diffusers:
+    """See `Network.diffusers`: an `AutoencoderKL` or an `AutoencoderDC`."""
+    if isinstance(config, DCAEConfig):
+        return dc_ae.table(params), dc_ae.describe(config)
     levels = len(config.multipliers)
     fields = {
         "_class_name": "AutoencoderKL",
@@ -343,15 +356,15 @@ def diffusers(config: VAEConfig) -> Diffusers:
 
 NETWORK = Network(
     name="vae",
-    title="KL autoencoder",
-    recognise=any_of(_SIGNS),
-    module=VAE,
+    title="latent autoencoder",
+    recognise=lambda names: any_of(_SIGNS)(names) or dc_ae.recognise(names),
+    module=lambda config: (DCAE if isinstance(config, DCAEConfig) else VAE)(config),
     example=lambda c: (jnp.zeros((1, c.stride, c.stride, c.image_channels)),),
     table=TABLE,
     skipped=SKIPPED,
     layout=layout,
     infer_config=infer_config,
-    from_run=task.model_config,
+    from_run=lambda model: task.autoencoder_config(model.to_dict(), "config.model"),
     describe=describe,
     diffusers=diffusers,
     names=_NAMES,
