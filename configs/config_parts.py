@@ -71,6 +71,7 @@ def discriminator(kind: str, **fields: Any) -> dict[str, Any]:
 def adam(lr: float, warmup_steps: int) -> dict[str, Any]:
     """`optim` of tokenizer and autoencoder: Adam, linear warm-up, cosine decay to a tenth."""
     return {
+        "kind": "adamw",  # or "muon": far fewer steps for a small network from scratch
         "lr": lr,
         "warmup_steps": warmup_steps,
         "warmup_start": 0.0,

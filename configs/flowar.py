@@ -104,6 +104,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     config.loss = {"scale_weights": placeholder(tuple)}  # one per scale; None: side^2 / last^2
     lr = 5e-5 * batch_size / 256
     config.optim = {
+        "kind": "adamw",  # or "muon"
         "lr": lr,
         "warmup_steps": 100 * steps_per_epoch,
         "warmup_start": 0.0,

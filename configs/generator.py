@@ -73,6 +73,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
     }
     config.loss = {"correction": 0.3}  # share of examples that train on a correction pair
     config.optim = {
+        "kind": "adamw",  # or "muon"
         "lr": 1e-4,  # not scaled with the batch
         "warmup_steps": config.total_steps // 20,
         "warmup_start": 0.005,

@@ -75,9 +75,11 @@ def param(
     return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
 
 
-def table(module: nn.Module, name: str, rows: int, width: int) -> Float[Array, "{rows} {width}"]:
-    """A learned table with one row per position, initialised with std 0.02."""
-    return param(module, name, nn.initializers.normal(0.02), ("positions", "embed"), (rows, width))
+def table(
+    module: nn.Module, name: str, rows: int, width: int, std: float = 0.02
+) -> Float[Array, "{rows} {width}"]:
+    """A learned table with one row per position, which starts with standard deviation `std`."""
+    return param(module, name, nn.initializers.normal(std), ("positions", "embed"), (rows, width))
 
 
 def layer_norm(name: str | None = None) -> nn.LayerNorm:

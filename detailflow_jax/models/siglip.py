@@ -87,6 +87,7 @@ class VisionTransformer(nn.Module):
       remat: one of `layers.REMAT_POLICIES`.
       embed_patches: False leaves out the patch embedding (the decoder's trunk has none).
       tap: the block, 1 to L, whose tokens `run_tapped` returns; 0: none.
+      table_std: standard deviation that the position table starts with.
     """
 
     config: ViTConfig
@@ -95,12 +96,15 @@ class VisionTransformer(nn.Module):
     remat: str = "none"
     embed_patches: bool = True
     tap: int = 0
+    table_std: float = 0.02
 
     def setup(self):
         c = self.config
         if self.embed_patches:
             self.patch_embed = layers.dense(c.width, ("pixels", "embed"), dtype=self.dtype)
-        self.position_table = layers.table(self, "position_table", c.table_side**2, c.width)
+        self.position_table = layers.table(
+            self, "position_table", c.table_side**2, c.width, self.table_std
+        )
         options = {"num_heads": c.num_heads, "mlp_dim": c.mlp_dim, "dtype": self.dtype}
         block = Block
         if self.tap:

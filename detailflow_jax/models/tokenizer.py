@@ -45,6 +45,9 @@ class TokenizerConfig:
     causal_encoder: bool = True  # False: every query sees every query (the paper's baseline)
     teacher_width: int = 0  # of the alignment teacher; 0: no projection for alignment
     repa_layer: int = 0  # the decoder block whose tokens are aligned too, from 1; 0: none
+    # What position tables and queries start with. 0.02 suits patches of a trained encoder; from
+    # scratch they vanish beside the patches for hundreds of steps.
+    table_std: float = 0.02
     dtype: str = "float32"
     scan: bool = True
     remat: str = "none"
@@ -92,11 +95,17 @@ class Encoder(nn.Module):
 
     def setup(self):
         c = self.config
-        self.trunk = VisionTransformer(c.encoder, jnp.dtype(c.dtype), c.scan, c.remat)
-        self.latent_tokens = layers.table(self, "latent_tokens", c.num_tokens, c.encoder.width)
-        self.refined_tokens = layers.table(self, "refined_tokens", c.num_tokens, c.encoder.width)
+        self.trunk = VisionTransformer(
+            c.encoder, jnp.dtype(c.dtype), c.scan, c.remat, table_std=c.table_std
+        )
+        self.latent_tokens = layers.table(
+            self, "latent_tokens", c.num_tokens, c.encoder.width, c.table_std
+        )
+        self.refined_tokens = layers.table(
+            self, "refined_tokens", c.num_tokens, c.encoder.width, c.table_std
+        )
         self.latent_positions = layers.table(
-            self, "latent_positions", c.num_tokens, c.encoder.width
+            self, "latent_positions", c.num_tokens, c.encoder.width, c.table_std
         )
 
     def encode_patches(self, images: Images) -> tuple[Float[Array, "B P D"], LayerCache]:
@@ -142,10 +151,19 @@ class Decoder(nn.Module):
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         trunk = VisionTransformer(
-            c.decoder, dtype, c.scan, c.remat, embed_patches=False, tap=c.repa_layer, name="trunk"
+            c.decoder,
+            dtype,
+            c.scan,
+            c.remat,
+            embed_patches=False,
+            tap=c.repa_layer,
+            table_std=c.table_std,
+            name="trunk",
         )
         mask_token = layers.table(self, "mask_token", 1, c.decoder.width)
-        latent_positions = layers.table(self, "latent_positions", c.num_tokens, c.decoder.width)
+        latent_positions = layers.table(
+            self, "latent_positions", c.num_tokens, c.decoder.width, c.table_std
+        )
         batch, length, _ = codes.shape
         grid = jnp.broadcast_to(
             mask_token + trunk.positions(height, width),

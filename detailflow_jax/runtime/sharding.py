@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -140,7 +141,9 @@ def state_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     dimensions that ask for the same axis.
     """
 
-    def place(path, names: PartitionSpec, leaf) -> NamedSharding:
+    def place(path, names: PartitionSpec, leaf) -> Any:
+        if isinstance(leaf, optax.MaskedNode):  # An optimizer keeps nothing for this array.
+            return leaf
         spec = _partition(names, leaf.shape, mesh, jax.tree_util.keystr(path))
         return NamedSharding(mesh, spec)
 

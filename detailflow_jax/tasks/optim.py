@@ -39,17 +39,46 @@ def decays(params: Any) -> Any:
 
 
 def optimizer(optim: Any, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (plain Adam where `weight_decay` is 0)."""
-    return optax.chain(
-        optax.clip_by_global_norm(optim.clip),
-        optax.adamw(
-            schedule(optim, total_steps),
-            b1=optim.b1,
-            b2=optim.b2,
+    """Clipping by global norm, then `optim.kind`: "adamw" (plain Adam without decay) or "muon".
+
+    Muon (Jordan et al.) orthogonalises the updates of the matrices of the blocks; everything else
+    is updated by AdamW. Its updates are scaled to the size of Adam's, so that one `lr` suits both.
+
+    Raises:
+      ConfigError: an unknown `optim.kind`.
+    """
+    kind = optim.get("kind", "adamw")  # which a configuration of an older run leaves out
+    rate = schedule(optim, total_steps)
+    if kind == "adamw":
+        betas = {"b1": optim.b1, "b2": optim.b2}
+        update = optax.adamw(rate, **betas, weight_decay=optim.weight_decay, mask=decays)
+    elif kind == "muon":
+        update = optax.contrib.muon(
+            rate,
             weight_decay=optim.weight_decay,
-            mask=decays,
-        ),
-    )
+            weight_decay_mask=decays,
+            adam_b1=optim.b1,
+            adam_b2=optim.b2,
+            muon_weight_dimension_numbers=_block_matrices,
+            consistent_rms=0.2,
+        )
+    else:
+        raise ConfigError(f"config.optim.kind={kind!r} is not one of adamw, muon")
+    return optax.chain(optax.clip_by_global_norm(optim.clip), update)
+
+
+def _block_matrices(params: Any) -> Any:
+    """Which axes of a kernel of a block are its input and output; None for what is no such."""
+
+    def axes(path, leaf) -> Any:
+        names = [name for part in path if isinstance(name := getattr(part, "key", None), str)]
+        of_block = any(name.startswith("layers") for name in names)
+        matrix = leaf.ndim - ("layers" in names) == 2
+        if not (of_block and matrix and names[-1] == "kernel"):
+            return None
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]

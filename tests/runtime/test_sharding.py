@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
@@ -57,6 +58,14 @@ def test_mesh_that_does_not_fit_is_refused(sizes, words):
 def test_rules(boxed, mesh, expected):
     placed = sharding.state_shardings({"w": boxed}, abstract_mesh(*mesh))["w"]
     assert placed.spec == PartitionSpec(*expected)
+
+
+def test_what_an_optimizer_leaves_out_has_no_place():
+    kernel, bias = box((8, 16), "embed", "mlp"), box((16,), "mlp")
+    left_out = bias.replace(value=optax.MaskedNode())
+    placed = sharding.state_shardings({"kernel": kernel, "bias": left_out}, abstract_mesh(2, 4, 2))
+    assert placed["bias"] == optax.MaskedNode()
+    assert placed["kernel"].spec == PartitionSpec("fsdp", "tensor")
 
 
 def test_unknown_logical_name_is_refused_with_its_parameter():

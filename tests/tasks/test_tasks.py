@@ -231,6 +231,32 @@ def test_decay_reaches_matrices_only():
     assert not updates["layers"]["bias"].any()
 
 
+@pytest.mark.parametrize("scanned", [False, True])
+def test_muon_turns_the_matrices_of_blocks(scanned):
+    """Their updates are near orthogonal, of the size of Adam's; everything else is Adam's."""
+    config = generator_config()
+    config.optim.update(kind="muon", lr=0.1, warmup_steps=0, weight_decay=0.0, clip=1e9)
+    kernel = jnp.zeros((8, 4))
+    block = {"layers": {"kernel": kernel[None]}} if scanned else {"layers_0": {"kernel": kernel}}
+    params = {"blocks": block, "embed": {"kernel": kernel}}
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+    muon = optim.optimizer(config.optim, 100)
+    update, _ = muon.update(grads, muon.init(params), params)
+    made = jax.tree.leaves(update["blocks"])[0].reshape(8, 4)
+    # 0.2 sqrt(8) lr times a matrix whose singular values are near 1
+    singular = jnp.linalg.svd(made, compute_uv=False) / (0.1 * 0.2 * 8**0.5)
+    assert 0.6 < singular.min() < singular.max() < 1.3
+    first = jnp.abs(update["embed"]["kernel"])  # of Adam: as large for every gradient
+    np.testing.assert_allclose(first, first[0, 0], rtol=1e-3)
+
+
+def test_unknown_optimizer_is_refused():
+    config = generator_config()
+    config.optim.kind = "lion"
+    with pytest.raises(ConfigError, match=r"optim\.kind='lion'"):
+        optim.optimizer(config.optim, 100)
+
+
 def test_schedule():
     config = generator_config()
     config.optim.update(lr=2.0, warmup_steps=10, warmup_start=0.1, final=0.05)
