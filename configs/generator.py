@@ -7,14 +7,14 @@ Variants:
 
 Options, after a second colon: `size=GPT-L` (GPT-B, GPT-L, GPT-XL, GPT-XLPlus, GPT-XXL, GPT-XXLPlus,
 GPT-XXXL, GPT-1B, GPT-3B, GPT-7B), `codes=DIR` (of `detailflow extract`), `runlocal`,
-`batch_size=N`, `epochs=N`.
+`batch_size=N`, `epochs=N`, `head=flow` (the tokens of a group are drawn jointly, by a flow head).
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from config_parts import IMAGENET_IMAGES, schedule, small, watch
-from detailflow_jax.models.generator import SIZES
+from detailflow_jax.models.generator import HEADS, SIZES
 from detailflow_jax.runtime.config import choose, decode_variant
 
 TOKENS = {"detailflow_16": 128, "detailflow_32": 256, "detailflow_64": 512}
@@ -30,10 +30,14 @@ def get_config(arg: str = "digits") -> ConfigDict:
         runlocal=False,
         batch_size=0,
         epochs=0.0,
+        head="categorical",
     )
     choose(options.size, SIZES, "generator size")
+    choose(options.head, HEADS, "head")
     makers = {"small": _small, "digits": _digits}
     config = makers[variant](options) if variant in makers else _published(variant, options)
+    if options.head == "flow":
+        _flow_head(config, variant)
     if options.runlocal:
         _shrink(config)
     return config
@@ -119,12 +123,24 @@ def _digits(options: ConfigDict) -> ConfigDict:
     return config
 
 
+def _flow_head(config: ConfigDict, variant: str) -> None:
+    """A flow head, as wide as the small networks, or that of FlowAR-S."""
+    config.model.head = "flow"
+    config.model.code_dim = placeholder(int)  # None: that of the codes
+    config.model.injection = "spatial"  # how the semantics enter (models/flow_head.py)
+    config.model.update(flow_depth=2, flow_width=1024, flow_head_dim=64)
+    if variant in ("small", "digits"):
+        config.model.update(flow_width=config.model.width, flow_head_dim=32)
+
+
 def _shrink(config: ConfigDict) -> None:
     """Two layers, a small batch and a short run; every other field keeps its meaning."""
     config.batch_size = min(config.batch_size, 8)
     config.total_steps = 20
     config.model.size = None
     config.model.update(width=64, depth=2, num_heads=4)
+    if "head" in config.model:
+        config.model.update(flow_width=64, flow_depth=1, flow_head_dim=32)
     config.optim.warmup_steps = 5
     config.data.update(num_workers=0)
     watch(config, log_every=5, figures_every=10, checkpoint_every=10)

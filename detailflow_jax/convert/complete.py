@@ -82,6 +82,9 @@ def _of_generator(config: ConfigDict) -> Iterator[Fact]:
     origin = f"the codes in {folder}"
     for name in ("num_classes", "codebook_size", "num_tokens", "group_size"):
         yield f"model.{name}", manifest[name], origin
+    if config.model.get("head") == "flow":
+        codebook = data.CodeSource.read_codebook(folder)
+        yield "model.code_dim", codebook.shape[1], f"the codebook in {folder}"
     # None stands for one group.
     one_group = manifest["causal_num"] == manifest["group_size"]
     if not (one_group and config.model.get("causal_num") is None):

@@ -10,6 +10,8 @@
     config.losses.perceptual.path   LPIPS of the perceptual loss, and `linear` beside VGG16 alone
     config.discriminator.path  the frozen DINO of the discriminator
 
+A generator with a flow head gets the codebook from the folder of its codes.
+
 LPIPS and DINO have usual places, which need not be named (`detailflow_jax.runtime.weights`).
 SigLIP2 is a folder, file or hub name in Hugging Face's format, or a published training checkpoint
 of a tokenizer, which has its teacher inside. Position tables of another grid are resized as the
@@ -28,6 +30,7 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
+from detailflow_jax import data
 from detailflow_jax.convert import mapping, published
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.fingerprint import encoder_fingerprint
@@ -63,6 +66,15 @@ def load_into(
             f"config.init_from names both model={model} and encoder={encoder}",
             expected="one of them: a whole model has an encoder",
         )
+    if config.get("task") == "generator" and config.model.get("head") == "flow":
+        if model:
+            raise CheckpointError(
+                f"config.init_from.model={model}: a generator with a flow head starts from scratch",
+                remedy="Leave it out; a run goes on with the same --workdir.",
+            )
+        _, _, folder = config.data.source.partition(":")
+        if fresh:
+            state = _with_params(state, {"codebook": data.CodeSource.read_codebook(folder)})
     if fresh and model:
         whole = read_whole(config.task, model, state.params, start.get("classes"))
         state = _with_params(state, whole)

@@ -17,7 +17,7 @@ codes.py        records of codes, for the generator
 latents.py      records of latents, for FlowAR
 """
 
-from detailflow_jax.data.codes import CodeLayout, CodeSource
+from detailflow_jax.data.codes import CODEBOOK, CodeLayout, CodeSource, codebook_file
 from detailflow_jax.data.errors import UnreadableImage, printable
 from detailflow_jax.data.latents import LatentLayout, LatentSource
 from detailflow_jax.data.pipeline import iterate_crops, make_iterator
@@ -37,6 +37,7 @@ from detailflow_jax.data.transforms import (
 )
 
 __all__ = [
+    "CODEBOOK",
     "ENCODING_CROPS",
     "TRAINING_CROPS",
     "CodeLayout",
@@ -46,6 +47,7 @@ __all__ = [
     "ShardLayout",
     "Source",
     "UnreadableImage",
+    "codebook_file",
     "encoding_crops",
     "iterate_crops",
     "make_iterator",

@@ -5,11 +5,19 @@ triplet of self-correction.
 """
 
 import dataclasses
+import io
+import os
 
 import numpy as np
+from jaxtyping import Float32
 
 from detailflow_jax.data.shard_source import ShardSource
 from detailflow_jax.data.shards import ShardLayout
+from detailflow_jax.runtime import files
+from detailflow_jax.runtime.errors import ConfigError, NotFoundError
+
+CODEBOOK = "codebook.npy"
+"""File beside the shards: the codebook of the tokenizer, float32 [V, d], not normalised."""
 
 _NEEDED = {"source", "tokenizer", "class_names", "num_classes", "image_size"}
 _NEEDED |= {"group_size", "causal_num", "crops", "seed"}
@@ -45,3 +53,36 @@ class CodeSource(ShardSource):
     """Random access to a finished folder of codes; `source[i]` has "codes", int32 [K, N, 3]."""
 
     layout_class, dtype = CodeLayout, np.int32
+
+    @classmethod
+    def read_codebook(cls, directory: str) -> Float32[np.ndarray, "V d"]:
+        """The codebook of the tokenizer that made the codes.
+
+        Raises:
+          NotFoundError: there is none: the folder was written before it was kept.
+          ConfigError: it is not that of these codes.
+        """
+        size = cls.read_manifest(directory)["codebook_size"]
+        path = os.path.join(os.fspath(files.path(directory)), CODEBOOK)
+        if not files.exists(path):
+            raise NotFoundError(
+                f"{path} is missing, which a flow head needs: run the same extraction again, it "
+                "adds the file and leaves the codes as they are"
+            )
+        try:
+            codebook = np.load(io.BytesIO(files.read_bytes(path)))
+        except ValueError as error:
+            raise ConfigError(f"{path} is no array: {error}") from error
+        rows = codebook.shape[0] if codebook.ndim == 2 else -1
+        if rows != size or codebook.dtype != np.float32 or not np.isfinite(codebook).all():
+            raise ConfigError(
+                f"{path} is {codebook.dtype} {codebook.shape}, expected finite float32 [{size}, d]"
+            )
+        return codebook
+
+
+def codebook_file(codebook: Float32[np.ndarray, "V d"]) -> bytes:
+    """The content of `CODEBOOK`."""
+    stream = io.BytesIO()
+    np.save(stream, np.asarray(codebook))
+    return stream.getvalue()

@@ -50,6 +50,17 @@ def check_codes(codes: np.ndarray, codebook_size: int) -> None:
         )
 
 
+def check_vectors(vectors: np.ndarray, code_dim: int) -> None:
+    """Raises InputError unless the vectors are finite floats [B, n, code_dim]."""
+    if vectors.shape[-1] != code_dim or not jnp.issubdtype(vectors.dtype, jnp.floating):
+        raise InputError(
+            f"vectors of codes are {vectors.dtype} {vectors.shape}, expected floats "
+            f"[B, n, {code_dim}]"
+        )
+    if not np.isfinite(vectors).all():
+        raise InputError("vectors of codes hold NaN or infinity")
+
+
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
     """Raises InputError unless labels are class numbers [B], at least one."""
     if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):

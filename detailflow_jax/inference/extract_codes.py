@@ -3,7 +3,8 @@
     detailflow extract --tokenizer runs/tok --out runs/codes --source digits
 
 The triplets are those of the paper's self-correction training. The noise of a crop depends on the
-seed, the position of its image and the number of the crop.
+seed, the position of its image and the number of the crop. The codebook lies beside them, since a
+flow head learns the vectors of the codes (`models/flow_generator.py`).
 
 Shapes: B crops, R their side, N tokens.
 """
@@ -12,6 +13,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Int, UInt8
 
 from detailflow_jax import data
@@ -92,6 +94,7 @@ def extract(
         batch_size=batch_size,
         mesh=tokenizer.mesh,
         network=tokenizer.source,
+        files={data.CODEBOOK: data.codebook_file(np.asarray(tokenizer.params["codebook"]))},
     )
     return extraction.extract(plan, source, out)
 

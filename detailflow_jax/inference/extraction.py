@@ -48,6 +48,7 @@ class Extraction:
       mirrored: add the mirror image of every view.
       mesh: what splits a batch, or None.
       network: where the network was read from; noted in the manifest.
+      files: content of further files of the folder, by name.
     """
 
     layout: data.ShardLayout
@@ -60,6 +61,7 @@ class Extraction:
     mirrored: bool = False
     mesh: Mesh | None = None
     network: str = ""
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -122,6 +124,8 @@ def extract(extraction: Extraction, source: data.Source, out: str) -> dict[str, 
     out = os.fspath(files.path(out))
     if first == 0:
         data.open_extraction(out, layout, extraction.definition)
+        for name, content in extraction.files.items():
+            files.write_atomically(os.path.join(out, name), content)
     sharding.sync_processes("opened")
     pending = data.pending_shards(out, layout, first, jax.process_count())
     total = sum(len(layout.positions(shard)) for shard in pending)

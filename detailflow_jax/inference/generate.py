@@ -46,7 +46,7 @@ LOAD: Mapping[str, Callable[[str], Any]] = {
     "flowar": api.load_flowar,
 }
 SETTINGS = {
-    "generator": ("gradual_cfg", "temperature", "top_k", "top_p", "greedy"),
+    "generator": ("gradual_cfg", "temperature", "top_k", "top_p", "greedy", "continuous"),
     "flowar": ("guidance_high", "solver"),
 }
 """What samples -> options that its `sample` takes as they are."""
@@ -155,12 +155,14 @@ def _add_detailflow(add: Any) -> None:
     add("--top_k", type=int, default=0, help="keep the k most likely codes; 0 keeps all")
     add("--top_p", type=float, default=1.0, help="keep the most likely codes of this probability")
     add("--greedy", action="store_true", help="always take the most likely code")
+    add("--continuous", action="store_true", help="of a flow head: decode its vectors as they are")
 
 
 def _add_flowar(add: Any) -> None:
     add("--vae", help="what df.load_vae takes, such as a workdir or kl16.ckpt")
     add("--flowar", help="what df.load_flowar takes, such as a workdir or FlowAR-L.pth")
-    add("--num_steps", default="25", help="flow steps, one number or one per scale, as 25,20,15")
+    text = "flow steps, one number or one per scale, as 25,20,15; also of a generator's flow head"
+    add("--num_steps", help=f"{text} (default: 25)")
     add("--guidance_high", type=float, default=0.9, help="guide from this time on (1 is noise)")
     add("--solver", choices=GRIDS, help="default: euler, or ddim if the model predicts noise")
 
@@ -187,7 +189,7 @@ def generate(args: argparse.Namespace) -> Images:
             decoder.config.resolutions.check(count)
 
     settings = {name: getattr(args, name) for name in SETTINGS[kind]}
-    if kind == "flowar":
+    if steps:
         settings["num_steps"] = steps[0] if len(steps) == 1 else steps
     if counts:
         settings["num_tokens"] = counts[-1]

@@ -25,6 +25,7 @@ from detailflow_jax.inference.checks import (
     check_known,
     check_labels,
     check_noise,
+    check_vectors,
 )
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.inference.rules import Rule
@@ -167,7 +168,8 @@ class Tokenizer(Model):
         """Codes -> images.
 
         Args:
-          codes: int [B, n] with n valid for the model: 1..causal_num, then multiples of a group.
+          codes: int [B, n] with n valid for the model: 1..causal_num, then multiples of a group;
+            or the vectors of `Generator.sample(continuous=True)`, float [B, n, d].
           size: side of the images in pixels, a multiple of the decoder's patch; default what n
             tokens map to.
           batch_size: images per call of the compiled program.
@@ -180,7 +182,10 @@ class Tokenizer(Model):
           ValueError: codes out of range, or n or size not valid.
         """
         codes = np.asarray(codes)
-        check_codes(codes, self.config.codebook_size)
+        if codes.ndim == 3:
+            check_vectors(codes, self.config.codebook_dim)
+        else:
+            check_codes(codes, self.config.codebook_size)
         full = self.config.resolutions.decoded_size(codes.shape[1])
         size = full if size is None else size
         decode = lambda network, params, codes: programs.decode(network, params, codes, size)  # noqa: E731
@@ -206,11 +211,16 @@ class Generator(_Sampler):
         num_tokens: int | None = None,
         *,
         rules: Rule | Sequence[Any] | None = None,
+        num_steps: int | None = None,
+        continuous: bool = False,
         prefix: ArrayLike | None = None,
         first_index: int = 0,
         batch_size: int = 64,
-    ) -> Int32[np.ndarray, "B n"]:
-        """Codes for labels; sample i depends on `seed` and `first_index + i` alone.
+    ) -> Shaped[np.ndarray, "B n ..."]:
+        """Codes for labels, int32 [B, n]; sample i depends on `seed` and `first_index + i` alone.
+
+        With a flow head, temperature, top_k, top_p, greedy and rules do not apply; without one,
+        num_steps and continuous do not.
 
         Args:
           labels: class numbers in [0, num_classes), [B]; or None for no class, with a prefix.
@@ -224,6 +234,9 @@ class Generator(_Sampler):
           num_tokens: n; default N.
           rules: one or several of `df.rules`, or your own, in place of temperature, top_k, top_p
             and greedy.
+          num_steps: of the flow of each group; default 25.
+          continuous: keep what the flow ends at in place of the nearest codes: float32 [B, n, d],
+            vectors of length sqrt(d), which `Tokenizer.decode` takes.
           prefix: int [B, p], p <= n: the first codes, which the others continue. The prefix of a
             sample, with its seed and settings, gives the same sample again.
           first_index: index of the first sample, when a set is made in parts.
@@ -234,7 +247,8 @@ class Generator(_Sampler):
         """
         filters = temperature, top_k, top_p, gradual_cfg, greedy
         scale = 1.0 if labels is None else cfg_scale
-        sampling = sample_codes(self.network, scale, *filters, num_tokens, rules)
+        rest = num_tokens, rules, num_steps, continuous
+        sampling = sample_codes(self.network, scale, *filters, *rest)
         if prefix is None:
             return self._sample(sampling, self._classes(labels, 0), seed, first_index, batch_size)
         padded = self._padded(prefix, num_tokens)
@@ -257,8 +271,13 @@ class Generator(_Sampler):
         """Teacher-forced logits of codes int [B, N] and labels [B].
 
         A label of num_classes stands for the null class.
+
+        Raises:
+          InputError: codes or labels out of range, or the network has a flow head.
         """
         c = self.config
+        if c.head == "flow":
+            raise InputError("this generator has a flow head, which gives no logits")
         codes, labels = np.asarray(codes), np.asarray(labels)
         check_codes(codes, c.codebook_size)
         check_labels(labels, c.num_classes + 1)

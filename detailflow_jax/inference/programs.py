@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int, Key, Shaped, UInt8
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.models import autoencoder, generator, tokenizer
 from detailflow_jax.models.layers import apply
-from detailflow_jax.ops import Array, interpolation
+from detailflow_jax.ops import Array, interpolation, quantization
 from detailflow_jax.ops import images as pixels
 
 Images = Shaped[Array, "B H W c"]
@@ -39,9 +39,11 @@ def encode(network: tokenizer.Tokenizer, params: Any, images: Images) -> Int[Arr
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def decode(
-    network: tokenizer.Tokenizer, params: Any, codes: Int[Array, "B n"], size: int
+    network: tokenizer.Tokenizer, params: Any, codes: Shaped[Array, "B n ..."], size: int
 ) -> Float32[Array, "B {size} {size} 3"]:
-    """Codes -> images of `size` px, about [-1, 1]."""
+    """Codes, or vectors [B, n, d] in their place, -> images of `size` px, about [-1, 1]."""
+    if codes.ndim == 3:
+        return apply(network, params, quantization.normalize(codes), size, method="decode")
     return apply(network, params, codes, size, method="decode_codes")
 
 
@@ -90,7 +92,10 @@ def decode_whole(
     params: Any,
     samples: Shaped[Array, "B ..."],
 ) -> Float32[Array, "B R R 3"]:
-    """Codes [B, n] or latents [B, h, w, C] -> images; what fewer tokens give is enlarged to R."""
+    """Codes [B, n], their vectors [B, n, d] or latents [B, h, w, C] -> images.
+
+    What fewer tokens give is enlarged to R.
+    """
     if isinstance(network, autoencoder.Autoencoder):
         return decode_latents(network, params, samples)
     resolutions = network.config.resolutions

@@ -16,7 +16,7 @@ from detailflow_jax.inference.errors import InputError, as_input_error
 from detailflow_jax.inference.rules import Rule, as_rules, published_rules
 from detailflow_jax.models import flow_sampler, sampler
 from detailflow_jax.models.flowar import FlowAR
-from detailflow_jax.models.generator import Generator
+from detailflow_jax.models.generator import Transformer
 from detailflow_jax.ops import Array, logits
 from detailflow_jax.ops.objectives import GRIDS, OBJECTIVES
 
@@ -56,7 +56,7 @@ class Sampling:
         return self.run(params, labels, keys, self.guidance, **given)
 
 
-def sampling(network: Generator | FlowAR, cfg_scale: float, **settings: Any) -> Sampling:
+def sampling(network: Transformer | FlowAR, cfg_scale: float, **settings: Any) -> Sampling:
     """`sample_codes` or `sample_latents`, whichever fits the network."""
     if isinstance(network, FlowAR):
         return sample_latents(network, cfg_scale, **settings)
@@ -64,7 +64,7 @@ def sampling(network: Generator | FlowAR, cfg_scale: float, **settings: Any) -> 
 
 
 def sample_codes(
-    network: Generator,
+    network: Transformer,
     cfg_scale: float = 1.5,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -73,11 +73,14 @@ def sample_codes(
     greedy: bool = False,
     num_tokens: int | None = None,
     rules: Rule | Sequence[Any] | None = None,
+    num_steps: int | None = None,
+    continuous: bool = False,
 ) -> Sampling:
     """The generator's sampler; the settings are those of `Generator.sample`.
 
     Raises:
-      InputError: a setting out of range, or rules beside the settings that they replace.
+      InputError: a setting out of range, one that does not apply to the network's head, or rules
+        beside the settings that they replace.
     """
     c = network.config
     num_tokens = c.num_tokens if num_tokens is None else num_tokens
@@ -91,6 +94,24 @@ def sample_codes(
         )
     chosen = given if rules is None else as_rules(rules)
     options = sampler.SamplingOptions(num_tokens, guided=cfg_scale != 1.0)
+    note = f"{num_tokens} tokens"
+    if c.head == "flow":
+        if chosen != published_rules():
+            raise InputError(
+                "this generator has a flow head, which gives no logits: temperature, top_k, top_p, "
+                "greedy and rules do not apply to it; expected cfg_scale, gradual_cfg, num_steps "
+                "or continuous"
+            )
+        num_steps = 25 if num_steps is None else num_steps
+        with as_input_error():
+            (times,) = flow_sampler.flow_times(1, num_steps)
+        options = dataclasses.replace(options, times=times, continuous=continuous)
+        chosen, note = (), f"{note}, {num_steps} flow steps a group"
+    elif num_steps is not None or continuous:
+        raise InputError(
+            "num_steps and continuous are for a generator with a flow head (head=flow); this one "
+            "draws codes from logits"
+        )
     guidance = logits.guidance_scales(
         cfg_scale, c.num_tokens, c.group_size, c.causal, gradual=gradual_cfg
     )
@@ -99,7 +120,7 @@ def sample_codes(
         rows = labels, keys, guidance
         return sampler.sample(network, params, *rows, chosen, prefix, options=options)
 
-    return Sampling(run, guidance, f"{num_tokens} tokens")
+    return Sampling(run, guidance, note)
 
 
 def sample_latents(

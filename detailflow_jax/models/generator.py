@@ -6,6 +6,9 @@ Sizes: g group, c causal tokens.
 The sequence of length N is [class, z_1 .. z_c, s_1 .. s_{g-1}, z_{c+1} .. z_{N-g}], s being the
 special embeddings. Position p predicts z_{p+1}, without a further shift. With c = 0 the first group
 is predicted in parallel as well, from [class, s_1 .. s_{g-1}].
+
+Here a token is a choice among the codes. `models/flow_generator.py` has the same transformer with a
+flow head.
 """
 
 import dataclasses
@@ -17,11 +20,16 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from detailflow_jax.models import layers
+from detailflow_jax.models.flow_head import FlowHeadConfig
 from detailflow_jax.models.layers import KeysValues, LayerCache, Mask, Prefix, Rope, Tokens
 from detailflow_jax.ops import Array, masks, resolution, rotary
 
 Labels = Int[Array, " B"]
-Logits = Float[Array, "B T V"]
+HEADS = {
+    "categorical": "each token of a group is a choice among the codes, by its own logits",
+    "flow": "the tokens of a group are drawn jointly, as vectors (`models/flow_generator.py`)",
+}
+"""How the tokens of a group are made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +52,20 @@ class GeneratorConfig:
     dtype: str = "float32"
     scan: bool = True
     remat: str = "none"
+    head: str = "categorical"  # one of `HEADS`; what follows is read with "flow"
+    code_dim: int = 8
+    flow_width: int = 1024
+    flow_depth: int = 2
+    flow_head_dim: int = 64
+    injection: str = "spatial"
 
     def __post_init__(self):
         masks.check_groups(self.num_tokens, self.group_size, self.causal)
+        if self.head not in HEADS:
+            raise ValueError(f"head={self.head!r} is not one of {', '.join(HEADS)}")
+        if self.head == "flow":
+            self.flow_head_rope()
+            self.flow_head  # noqa: B018  (its own checks run)
 
     @property
     def causal(self) -> int:
@@ -72,6 +91,29 @@ class GeneratorConfig:
         """Rotary table of the N positions, float32."""
         table = rotary.group_rotary_table(self.num_tokens, self.group_size, self.head_dim)
         return table[: self.num_tokens]
+
+    @property
+    def flow_head(self) -> FlowHeadConfig:
+        """The flow head's configuration."""
+        return FlowHeadConfig(
+            width=self.flow_width,
+            depth=self.flow_depth,
+            channels=self.code_dim,
+            injection=self.injection,
+            head_dim=self.flow_head_dim,
+            dtype=self.dtype,
+            scan=self.scan,
+            remat=self.remat,
+        )
+
+    def flow_head_rope(self) -> Float[np.ndarray, "N half 2"]:
+        """Rotary table of the flow head, whose positions are the N tokens; float32."""
+        return rotary.group_rotary_table(self.num_tokens, self.group_size, self.flow_head_dim)[1:]
+
+    def draws(self) -> Int[np.ndarray, " N"]:
+        """Which draw makes each token: the first c have one each, later groups one together."""
+        token, c = np.arange(self.num_tokens), self.causal
+        return np.where(token < c, token, c + (token - c) // self.group_size)
 
     def check_num_tokens(self, num_tokens: int) -> None:
         """Raises ValueError unless n is 1..c or a multiple of g up to N."""
@@ -143,26 +185,21 @@ def _embedding(rows: int, width: int, axis: str, std: float = 0.02) -> nn.Embed:
     return nn.Embed(rows, width, embedding_init=init)
 
 
-class Generator(nn.Module):
-    """Logits from codes and labels: `__call__` is teacher forcing, `step` one cached step."""
+class Transformer(nn.Module):
+    """What generators share: `run` is teacher forcing, `step` one cached step.
+
+    A subclass embeds codes, and reads out what tokens are drawn from.
+    """
 
     config: GeneratorConfig
 
     def setup(self):
         c = self.config
         self.class_embedding = _embedding(c.num_classes + 1, c.width, "positions")
-        self.token_embedding = _embedding(c.codebook_size, c.width, "vocab")
         # The published code creates these after its init pass, so they start at std 1.
         self.special_embedding = _embedding(c.group_size - 1, c.width, "positions", std=1.0)
         self.blocks = layers.Stack(Block, {"config": c}, c.depth, scan=c.scan, remat=c.remat)
         self.final_norm = layers.rms_norm()
-        self.output = layers.dense(
-            c.codebook_size,
-            ("embed", "vocab"),
-            dtype=jnp.dtype(c.dtype),
-            use_bias=False,
-            kernel_init=nn.initializers.zeros,
-        )
         self.dropout = nn.Dropout(c.token_dropout)
 
     def embed_class(self, labels: Labels) -> Float[Array, "B 1 D"]:
@@ -171,7 +208,11 @@ class Generator(nn.Module):
 
     def embed_codes(self, codes: Int[Array, "B T"]) -> Tokens:
         """Embedded codes."""
-        return self.token_embedding(codes).astype(self.config.dtype)
+        raise NotImplementedError
+
+    def read_out(self, x: Tokens) -> Float[Array, "B T _"]:
+        """What tokens are drawn from, of the blocks' output; float32."""
+        raise NotImplementedError
 
     def embed_special(self, batch: int) -> Float[Array, "{batch} g_minus_1 D"]:
         """The g - 1 special embeddings, for a batch."""
@@ -181,14 +222,8 @@ class Generator(nn.Module):
         special = self.special_embedding.embedding.astype(c.dtype)
         return jnp.broadcast_to(special, (batch, *special.shape))
 
-    def to_logits(self, x: Tokens) -> Logits:
-        """Logits of the blocks' output, float32."""
-        x = self.final_norm(x).astype(self.config.dtype)
-        logits = self.output(x).astype(jnp.float32)
-        return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
-
-    def __call__(self, codes: Int[Array, "B n"], labels: Labels) -> Float[Array, "B N V"]:
-        """Logits of all tokens under teacher forcing, float32; position p holds those of z_{p+1}.
+    def run(self, codes: Int[Array, "B n"], labels: Labels) -> Float[Array, "B N D"]:
+        """The blocks' output of all tokens under teacher forcing; position p is that of z_{p+1}.
 
         Dropout is active if a `dropout` key is passed.
 
@@ -207,13 +242,12 @@ class Generator(nn.Module):
         x = jnp.concatenate(parts, axis=1)[:, : c.num_tokens]
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
         mask = masks.group_mask(c.num_tokens, c.group_size, c.causal)[None, None]
-        x, _ = self.blocks(x, mask=mask, rope=c.rope())
-        return self.to_logits(x)
+        return self.blocks(x, mask=mask, rope=c.rope())[0]
 
     def step(
         self, x: Tokens, cache: LayerCache, start: Int[Array, ""] | int
-    ) -> tuple[Logits, LayerCache]:
-        """Logits of T positions at once, all seeing each other and the past; float32.
+    ) -> tuple[Float[Array, "B T _"], LayerCache]:
+        """`read_out` of T positions at once, all seeing each other and the past; float32.
 
         Args:
           x: embedded tokens.
@@ -221,14 +255,44 @@ class Generator(nn.Module):
           start: the number of positions that are in the cache.
 
         Returns:
-          The logits, and the new positions' keys and values of every layer.
+          What the tokens are drawn from, and the new positions' keys and values of every layer.
         """
         length = x.shape[1]
         past = jnp.arange(jax.tree.leaves(cache)[0].shape[-3]) < start
         mask = jnp.concatenate([past, jnp.ones((length,), bool)])[None, None, None]
         rope = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.config.rope()), start, length)
         x, keys_values = self.blocks(x, prefix=cache, mask=mask, rope=rope)
-        return self.to_logits(x), keys_values
+        return self.read_out(x), keys_values
+
+
+class Generator(Transformer):
+    """Logits from codes and labels."""
+
+    def setup(self):
+        super().setup()
+        c = self.config
+        self.token_embedding = _embedding(c.codebook_size, c.width, "vocab")
+        self.output = layers.dense(
+            c.codebook_size,
+            ("embed", "vocab"),
+            dtype=jnp.dtype(c.dtype),
+            use_bias=False,
+            kernel_init=nn.initializers.zeros,
+        )
+
+    def embed_codes(self, codes: Int[Array, "B T"]) -> Tokens:
+        """Embedded codes."""
+        return self.token_embedding(codes).astype(self.config.dtype)
+
+    def read_out(self, x: Tokens) -> Float[Array, "B T V"]:
+        """Logits of the blocks' output, float32."""
+        x = self.final_norm(x).astype(self.config.dtype)
+        logits = self.output(x).astype(jnp.float32)
+        return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+
+    def __call__(self, codes: Int[Array, "B n"], labels: Labels) -> Float[Array, "B N V"]:
+        """Logits of all tokens under teacher forcing, float32; see `run`."""
+        return self.read_out(self.run(codes, labels))
 
 
 def empty_cache(config: GeneratorConfig, batch: int) -> LayerCache:

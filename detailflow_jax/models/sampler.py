@@ -5,8 +5,12 @@ group, and every group the next (the paper's parallel inference). With c = 0 the
 z_c. The published sampler recomputes the whole prefix at each step; the group mask makes caching
 exact.
 
-Shapes: B samples, n tokens asked for, g group, c causal, V codes; R = B rows, or 2B under guidance
-(of each sample the conditional row, then the null row).
+With a flow head, the tokens of one step are drawn jointly: their noise is carried to code vectors,
+which the nearest codes replace.
+
+Shapes: B samples, n tokens asked for, m tokens of one step, g group, c causal, V codes, d code
+dimension, D width; R = B rows, or 2B under guidance (of each sample the conditional row, then the
+null row).
 """
 
 import dataclasses
@@ -16,10 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float32, Int, Int32, Key
+from jaxtyping import Float32, Int, Key, Shaped
 
-from detailflow_jax.models.generator import Generator, empty_cache, extend_cache
-from detailflow_jax.ops import Array
+from detailflow_jax.models.generator import Transformer, empty_cache, extend_cache
+from detailflow_jax.ops import Array, flow
 from detailflow_jax.ops import logits as filters
 
 Rule = Callable[[Array], Array]
@@ -33,17 +37,21 @@ class SamplingOptions:
     Attributes:
       num_tokens: n.
       guided: compute the null half. Without guidance (scale 1) it is not computed.
+      times: of a flow head, from 1 to 0, float64 values (`ops.flow.GRIDS`).
+      continuous: of a flow head: keep its vectors, which no codes replace.
     """
 
     num_tokens: int
     guided: bool = True
+    times: tuple[float, ...] = ()
+    continuous: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
     """The model, its parameters and the settings of one sampling run, bound together."""
 
-    model: Generator
+    model: Transformer
     params: Any
     options: SamplingOptions
     keys: Array
@@ -58,31 +66,103 @@ class _Program:
         """Sample rows [B, ...] as network rows [R, ...]: both halves see the same codes."""
         return filters.pair(x, x) if self.options.guided else x
 
+    def empty(self, batch: int) -> Array:
+        """Tokens [B, N, ...] before any is drawn; room for whole groups."""
+        return jnp.zeros((batch, self.model.config.num_tokens), jnp.int32)
+
+    def embed(self, tokens: Array) -> Array:
+        """Tokens [B, m, ...] -> their embedding in network rows, [R, m, D]."""
+        return self.apply("embed_codes", self.rows(tokens))
+
+    def step_keys(self, start: Array | int) -> Array:
+        """One PRNG key per sample, for the tokens from `start` on."""
+        return jax.vmap(jax.random.fold_in, (0, None))(self.keys, start)
+
+    def guide(self, rows: Array, start: Array | int) -> Array:
+        """Guided logits or velocities [B, m, ...] of network rows [R, m, ...]."""
+        scale = jax.lax.dynamic_slice_in_dim(self.scales, start, rows.shape[1])
+        return filters.guide(*filters.unpair(rows), scale[:, None])
+
     def choose(self, logits: Array, start: Array | int) -> Array:
         """Logits [R, m, V] of tokens start .. start + m - 1 -> codes int32 [B, m]."""
         if self.options.guided:
-            scale = jax.lax.dynamic_slice_in_dim(self.scales, start, logits.shape[1])
-            logits = filters.guide(*filters.unpair(logits), scale[:, None])
+            logits = self.guide(logits, start)
         for rule in self.rules:
             logits = rule(logits)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, start)
-        return filters.sample_codes(keys, logits)
+        return filters.sample_codes(self.step_keys(start), logits)
+
+    def keep(self, chosen: Array, given: Array) -> Array:
+        """The tokens chosen, but for the codes that are given, [B, m]; -1 is none."""
+        return jnp.where(given < 0, chosen, given)
 
     def advance(self, carry, start: Array | int, x: Array):
-        """Runs embedded positions x [R, m, D] at `start`; returns codes and cache with theirs."""
-        codes, cache = carry
-        logits, new = self.apply("step", x, cache, start)
-        chosen = self.choose(logits, start)
+        """Runs embedded positions x [R, m, D] at `start`; returns tokens and cache with theirs."""
+        tokens, cache = carry
+        found, new = self.apply("step", x, cache, start)
+        chosen = self.choose(found, start)
         if self.prefix is not None:
             given = jax.lax.dynamic_slice_in_dim(self.prefix, start, chosen.shape[1], axis=1)
-            chosen = jnp.where(given < 0, chosen, given)
-        codes = jax.lax.dynamic_update_slice_in_dim(codes, chosen, start, axis=1)
-        return codes, extend_cache(cache, new, start)
+            chosen = self.keep(chosen, given)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, chosen, start, axis=1)
+        return tokens, extend_cache(cache, new, start)
+
+
+class _FlowProgram(_Program):
+    """Codes by way of a flow head."""
+
+    def solve(self, semantics: Array, start: Array | int) -> Array:
+        """Semantics [R, m, D] of one draw -> vectors [B, m, d] of any length."""
+        shape = semantics.shape[1], self.model.config.code_dim
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(self.step_keys(start))
+
+        def velocity(x: Array, time: Array) -> Array:
+            # Both rows of a sample share x: the null row never moves on its own.
+            x = self.rows(x)
+            found = self.apply("velocity", x, jnp.broadcast_to(time, len(x)), semantics, start)
+            return self.guide(found, start) if self.options.guided else found
+
+        def advance(x: Array, step: flow.Step):
+            return flow.euler_step(velocity, x, step), None
+
+        times = self.options.times
+        return jax.lax.scan(advance, noise, flow.steps(times, 0, len(times) - 1))[0]
+
+    def choose(self, logits: Array, start: Array | int) -> Array:
+        """Semantics of one draw -> codes int32 [B, m]."""
+        return self.apply("nearest", self.solve(logits, start))
+
+
+class _ContinuousProgram(_FlowProgram):
+    """Vectors of length sqrt(d) in place of codes."""
+
+    def empty(self, batch: int) -> Array:
+        """See `_Program`."""
+        c = self.model.config
+        return jnp.zeros((batch, c.num_tokens, c.code_dim))
+
+    def embed(self, tokens: Array) -> Array:
+        """See `_Program`."""
+        return self.apply("embed_vectors", self.rows(tokens))
+
+    def choose(self, logits: Array, start: Array | int) -> Array:
+        """Semantics of one draw -> vectors [B, m, d]."""
+        return self.apply("scaled", self.solve(logits, start))
+
+    def keep(self, chosen: Array, given: Array) -> Array:
+        """See `_Program`."""
+        vectors = self.apply("vectors", jnp.maximum(given, 0))
+        return jnp.where(given[..., None] < 0, chosen, vectors)
+
+
+def _program(model: Transformer, options: SamplingOptions) -> type[_Program]:
+    if model.config.head == "categorical":
+        return _Program
+    return _ContinuousProgram if options.continuous else _FlowProgram
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options"))
 def sample(
-    model: Generator,
+    model: Transformer,
     params: Any,
     labels: Int[Array, " B"],
     keys: Key[Array, " B"],
@@ -91,8 +171,8 @@ def sample(
     prefix: Int[Array, "B N"] | None = None,
     *,
     options: SamplingOptions,
-) -> Int32[Array, "B n"]:
-    """Codes for labels, in one program.
+) -> Shaped[Array, "B n ..."]:
+    """Codes for labels, int32 [B, n], in one program; or vectors, if `options.continuous`.
 
     Args:
       model: the generator.
@@ -101,19 +181,18 @@ def sample(
       keys: one PRNG key per sample; a sample depends on its own key alone.
       scales: guidance scale at each token (`ops.logits.guidance_scales`).
       rules: pytrees that map guided logits float32 [B, m, V] to those that a code is drawn from,
-        in this order (`inference.rules`).
+        in this order (`inference.rules`); a flow head has none.
       prefix: codes that are given; -1 where one is sampled. Any number of them is one program,
         which runs over the given codes as if it had sampled them.
       options: static settings.
     """
     c, n = model.config, options.num_tokens
-    program = _Program(model, params, options, keys, scales, rules, prefix)
+    program = _program(model, options)(model, params, options, keys, scales, rules, prefix)
     classes = labels
     if options.guided:
         classes = filters.pair(labels, jnp.full_like(labels, c.num_classes))
-    # Room for whole groups; a count inside the causal part is cut at the end.
-    codes = jnp.zeros((len(labels), c.num_tokens), jnp.int32)
-    carry = codes, empty_cache(c, len(classes))
+    # A count inside the causal part is cut at the end.
+    carry = program.empty(len(labels)), empty_cache(c, len(classes))
 
     last = program.apply("embed_class", classes)
     if c.causal:
@@ -121,13 +200,12 @@ def sample(
 
     def one(i, carry):
         previous = jax.lax.dynamic_slice_in_dim(carry[0], i - 1, 1, axis=1)
-        return program.advance(carry, i, program.apply("embed_codes", program.rows(previous)))
+        return program.advance(carry, i, program.embed(previous))
 
     carry = jax.lax.fori_loop(1, min(n, c.causal), one, carry)
     if n > c.causal:
         if c.causal:
-            last = carry[0][:, c.causal - 1 : c.causal]
-            last = program.apply("embed_codes", program.rows(last))
+            last = program.embed(carry[0][:, c.causal - 1 : c.causal])
         special = program.apply("embed_special", len(classes))
         x = jnp.concatenate([last, special], axis=1)
         carry = program.advance(carry, jnp.int32(c.causal), x)
@@ -137,7 +215,7 @@ def sample(
         previous = jax.lax.dynamic_slice_in_dim(
             carry[0], start - c.group_size, c.group_size, axis=1
         )
-        return program.advance(carry, start, program.apply("embed_codes", program.rows(previous)))
+        return program.advance(carry, start, program.embed(previous))
 
     first = c.causal // c.group_size + 1
     carry = jax.lax.fori_loop(first, max(n // c.group_size, first), group, carry)

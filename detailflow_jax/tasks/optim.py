@@ -4,7 +4,7 @@ Shapes: B batch.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -149,18 +149,25 @@ def update(
     rows: Any,
     key: PRNGKeyArray,
     config: Any,
+    fixed: Collection[str] = (),
 ) -> tuple[TrainState, Metrics]:
     """The state after one step on a mean loss, and the step's metrics.
 
     Args:
       state: before the step.
-      optimizer: of all parameters.
+      optimizer: of the trained parameters.
       loss: gives metrics beside the loss.
       rows: arrays [B, ...].
       key: for dropout and the like.
       config: of the task: `accumulate` and `ema`.
+      fixed: names of parameters that are not trained.
     """
-    (value, metrics), grads = gradients(loss, state.params, rows, key, config.accumulate)
+
+    def whole(params, rows, key):
+        return loss(state.params | params, rows, key)
+
+    parts = {name: x for name, x in state.params.items() if name not in fixed}
+    (value, metrics), grads = gradients(whole, parts, rows, key, config.accumulate)
     new = updated(state, optimizer, grads, config.ema)
     return new, {"loss": value, "gradient_norm": optax.global_norm(grads)} | metrics
 
@@ -174,12 +181,16 @@ def updated(
     """
     trained = {name: state.params[name] for name in grads}
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    params = state.params | optax.apply_updates(trained, updates)
+    trained = optax.apply_updates(trained, updates)
+    averaged = state.ema
+    if averaged is not None:  # Of what is not trained, an average would differ by roundings.
+        parts = {name: averaged[name] for name in grads}
+        averaged = averaged | average(parts, trained, state.step, ema)
     return state.replace(
         step=state.step + 1,
-        params=params,
+        params=state.params | trained,
         opt_state=opt_state,
-        ema=average(state.ema, params, state.step, ema),
+        ema=averaged,
     )
 
 

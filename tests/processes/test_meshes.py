@@ -21,6 +21,7 @@ PLACEMENTS = pathlib.Path(__file__).parents[1] / "fixtures" / "placements.json"
 CONFIGS = {
     "tokenizer": "configs/tokenizer.py:detailflow_16",
     "generator": "configs/generator.py:detailflow_16",
+    "flow_generator": "configs/generator.py:detailflow_16:head=flow",
     "vae": "configs/vae.py:kl16",
     "flowar": "configs/flowar.py:flowar_l",
 }
@@ -50,6 +51,10 @@ SMALL = {
         "--config.model.width=32", "--config.model.depth=1", "--config.model.multiple_of=8",
         "--config.model.token_dropout=0.0", "--config.model.residual_dropout=0.0",
     ],
+    "flow_generator": [
+        "--config.model.flow_width=32", "--config.model.flow_depth=1",
+        "--config.model.flow_head_dim=8",
+    ],
     "vae": ["--config.model.channels=8", "--config.model.multipliers=(1,2)"],
     "flowar": [
         "--config.model.width=32", "--config.model.first_depth=1", "--config.model.second_depth=1",
@@ -62,7 +67,7 @@ SMALL = {
 
 
 OTHERS = ("data", "both", "fsdp")
-TASKS = ("tokenizer", "generator", "vae", "flowar")
+TASKS = ("tokenizer", "generator", "flow_generator", "vae", "flowar")
 SERIES = {
     # A mesh of all axes has those of the others. The generator's step compiles fastest.
     "quick": {"generator": ("all",)},
@@ -152,7 +157,7 @@ def small_batch(name, config):
     if name in ("tokenizer", "adversarial", "vae"):
         side = config.data.image_size
         return {"image": rng.integers(0, 256, (8, side, side, 3)).astype(np.uint8), "label": label}
-    if name == "generator":
+    if name in ("generator", "flow_generator"):
         codes = rng.integers(0, 256, (8, config.model.num_tokens, 3)).astype(np.int32)
         return {"codes": codes, "label": label}
     return {"moments": rng.standard_normal((8, 4, 4, 8)).astype(np.float32), "label": label}
@@ -179,6 +184,9 @@ def compare_meshes(name, meshes):
     sizes = {"single": (1, 1, 1)} | {mesh: MESHES[mesh] for mesh in meshes}
     if name == "adversarial":  # the tokenizer's step with the discriminator's
         config = load_config("configs/tokenizer.py:digits", SMALL["tokenizer"] + SMALL[name])
+    elif name == "flow_generator":
+        overrides = SMALL["generator"] + SMALL[name]
+        config = load_config("configs/generator.py:digits:head=flow", overrides)
     else:
         config = load_config(f"configs/{name}.py:digits", SMALL[name])
     task, batch = make_task(config), small_batch(name, config)

@@ -2,14 +2,14 @@
 
 import functools
 
-import jax.numpy as jnp
 import numpy as np
 
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.mapping import Entry, linear
 from detailflow_jax.convert.network import Description, Network, any_of
 from detailflow_jax.convert.settings import Settings, count_layers, published_fields
-from detailflow_jax.models.generator import SIZES, Generator, GeneratorConfig
+from detailflow_jax.models.flow_generator import example, make_generator
+from detailflow_jax.models.generator import SIZES, GeneratorConfig
 from detailflow_jax.tasks import generator as task
 
 _LAYER, _OURS = "layers.{}", "blocks/layers"
@@ -110,7 +110,16 @@ def _hidden(s: Settings, hidden: int) -> None:
 
 
 def describe(config: GeneratorConfig) -> Description:
-    """See `Network.describe`."""
+    """See `Network.describe`.
+
+    Raises:
+      CheckpointError: the network has a flow head.
+    """
+    if config.head == "flow":
+        raise CheckpointError(
+            "a generator with a flow head has no published counterpart",
+            remedy="Keep its workdir, which df.load_generator reads.",
+        )
     both = published_fields(config, _NAMES) | {"cls_token_num": 1}
     block = {"depth": config.depth, "num_heads": config.num_heads, "width": config.width}
     name = next((name for name, size in SIZES.items() if size == block), None)
@@ -140,8 +149,8 @@ NETWORK = Network(
     name="generator",
     title="DetailFlow generator",
     recognise=any_of(("tok_embeddings.weight", "layers.0.attention.wqkv.weight", "output.weight")),
-    module=Generator,
-    example=lambda c: (jnp.zeros((1, c.num_tokens), jnp.int32), jnp.zeros((1,), jnp.int32)),
+    module=make_generator,
+    example=example,
     table=TABLE,
     skipped=SKIPPED,
     infer_config=infer_config,
