@@ -79,6 +79,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "attention_dropout": 0.1,
         "projection_dropout": 0.1,
         "dtype": "float32",  # "bfloat16" computes in it; the loss stays float32
+        "attention": "auto",  # "plain", "splash" (TPU), "cudnn" (GPU): `ops.attention`
         "scan": True,
         "remat": "none",
     }

@@ -67,6 +67,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "token_dropout": 0.1,
         "residual_dropout": 0.1,
         "dtype": "bfloat16",
+        "attention": "auto",  # "plain", "splash" (TPU), "cudnn" (GPU): `ops.attention`
         "scan": True,
         "remat": "none",
     }

@@ -138,6 +138,7 @@ def _model(num_tokens: int) -> dict:
         "teacher_width": 1152,
         "repa_layer": 0,  # for losses.repa: the decoder block whose tokens are aligned
         "dtype": "bfloat16",
+        "attention": "auto",  # "plain", "splash" (TPU), "cudnn" (GPU): `ops.attention`
         "scan": True,
         "remat": "none",
     }

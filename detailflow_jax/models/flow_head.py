@@ -8,7 +8,6 @@ Shapes: B batch, T positions, C channels of the data, W width of the condition, 
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -44,6 +43,7 @@ class FlowHeadConfig:
       injection: one of `INJECTIONS`.
       head_dim: width of an attention head.
       dtype: of the computation.
+      attention: one of `ops.attention.IMPLEMENTATIONS`.
       scan: whether the blocks are scanned (`layers.Stack`).
       remat: one of `layers.REMAT_POLICIES`.
     """
@@ -54,6 +54,7 @@ class FlowHeadConfig:
     injection: str = "spatial"
     head_dim: int = 64
     dtype: str = "float32"
+    attention: str = "auto"
     scan: bool = True
     remat: str = "none"
 
@@ -81,10 +82,6 @@ class FlowHeadConfig:
         return self.injection in ("spatial_cross", "cross")
 
 
-def _dense(features: int, axes: tuple[str, str], config: FlowHeadConfig, name: str) -> nn.Dense:
-    return layers.dense(features, axes, dtype=jnp.dtype(config.dtype), name=name)
-
-
 def _attention(config: FlowHeadConfig, name: str) -> layers.Attention:
     return layers.Attention(
         config.num_heads,
@@ -92,6 +89,7 @@ def _attention(config: FlowHeadConfig, name: str) -> layers.Attention:
         use_bias=False,
         output_bias=True,
         dtype=jnp.dtype(config.dtype),
+        implementation=config.attention,
         name=name,
     )
 
@@ -114,15 +112,15 @@ class Block(nn.Module):
         c = self.config
         attention = _attention(c, "attention")
         mlp = layers.GatedMLP(c.mlp_dim, jnp.dtype(c.dtype), name="mlp")
-        six = _dense(6 * c.width, ("embed", "mlp"), c, "modulation")(nn.silu(condition))
-        gate1, gate2, scale1, scale2, shift1, shift2 = jnp.split(six, 6, axis=-1)
+        six = layers.Modulation(6, c.width, jnp.dtype(c.dtype), name="modulation")
+        gate1, gate2, scale1, scale2, shift1, shift2 = six(nn.silu(condition))
 
         def attend(y: Array) -> Array:
             return attention(y, prefix=prefix, mask=mask, rope=rope)[0]
 
         x = modulation.spatial_adaln(attend, x, gate1, scale1, shift1)
         x = modulation.spatial_adaln(mlp, x, gate2, scale2, shift2)
-        return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), None
+        return layers.by_batch(x), None
 
 
 class CrossBlock(nn.Module):
@@ -148,9 +146,8 @@ class CrossBlock(nn.Module):
         """x after the block, from the embedded time and the raw condition."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
 
-        def three(name: str, by: Array) -> list[jax.Array]:
-            vectors = _dense(3 * c.width, ("embed", "mlp"), c, name)(nn.silu(by))
-            return jnp.split(vectors, 3, axis=-1)
+        def three(name: str, by: Array) -> list[Array]:
+            return layers.Modulation(3, c.width, dtype, name=name)(nn.silu(by))
 
         attention = _attention(c, "attention")
 
@@ -164,7 +161,7 @@ class CrossBlock(nn.Module):
         x = x + cross(query, mask=mask, rope=rope, context=context)[0]
         mlp = layers.GatedMLP(c.mlp_dim, dtype, name="mlp")
         x = modulation.spatial_adaln(mlp, x, *three("mlp_modulation", mlp_condition))
-        return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), None
+        return layers.by_batch(x), None
 
 
 class FlowHead(nn.Module):
@@ -183,15 +180,14 @@ class FlowHead(nn.Module):
         self.blocks = layers.Stack(block, {"config": c}, c.depth, scan=c.scan, remat=c.remat)
         # Zero, so that training starts from velocity 0, as the published code intends.
         zeros = nn.initializers.zeros
-        self.final_modulation = layers.dense(
-            2 * c.width, ("embed", "mlp"), dtype=dtype, kernel_init=zeros
-        )
+        self.final_modulation = layers.Modulation(2, c.width, dtype, kernel_init=zeros)
         self.output = layers.dense(c.channels, ("embed", "code"), dtype=dtype, kernel_init=zeros)
 
     def embed_time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch w"]:
         """Embedded times."""
         features = flow.time_features(time).astype(self.config.dtype)
-        return self.time_out(nn.silu(self.time_in(features)))
+        hidden = layers.by_batch(self.time_in(features))
+        return layers.by_batch(self.time_out(nn.silu(hidden)))
 
     def __call__(
         self,
@@ -221,7 +217,7 @@ class FlowHead(nn.Module):
             segments = np.zeros(length, np.int32)
         time = self.embed_time(time if time.ndim == 2 else time[:, None])
         condition = jnp.broadcast_to(condition, (*x.shape[:2], condition.shape[-1]))
-        condition = condition.astype(self.config.dtype)
+        condition = layers.by_batch(condition.astype(self.config.dtype))
         vectors, tokens, condition_tokens = self._inject(x, time, condition, segments)
         if condition_tokens is not None:
             segments = np.concatenate([segments, segments])
@@ -238,11 +234,11 @@ class FlowHead(nn.Module):
     ) -> tuple[Modulation, Hidden, Hidden | None]:
         """What modulates the blocks, the tokens, and tokens to put before them (or None)."""
         injection = self.config.injection
-        embedded = self.condition_in(condition)
+        embedded = layers.by_batch(self.condition_in(condition))
         if injection == "channel":
             both = jnp.concatenate([x.astype(embedded.dtype), embedded], axis=-1)
-            return time, self.input(both), None
-        tokens = self.input(x.astype(self.config.dtype))
+            return time, layers.by_batch(self.input(both)), None
+        tokens = layers.by_batch(self.input(x.astype(self.config.dtype)))
         if injection == "add":
             return time, tokens + embedded, None
         if injection == "sequence":
@@ -254,9 +250,9 @@ class FlowHead(nn.Module):
         return time + embedded, tokens, None
 
     def _read_out(self, tokens: Hidden, vectors: Modulation) -> Float[Array, "B T C"]:
-        shift, scale = jnp.split(self.final_modulation(nn.silu(vectors)), 2, axis=-1)
+        shift, scale = self.final_modulation(nn.silu(vectors))
         y = modulation.modulate(tokens, scale, shift).astype(self.config.dtype)
-        return self.output(y).astype(jnp.float32)
+        return layers.by_batch(self.output(y)).astype(jnp.float32)
 
 
 def segment_mean(x: Hidden, segments: Int[np.ndarray, " T"]) -> Hidden:

@@ -46,7 +46,7 @@ class FlowARConfig:
       objective: what the head learns, one of `ops.objectives.OBJECTIVES`; published: "flow".
       class_dropout: share of the labels that training replaces by the null class.
       attention_dropout, projection_dropout: rates in the transformer, in training.
-      dtype, scan, remat: see `FlowHeadConfig`.
+      dtype, attention, scan, remat: see `FlowHeadConfig`.
     """
 
     width: int = 768
@@ -66,6 +66,7 @@ class FlowARConfig:
     attention_dropout: float = 0.1
     projection_dropout: float = 0.1
     dtype: str = "float32"
+    attention: str = "auto"
     scan: bool = True
     remat: str = "none"
 
@@ -91,6 +92,7 @@ class FlowARConfig:
             injection=self.injection,
             head_dim=self.head_dim,
             dtype=self.dtype,
+            attention=self.attention,
             scan=self.scan,
             remat=self.remat,
         )
@@ -169,14 +171,15 @@ class Block(nn.Module):
         """x after the block, and its own keys and values."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         drop = nn.Dropout(c.projection_dropout, deterministic=not self.has_rng("dropout"))
-        six = layers.dense(6 * c.width, ("embed", "mlp"), dtype=dtype, name="modulation")(condition)
-        gate1, gate2, scale1, scale2, shift1, shift2 = jnp.split(six, 6, axis=-1)
+        six = layers.Modulation(6, c.width, dtype, name="modulation")
+        gate1, gate2, scale1, scale2, shift1, shift2 = six(condition)
         attention = layers.Attention(
             c.num_heads,
             c.num_heads,
             use_bias=True,
             dtype=dtype,
             dropout=c.attention_dropout,
+            implementation=c.attention,
             name="attention",
         )
         y = modulation.modulate(x, scale1, shift1).astype(dtype)
@@ -184,7 +187,7 @@ class Block(nn.Module):
         x = x + drop(y) * gate1
         y = modulation.modulate(x, scale2, shift2).astype(dtype)
         x = x + drop(layers.GatedMLP(c.mlp_dim, dtype, name="mlp")(y)) * gate2
-        return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), own
+        return layers.by_batch(x), own
 
 
 class FlowAR(nn.Module):
@@ -227,13 +230,16 @@ class FlowAR(nn.Module):
         c = self.config
         first = c.buffer_size + c.offsets[1]
         classes = jnp.broadcast_to(
-            self.class_embedding(labels)[:, None], (len(labels), first, c.width)
+            self._embed_labels(labels), (len(labels), first, c.width)
         ).astype(c.dtype)
         return jnp.concatenate([classes, self.embed_inputs(inputs)], axis=1)
 
+    def _embed_labels(self, labels: Labels) -> Float[Array, "B 1 W"]:
+        return layers.by_batch(self.class_embedding(labels)[:, None])
+
     def embed_inputs(self, inputs: Float[Array, "B m C"]) -> Float[Array, "B m W"]:
         """Inputs at the transformer's width."""
-        return self.latent_in(inputs.astype(self.config.dtype))
+        return layers.by_batch(self.latent_in(inputs.astype(self.config.dtype)))
 
     def run(
         self,
@@ -259,12 +265,12 @@ class FlowAR(nn.Module):
         c = self.config
         here = slice(start, start + x.shape[1])
         rope = c.rope()[here]
-        condition = (nn.silu(self.class_embedding(labels)[:, None]).astype(c.dtype),)
+        condition = (nn.silu(self._embed_labels(labels)).astype(c.dtype),)
         first, second = (None, None) if cache is None else cache
         x = self.first_norm((x + self.first_positions[here]).astype(c.dtype)).astype(c.dtype)
         x, own = self.first_half(x, prefix=first, mask=mask, rope=rope, context=condition)
-        x = self.middle_in(self.middle_norm(x).astype(c.dtype)) + self.second_positions[here]
-        x = x.astype(c.dtype)
+        x = layers.by_batch(self.middle_in(self.middle_norm(x).astype(c.dtype)))
+        x = (x + self.second_positions[here]).astype(c.dtype)
         x, own2 = self.second_half(x, prefix=second, mask=mask, rope=rope, context=condition)
         return self.last_norm(x) + self.last_positions[here], (own, own2)
 

@@ -50,6 +50,7 @@ class GeneratorConfig:
     token_dropout: float = 0.1
     residual_dropout: float = 0.1
     dtype: str = "float32"
+    attention: str = "auto"  # one of `ops.attention.IMPLEMENTATIONS`
     scan: bool = True
     remat: str = "none"
     head: str = "categorical"  # one of `HEADS`; what follows is read with "flow"
@@ -160,7 +161,13 @@ class Block(nn.Module):
         # Dropout is active if the caller passes a `dropout` key.
         deterministic = not self.has_rng("dropout")
         attention = layers.Attention(
-            c.num_heads, c.kv_heads, use_bias=False, dtype=dtype, kernel_init=INIT, name="attention"
+            c.num_heads,
+            c.kv_heads,
+            use_bias=False,
+            dtype=dtype,
+            kernel_init=INIT,
+            implementation=c.attention,
+            name="attention",
         )
         y = layers.rms_norm("attention_norm")(x).astype(dtype)
         y, keys_values = attention(y, prefix=prefix, mask=mask, rope=rope)

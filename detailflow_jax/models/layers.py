@@ -6,24 +6,24 @@ Parameters are float32 and carry logical axis names. Compute runs in `dtype`; no
 attention scores are float32.
 """
 
-import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
-from detailflow_jax.ops import Array, rotary
+from detailflow_jax.ops import Array, attention, rotary
+from detailflow_jax.runtime import compiler
 
 Tokens = Float[Array, "B T D"]
-Mask = Bool[Array, "..."]
-"""True where attention is allowed; broadcastable to [B, 1, T, P + S], or [T, P + S] for all."""
+Mask = attention.Mask
 Rope = Float[Array, "T half 2"]
 """Rotary table; half = h/2 (`ops.rotary`)."""
 KeysValues = tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]
-Prefix = tuple[Float[Array, "B P K h"], Float[Array, "B P K h"]]
+Prefix = attention.Prefix
 LayerCache = Any
 """Keys and values of every layer: stacked, [L, B, S, K, h], if scanned, else a list of pairs."""
 
@@ -75,6 +75,15 @@ def param(
     return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
 
 
+def by_batch(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x [B, ...], split over the devices along its batch and whole along all else.
+
+    Without this the compiler may place an activation as the parameters near it, split along its
+    width, and then gathers the whole batch on every device.
+    """
+    return nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
+
+
 def table(
     module: nn.Module, name: str, rows: int, width: int, std: float = 0.02
 ) -> Float[Array, "{rows} {width}"]:
@@ -111,37 +120,58 @@ def attend(
     *,
     prefix: Prefix | None = None,
     mask: Mask | None = None,
-    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: str = "auto",
 ) -> Float[Array, "B T H h"]:
-    """Softmax attention over the keys [prefix, own], without concatenating the two.
+    """Attention by the implementation that suits the shapes and the devices in use.
 
-    Args:
-      query: queries.
-      key: own keys; query head i reads key/value head i // (H/K).
-      value: own values.
-      prefix: keys and values that come before the own ones: a cache, or another stream.
-      mask: see `Mask`.
-      drop: applied to the attention weights, such as dropout.
-
-    Returns:
-      [B, T, H, h] in the dtype of `value`; scores and softmax are float32.
+    See `ops.attention`: `plain` says what is computed, `choose` by what. Kernels that the compiler
+    cannot split run on each device's own samples and heads.
     """
-    batch, length, heads, head_dim = query.shape
-    query = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)
-    parts = [(key, value)] if prefix is None else [prefix, (key, value)]
+    mask = attention.static(mask)
+    bare = prefix is None and drop is None
+    chosen = attention.choose(
+        implementation, compiler.platform(), query, key, mask, bare=bare and _divides(query, key)
+    )
+    if chosen == "cudnn":
+        return attention.cudnn(query, key, value, mask)
+    if chosen == "splash":
+        return _on_each_device(attention.splash, query, key, value, mask)
+    drop = drop or (lambda weights: weights)
+    return attention.plain(query, key, value, prefix=prefix, mask=mask, drop=drop)
 
-    def score(part: Array) -> jax.Array:
-        return jnp.einsum("btkrh,bskh->bkrts", query, part, preferred_element_type=jnp.float32)
 
-    scores = jnp.concatenate([score(k) for k, _ in parts], axis=-1) * head_dim**-0.5
-    if mask is not None:
-        mask = jnp.expand_dims(mask, 2) if mask.ndim == 4 else mask
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = drop(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
-    edge = weights.shape[-1] - key.shape[1]
-    split = [weights] if prefix is None else [weights[..., :edge], weights[..., edge:]]
-    read = [jnp.einsum("bkrts,bskh->btkrh", w, v) for w, (_, v) in zip(split, parts, strict=True)]
-    return functools.reduce(jnp.add, read).reshape(batch, length, heads, head_dim)
+_BY_HEAD = ("batch", "length", "heads", None)
+
+
+def _divides(query: Array, key: Array) -> bool:
+    """Whether the devices in use can share out the samples and the heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return True
+    groups = [(axes,) if isinstance(axes, str) else axes or () for axes in _axes(_BY_HEAD)]
+    batch, _, heads, _ = (math.prod(mesh.shape[axis] for axis in axes) for axes in groups)
+    return query.shape[0] % batch == 0 and key.shape[2] % heads == query.shape[2] % heads == 0
+
+
+def _axes(names: Sequence[str | None]) -> jax.sharding.PartitionSpec:
+    return jax.sharding.PartitionSpec(*(nn.logical_to_mesh_axes(names) or ()))
+
+
+def _on_each_device(
+    fused: Callable[..., Array], query: Array, key: Array, value: Array, mask: Mask | None
+) -> Array:
+    if jax.sharding.get_abstract_mesh().empty:
+        return fused(query, key, value, mask)
+    by_head = _axes(_BY_HEAD)
+    dynamic = mask is not None and not isinstance(mask, attention.StaticMask)
+    of_mask = _axes(("batch" if dynamic and len(mask) > 1 else None, None, None, None))
+    return jax.shard_map(
+        fused,
+        in_specs=(by_head, by_head, by_head, of_mask),
+        out_specs=by_head,
+        check_vma=False,  # Kernels do not say over which axes their results differ.
+    )(query, key, value, mask)
 
 
 class Attention(nn.Module):
@@ -159,6 +189,7 @@ class Attention(nn.Module):
       kernel_init: of all projections.
       output_bias: of the output projection; None: the same as `use_bias`.
       dropout: rate on the attention weights; active if the caller passes a `dropout` key.
+      implementation: one of `ops.attention.IMPLEMENTATIONS`.
     """
 
     num_heads: int
@@ -168,6 +199,7 @@ class Attention(nn.Module):
     kernel_init: Callable = XAVIER
     output_bias: bool | None = None
     dropout: float = 0.0
+    implementation: str = "auto"
 
     @nn.compact
     def __call__(
@@ -204,8 +236,10 @@ class Attention(nn.Module):
         value = project("v_proj", read, self.num_kv_heads)
         if rope is not None:
             query, key = rotary.rotate(query, rope), rotary.rotate(key, rope)
-        drop = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
-        out = attend(query, key, value, prefix=prefix, mask=mask, drop=drop)
+        dropping = self.dropout > 0 and self.has_rng("dropout")
+        drop = nn.Dropout(self.dropout, deterministic=False) if dropping else None
+        by = self.implementation
+        out = attend(query, key, value, prefix=prefix, mask=mask, drop=drop, implementation=by)
         out_proj = dense(
             width,
             ("heads", "embed"),
@@ -214,7 +248,34 @@ class Attention(nn.Module):
             kernel_init=self.kernel_init,
             name="out_proj",
         )
-        return out_proj(out.reshape(x.shape)), (key, value)
+        return by_batch(out_proj(out.reshape(x.shape))), (key, value)
+
+
+class Modulation(nn.Module):
+    """Vectors that modulate a block, from a condition: one dense layer, cut into `parts`.
+
+    Each part is a product of its own, so that no array holds them all: at one condition per
+    position that would be the largest of the block.
+    """
+
+    parts: int
+    features: int
+    dtype: Any
+    kernel_init: Callable = XAVIER
+
+    @nn.compact
+    def __call__(
+        self, condition: Float[Array, "B T C"]
+    ) -> list[Float[Array, "B T {self.features}"]]:
+        """The parts, in the order of the kernel's columns."""
+        width = self.parts * self.features
+        shape = (condition.shape[-1], width)
+        kernel = param(self, "kernel", self.kernel_init, ("embed", "mlp"), shape)
+        bias = param(self, "bias", nn.initializers.zeros, ("mlp",), (width,))
+        x = condition.astype(self.dtype)
+        kernels = jnp.split(kernel.astype(self.dtype), self.parts, axis=1)
+        biases = jnp.split(bias.astype(self.dtype), self.parts)
+        return [by_batch(x @ k + b) for k, b in zip(kernels, biases, strict=True)]
 
 
 class GatedMLP(nn.Module):
@@ -229,7 +290,7 @@ class GatedMLP(nn.Module):
         y = dense(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1_x")(x)
         y = nn.gelu(gate, approximate=False) * y  # [B, T, hidden]
         y = nn.with_logical_constraint(y, ("batch", "length", "mlp"))
-        return dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="fc2")(y)
+        return by_batch(dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="fc2")(y))
 
 
 class Stack(nn.Module):
@@ -268,7 +329,7 @@ class Stack(nn.Module):
         Returns:
           x after the last block, and every layer's own keys and values.
         """
-        block = self.block
+        block, mask = self.block, attention.static(mask)
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
             block = nn.remat(block, policy=policy, prevent_cse=not self.scan)

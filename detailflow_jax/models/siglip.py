@@ -37,6 +37,7 @@ class Block(nn.Module):
     num_heads: int
     mlp_dim: int
     dtype: Any
+    implementation: str = "auto"
 
     @nn.compact
     def __call__(
@@ -44,7 +45,12 @@ class Block(nn.Module):
     ) -> tuple[Any, Any]:
         """Tokens [B, T, D] after the block, and their own keys and values."""
         attention = layers.Attention(
-            self.num_heads, self.num_heads, use_bias=True, dtype=self.dtype, name="attention"
+            self.num_heads,
+            self.num_heads,
+            use_bias=True,
+            dtype=self.dtype,
+            implementation=self.implementation,
+            name="attention",
         )
         y, keys_values = attention(
             layers.layer_norm("norm1")(x).astype(self.dtype), prefix=prefix, mask=mask, rope=rope
@@ -88,6 +94,7 @@ class VisionTransformer(nn.Module):
       embed_patches: False leaves out the patch embedding (the decoder's trunk has none).
       tap: the block, 1 to L, whose tokens `run_tapped` returns; 0: none.
       table_std: standard deviation that the position table starts with.
+      attention: one of `ops.attention.IMPLEMENTATIONS`.
     """
 
     config: ViTConfig
@@ -97,6 +104,7 @@ class VisionTransformer(nn.Module):
     embed_patches: bool = True
     tap: int = 0
     table_std: float = 0.02
+    attention: str = "auto"
 
     def setup(self):
         c = self.config
@@ -105,7 +113,12 @@ class VisionTransformer(nn.Module):
         self.position_table = layers.table(
             self, "position_table", c.table_side**2, c.width, self.table_std
         )
-        options = {"num_heads": c.num_heads, "mlp_dim": c.mlp_dim, "dtype": self.dtype}
+        options = {
+            "num_heads": c.num_heads,
+            "mlp_dim": c.mlp_dim,
+            "dtype": self.dtype,
+            "implementation": self.attention,
+        }
         block = Block
         if self.tap:
             block, options = TappedBlock, options | {"tap": self.tap}

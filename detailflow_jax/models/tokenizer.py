@@ -49,6 +49,7 @@ class TokenizerConfig:
     # scratch they vanish beside the patches for hundreds of steps.
     table_std: float = 0.02
     dtype: str = "float32"
+    attention: str = "auto"  # one of `ops.attention.IMPLEMENTATIONS`
     scan: bool = True
     remat: str = "none"
 
@@ -96,7 +97,12 @@ class Encoder(nn.Module):
     def setup(self):
         c = self.config
         self.trunk = VisionTransformer(
-            c.encoder, jnp.dtype(c.dtype), c.scan, c.remat, table_std=c.table_std
+            c.encoder,
+            jnp.dtype(c.dtype),
+            c.scan,
+            c.remat,
+            table_std=c.table_std,
+            attention=c.attention,
         )
         self.latent_tokens = layers.table(
             self, "latent_tokens", c.num_tokens, c.encoder.width, c.table_std
@@ -158,6 +164,7 @@ class Decoder(nn.Module):
             embed_patches=False,
             tap=c.repa_layer,
             table_std=c.table_std,
+            attention=c.attention,
             name="trunk",
         )
         mask_token = layers.table(self, "mask_token", 1, c.decoder.width)

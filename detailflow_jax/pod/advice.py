@@ -46,7 +46,8 @@ def _shortage(error: DoesNotFit, limit: int) -> str:
 
 def _split_state(program: Program, config: ConfigDict, topology: Topology) -> str:
     now, devices = program.mesh.shape, list(program.mesh.devices.flat)
-    best = meshes.auto(config, program.name, topology, devices, now["tensor"]).shape
+    every = meshes.ranked(config, program.name, topology, devices, now["tensor"])
+    best = min(every, key=lambda each: each.state).sizes
     if best["fsdp"] <= now["fsdp"]:
         return "--mesh with a larger tensor: fsdp does not split the state any further"
     sizes = ",".join(f"{axis}={size}" for axis, size in best.items())

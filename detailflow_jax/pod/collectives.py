@@ -27,12 +27,14 @@ class Collective:
       size: bytes of the whole array (gathered, or before it is scattered), on one chip.
       group: numbers of the chips of one group, in the order of the mesh.
       times: how often it runs.
+      waits: the core waits for it; others run beside its work.
     """
 
     kind: str
     size: int
     group: tuple[int, ...]
     times: int
+    waits: bool = True
 
     @property
     def sent(self) -> float:
@@ -49,26 +51,31 @@ def find(module: Module, executions: Iterable[Execution], num_chips: int) -> lis
     A collective that the compiler cut into pieces, to run beside other work, counts once.
     """
     found, seen = [], set()
+    instructions = [i for c in module.computations.values() for i in c.instructions.values()]
+    started = {i.called("calls") for i in instructions if i.opcode == "async-start"}
     for execution in executions:
         computation = execution.computation
         # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
         scatters = computation.name.startswith("all-reduce-scatter")
+        beside = computation.name in started
         for instruction in computation.instructions.values():
             kind = instruction.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
             channel = instruction.attribute(r"channel_id=(\d+)")
-            if "chain_id=" in instruction.attributes:
+            pieces = "chain_id=" in instruction.attributes
+            if pieces:
                 if channel in seen:
                     continue
                 seen.add(channel)
+            waits = not pieces and not instruction.opcode.endswith("-start") and not beside
             group = _group(instruction, num_chips)
             if len(group) > 1:
                 operands = [computation.instructions[name] for name in instruction.operands]
                 size = sum(operand.shapes[0].bytes for operand in operands)
                 size *= len(group) if kind == "all-gather" else 1
                 kind = "reduce-scatter" if scatters else kind
-                found.append(Collective(kind, size, group, execution.times))
+                found.append(Collective(kind, size, group, execution.times, waits))
     return found
 
 

@@ -21,9 +21,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from detailflow_jax.pod import advice, meshes, programs, report, topologies
+from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.errors import UserError
@@ -45,24 +47,51 @@ def compile_pod(
     Args:
       config: of any task.
       topology: of `topologies.find`.
-      mesh: "" for the configuration's, "auto", or sizes such as "data=-1,fsdp=16".
+      mesh: "" for the configuration's, "auto" for the one that should be fastest, "best" for the
+        faster of the two that should be, both compiled, or sizes such as "data=-1,fsdp=16".
       what: "train" or "sampler".
       batch_size: images of one run of the sampler over the pod; 0: 32 per chip.
       cfg_scale: guidance of the sampler; 1 computes no null half.
 
     Returns:
-      `report.summary`; for a program that does not fit {"fits": False, "advice": text, ...}.
+      `report.summary`; for a program that does not fit {"fits": False, "advice": text, ...}. With
+      "best" also {"others": [{"mesh", "step_seconds"}]} of the other meshes.
 
     Raises:
       ConfigError: what is asked for cannot be used; the text says what to do.
     """
     devices = topologies.devices(topology)
-    chosen = meshes.choose(mesh, config, what, topology, devices)
+    options = {"what": what, "batch_size": batch_size, "cfg_scale": cfg_scale}
+    if mesh != "best":
+        chosen = meshes.choose(mesh, config, what, topology, devices)
+        return _compile(config, topology, chosen, **options)
+    ranked = meshes.ranked(config, what, topology, devices)[:_TRIED]
+    found = [
+        _compile(config, topology, sharding.make_mesh(each.sizes, devices), **options)
+        for each in ranked
+    ]
+    found.sort(key=lambda each: (not each["fits"], each.get("step_seconds", 0.0)))
+    rest = [{name: each.get(name) for name in ("mesh", "step_seconds")} for each in found[1:]]
+    return found[0] | {"others": rest}
+
+
+_TRIED = 2  # How many meshes are compiled to find the best one.
+
+
+def _compile(
+    config: ConfigDict,
+    topology: topologies.Topology,
+    mesh: Mesh,
+    *,
+    what: str,
+    batch_size: int,
+    cfg_scale: float,
+) -> dict[str, Any]:
     if what == "train":
-        program = programs.train_program(config, chosen)
+        program = programs.train_program(config, mesh)
     else:
         batch_size = batch_size or 32 * topology.chips
-        program = programs.sampler_program(config, chosen, batch_size, cfg_scale)
+        program = programs.sampler_program(config, mesh, batch_size, cfg_scale)
     try:
         compiled = programs.compile_program(program)
     except programs.DoesNotFit as error:
@@ -100,8 +129,9 @@ exit codes: 0 compiled; 2 unusable command line, configuration or mesh; 3 does n
         "--mesh",
         default="",
         metavar="SIZES",
-        help="data=-1,fsdp=16,tensor=1 (one may be -1), or auto: the fsdp that leaves the "
-        "least state on each chip (sampler: the least that fits); default the configuration's",
+        help="data=-1,fsdp=16,tensor=1 (one may be -1), auto: the one that should be fastest "
+        "(sampler: the least fsdp that fits), or best: the faster of two, compiled; default the "
+        "configuration's",
     )
     add("--what", choices=("train", "sampler"), default="train", help="default train")
     add(

@@ -16,6 +16,10 @@ from detailflow_jax.pod import hlo
 
 # Passes of the matrix unit for a product in float32 of the given precision.
 _PASSES = {"default": 1, "high": 3, "highest": 6}
+# Products [T, S, h] of the kernels of `ops.attention.splash`: scores and sums of values; with them
+# again, the gradients of weights, values, keys and queries.
+_KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+_UNIT = 128  # Rows and columns of the matrix unit; a smaller head dimension leaves a part idle.
 
 
 def executed(module: hlo.Module, executions: Iterable[hlo.Execution]) -> tuple[int, int]:
@@ -30,6 +34,25 @@ def executed(module: hlo.Module, executions: Iterable[hlo.Execution]) -> tuple[i
                 precision = instruction.attribute(r"operand_precision=\{(\w+)") or "default"
                 flops += once * execution.times
                 weighted += once * execution.times * _PASSES.get(precision, 1)
+    return flops, weighted
+
+
+def kernels(executions: Iterable[hlo.Execution]) -> tuple[int, int]:
+    """FLOPs of attention kernels on one chip, and the same as if h filled the matrix unit.
+
+    Blocks that a mask hides, which the kernels skip, are counted too.
+    """
+    flops = weighted = 0
+    for execution in executions:
+        instructions = execution.computation.instructions
+        for name, instruction in instructions.items():
+            products = _KERNELS.get("_".join(name.split("_")[:3]), 0)
+            if products and instruction.opcode == "custom-call":
+                shapes = (instructions[operand].shapes[0] for operand in instruction.operands)
+                query, key, *_ = (shape.dims for shape in shapes if len(shape.dims) == 4)
+                once = 2 * products * math.prod(query) * key[2] * execution.times
+                flops += once
+                weighted += once * max(1, _UNIT // query[3])
     return flops, weighted
 
 

@@ -140,7 +140,7 @@ def parse(text: str) -> Module:
     """
     computations, entry, name, instructions, root = {}, None, None, {}, None
     for line in text.splitlines():
-        if line.startswith("}") and name:
+        if line.rstrip() == "}" and name:  # Attributes of kernels have lines of their own.
             computations[name] = Computation(name, instructions, root)
             name = None
         elif name and (start := _INSTRUCTION.match(line)):

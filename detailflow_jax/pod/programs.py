@@ -63,7 +63,7 @@ class Program:
     @property
     def state_bytes(self) -> int:
         """Bytes that the arguments take on each chip."""
-        return _bytes(self.arguments)
+        return bytes_a_chip(self.arguments)
 
     @property
     def whole(self) -> dict[str, int]:
@@ -71,7 +71,8 @@ class Program:
         return sharding.left_whole(self.arguments[0])
 
 
-def _bytes(tree: Any) -> int:
+def bytes_a_chip(tree: Any) -> int:
+    """Bytes that abstract arrays with shardings take on each chip."""
     return sum(sharding.bytes_a_device(leaf) for leaf in jax.tree.leaves(tree))
 
 
@@ -90,13 +91,13 @@ class Compiled:
     host_memory: int
 
 
-def state_bytes(config: ConfigDict, what: str, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes on each chip of what a program of `train_program` or `sampler_program` keeps.
+def state(config: ConfigDict, what: str, mesh: Mesh | AbstractMesh) -> Any:
+    """What a program of `train_program` or `sampler_program` keeps, abstract.
 
     That is the whole training state, or for a sampler the parameters alone.
     """
-    state = sharding.abstract_state(_task(config).init, jax.random.key(0), mesh)
-    return _bytes(state if what == "train" else state.params)
+    found = sharding.abstract_state(_task(config).init, jax.random.key(0), mesh)
+    return found if what == "train" else found.params
 
 
 # ------------------------------------------------------------------------------------- the programs

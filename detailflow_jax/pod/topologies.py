@@ -1,9 +1,9 @@
 """TPU slices: what a chip can do, and devices to compile for without having one.
 
 Figures are the vendor's (docs.cloud.google.com/tpu/docs). The usable part of the memory is what the
-compiler allows a program. `link` is one direction of one link: the vendor gives the sum over
-both directions of all links of a chip: 400 GB/s for v5e (4 links), 800 for v6e (4), 1200 for v5p
-(6).
+compiler allows a program. `clock` is that at which the matrix units reach the peak; the vendor
+gives none. `link` is one direction of one link: the vendor gives the sum over both directions of
+all links of a chip: 400 GB/s for v5e (4 links), 800 for v6e (4), 1200 for v5p (6).
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ class Chip:
       memory: usable HBM in bytes.
       peak: bfloat16 FLOP/s.
       bandwidth: HBM bytes/s.
+      clock: cycles/s.
       link: bytes/s of one link, one direction.
       ring: an axis of the torus is closed to a ring if its size is a multiple of this.
       kind: how the compiler names it.
@@ -33,6 +34,7 @@ class Chip:
     memory: int
     peak: float
     bandwidth: float
+    clock: float
     link: float
     ring: int
     kind: str
@@ -40,9 +42,9 @@ class Chip:
 
 GIB = 2**30
 CHIPS = {
-    "v5e": Chip(int(15.75 * GIB), PEAKS["TPU v5e"], 819e9, 50e9, 16, "v5e"),
-    "v6e": Chip(int(31.24 * GIB), PEAKS["TPU v6e"], 1638e9, 100e9, 16, "v6e"),
-    "v5p": Chip(int(95.73 * GIB), PEAKS["TPU v5"], 2765e9, 100e9, 4, "v5"),
+    "v5e": Chip(int(15.75 * GIB), PEAKS["TPU v5e"], 819e9, 1.5e9, 50e9, 16, "v5e"),
+    "v6e": Chip(int(31.24 * GIB), PEAKS["TPU v6e"], 1638e9, 1.75e9, 100e9, 16, "v6e"),
+    "v5p": Chip(int(95.73 * GIB), PEAKS["TPU v5"], 2765e9, 1.75e9, 100e9, 4, "v5"),
 }
 
 # Chips of a slice -> its shape. The names of v5p count cores, two per chip.

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from detailflow_jax.runtime import compiler
 from detailflow_jax.runtime.errors import ConfigError
 
 PyTree = Any
@@ -109,7 +110,8 @@ def _across_slices(shape: Sequence[int], slices: int, devices: Sequence[jax.Devi
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
     """Within it, `nn.with_logical_constraint` in models means this mesh and `RULES`."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    platform = mesh.devices.flat[0].platform
+    with compiler.target(platform), jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
@@ -221,11 +223,14 @@ def jit_step(train_step: Callable, state: PyTree) -> Callable:
         train_step: (state, batch, plan, variant=) -> (state, metrics).
         state: placed arrays, or `abstract_state`.
     """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    [device, *_] = jax.tree.leaves(shardings)[0].mesh.devices.flat
     return jax.jit(
         train_step,
         static_argnames="variant",  # One compilation per variant.
         donate_argnums=0,  # The new state takes the memory of the old one.
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+        out_shardings=(shardings, None),
+        compiler_options=compiler.options(device),
     )
 
 

@@ -16,7 +16,7 @@ from detailflow_jax.models import flow_sampler
 from detailflow_jax.models.autoencoder import Autoencoder, Posterior
 from detailflow_jax.models.dc_ae import DCAE, DCAEConfig
 from detailflow_jax.models.flowar import SIZES, FlowAR, FlowARConfig, check_vae, example
-from detailflow_jax.models.layers import apply, drop_labels
+from detailflow_jax.models.layers import apply, by_batch, drop_labels
 from detailflow_jax.models.vae import VAE
 from detailflow_jax.ops import Array
 from detailflow_jax.ops import images as pixels
@@ -97,7 +97,8 @@ def draw(
     """Times U[0, 1) and standard normal noise."""
     time_key, noise_key = jax.random.split(key)
     times = jax.random.uniform(time_key, (batch, len(config.scales)))
-    return times, jax.random.normal(noise_key, (batch, config.num_positions, config.channels))
+    noise = jax.random.normal(noise_key, (batch, config.num_positions, config.channels))
+    return by_batch(times), by_batch(noise)
 
 
 def _vae(config: Any, c: FlowARConfig) -> Autoencoder | None:

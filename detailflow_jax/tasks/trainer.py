@@ -103,7 +103,7 @@ class Trainer(abc.ABC):
             extra |= loss.init(own(name))
         frozen = {
             # DINO shares the key of the discriminator's trained part.
-            name: x.init(own("adversarial" if name == "dino" else name))
+            name: x.start(own("adversarial" if name == "dino" else name))
             for name, x in self.frozen.items()
         }
         opt_state = self.optimizer.init(self._trained(params))

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 from detailflow_jax.pod import (
     advice,
     collectives,
+    cycles,
     flops,
     hlo,
     meshes,
@@ -78,6 +79,28 @@ def test_text_that_is_no_program_is_refused():
         hlo.parse("error: something else")
 
 
+KERNELS = """ENTRY %main (q: bf16[2,4,384,64], k: bf16[2,4,384,64]) -> bf16[2,4,384,64] {
+  %q = bf16[2,4,384,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,4,384,64]{3,2,1,0} parameter(1)
+  %splash_mha_fwd_residuals.1 = bf16[2,4,384,64]{3,2,1,0} custom-call(%q, %k), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 384}"
+}}, metadata={op_name="jit(loss)/splash"}
+  ROOT %y = bf16[2,4,384,64]{3,2,1,0} add(%splash_mha_fwd_residuals.1, %q), \
+backend_config={"estimated_cycles":"77"}
+}"""
+
+
+def test_a_program_is_read_past_the_lines_of_its_kernels():
+    module = hlo.parse(KERNELS)
+    executions = hlo.executions(module)
+    once = 2 * (2 * 4 * 384 * 384 * 64) * 2  # scores, and sums of values
+    assert flops.kernels(executions) == (once, 2 * once)  # 64 of 128 rows of the matrix unit
+    assert cycles.estimated(executions) == 77
+    array = 2 * 2 * 4 * 384 * 64
+    assert traffic.memory_bytes(module, executions) == 2 * 3 * array
+
+
 def test_flops_count_real_products_and_every_round():
     _, executions = read()
     scores = 2 * (2 * 16 * 128 * 128) * 64  # 2 x 16 products [128, 64] x [64, 128]
@@ -119,6 +142,7 @@ def test_collectives_with_their_groups_and_bytes():
     # Two pieces of one collective; the ids are transposed, and so is the axis of the groups.
     assert (gather.kind, gather.size, gather.times) == ("all-gather", size, 7)
     assert gather.group == (0, 1, 2, 3)
+    assert scatter.waits and not gather.waits  # The pieces run beside other work.
     sent = size * 3 / 4
     assert collectives.totals([scatter, gather]) == {
         "all-gather": {"count": 7, "bytes": 7 * sent},
@@ -206,24 +230,40 @@ def test_mesh_of_the_command_line():
 @pytest.mark.parametrize(
     ("size", "what", "name", "expected"),
     [
-        ("GPT-L", "train", "v5e-256", 256),
-        ("GPT-3B", "train", "v5e-256", 128),  # 3200 = 25 x 128
+        ("GPT-L", "train", "v5e-256", 128),  # Gathers over all 256 would be all-reduces.
+        ("GPT-L", "train", "v5p-128", 32),  # So would those over the whole slice.
         ("GPT-3B", "sampler", "v5e-256", 4),  # 12.4 GB of float32, a third of 16.9 GB
     ],
 )
-def test_auto_takes_the_best_fsdp(size, what, name, expected):
-    config = load_config(GENERATOR + f"size={size}")
-    assert meshes.rank_fsdp(config, what, topologies.find(name))[0] == expected
+def test_auto_takes_the_fsdp_that_should_be_fastest(size, what, name, expected):
+    config, topology = load_config(GENERATOR + f"size={size}"), topologies.find(name)
+    ranked = meshes.ranked(config, what, topology, topologies.devices(topology))
+    assert ranked[0].sizes["fsdp"] == expected
+    assert not ranked[0].falls_back
+    whole = next(each for each in ranked if each.sizes["fsdp"] == topology.chips)
+    assert whole.falls_back
+
+
+@needs_compiler
+def test_a_state_that_leaves_no_room_is_split():
+    config, topology = load_config(GENERATOR + "size=GPT-XL"), topologies.find("v5e-16")
+    ranked = meshes.ranked(config, "train", topology, topologies.devices(topology))
+    assert ranked[-1].sizes["fsdp"] == 1  # 11.2 GiB of 15.75
+    assert ranked[0].state < 0.5 * topology.chip.memory
 
 
 def test_state_is_four_times_the_parameters_and_split():
     config = load_config(GENERATOR + "size=GPT-B")
     one, eight = (AbstractMesh((1, n, 1), sharding.AXES) for n in (1, 8))
-    params = programs.state_bytes(config, "sampler", one)
+
+    def state_bytes(what, mesh):
+        return programs.bytes_a_chip(programs.state(config, what, mesh))
+
+    params = state_bytes("sampler", one)
     assert params == pytest.approx(4 * 99e6, rel=0.05)  # float32
-    state = programs.state_bytes(config, "train", one)
+    state = state_bytes("train", one)
     assert state == pytest.approx(4 * params, rel=1e-4)  # two moments and the average
-    assert programs.state_bytes(config, "train", eight) == pytest.approx(state / 8, rel=0.01)
+    assert state_bytes("train", eight) == pytest.approx(state / 8, rel=0.01)
 
 
 @needs_compiler
@@ -296,7 +336,11 @@ def test_train_step_on_a_pod(capsys):
     blocks = 2 * (matrix_parameters() - WIDTH * CODES) * 3 / 4  # bfloat16, three parts of four
     assert gathered["bytes"] > 1.9 * blocks
 
-    assert found["step_seconds"] == max(found["seconds"].values())
+    seconds, waiting = found["seconds"], found["waiting_seconds"]
+    core = max(seconds[name] for name in ("compute", "HBM", "cycles"))
+    assert found["step_seconds"] == max(core + waiting, seconds["interconnect"])
+    assert seconds["cycles"] > seconds["compute"]  # Small products never reach the peak.
+    assert 0 <= waiting <= seconds["interconnect"]
     assert found["seconds"]["compute"] == pytest.approx(found["flops"] / 197e12)
     assert found["images_per_second_pod"] == pytest.approx(64 / found["step_seconds"])
     assert found["chip_hours"] == pytest.approx(20 * found["step_seconds"] / 3600 * 16)

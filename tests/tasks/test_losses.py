@@ -1,18 +1,22 @@
 """Loss terms as sections of a configuration: switched off, added from outside, renamed."""
 
+import functools
 import textwrap
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import small_tasks
 from detailflow_jax import tasks
+from detailflow_jax.models import siglip
 from detailflow_jax.runtime import upgrade
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.errors import ConfigError, UserError
 from detailflow_jax.tasks import vae
-from detailflow_jax.tasks.losses import Loss
+from detailflow_jax.tasks.losses import Frozen, Loss
 from detailflow_jax.train import train
 
 MY_LOSSES = """
@@ -194,3 +198,20 @@ def test_fields_as_written_before_are_those_of_today():
         "task": "generator",
         "loss": {"correction": 0.3},
     }
+
+
+def test_frozen_kernels_are_held_as_they_are_used():
+    vit = siglip.ViTConfig(width=32, depth=2, num_heads=2, mlp_dim=64)
+    network = siglip.VisionTransformer(vit, jnp.bfloat16)
+    images = jax.random.uniform(jax.random.key(1), (2, 32, 32, 3))
+    make = lambda key: nn.unbox(network.init(key, images)["params"])  # noqa: E731
+    full, half = (
+        Frozen("teacher", "siglip2", make, dtype=dtype).start(jax.random.key(0))
+        for dtype in ("float32", "bfloat16")
+    )
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(half)}
+    assert dtypes == {"float32", "bfloat16"}  # norms, biases and positions stay as they are
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert size(half) < 0.6 * size(full)
+    features = jax.jit(functools.partial(siglip.teacher_features, network))
+    np.testing.assert_array_equal(features(half, images), features(full, images))

@@ -52,7 +52,9 @@ class Perceptual(Loss):
         files = ((weights.VGG16, self.path), (weights.LPIPS, self.linear))
         if self.path and not self.linear:
             files = files[:1]  # a whole LPIPS
-        return Frozen("lpips", "lpips", lambda key: init(self.network, key), files, self.random)
+        dtype = jnp.dtype(self.network.dtype).name
+        make = lambda key: init(self.network, key)  # noqa: E731
+        return Frozen("lpips", "lpips", make, files, self.random, dtype=dtype)
 
     def factor(self, step: Step) -> Scalar:
         """See `Loss`."""

@@ -47,6 +47,7 @@ def make(name: str, setting: Setting) -> Frozen:
         files=((need, path),),
         random=not path,
         features=functools.partial(siglip.teacher_features, network),
+        dtype=c.dtype,
     )
 
 

@@ -1,0 +1,60 @@
+"""What programs are compiled for, and the options of XLA for train steps.
+
+Options are given with the program, not by environment variables, so that every launcher and
+`detailflow compile-pod` compile the same. What was seen stands in docs/tpu_pods.md.
+"""
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator, Mapping
+
+import jax
+
+from detailflow_jax.runtime.errors import ConfigError
+
+VARIABLE = "DETAILFLOW_XLA_OPTIONS"
+
+OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "tpu": {
+        # A product whose operand is larger than this becomes a loop over the shards of its other
+        # operand, to overlap the gather with parts of the product. It reads and writes the whole
+        # float32 result once per shard: of FlowAR-S's traffic on 16 chips that was half.
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    },
+}
+"""{platform: {option: value}}, each with what it changed here."""
+
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def target(platform: str) -> Iterator[None]:
+    """Within it, programs are traced for the devices of this platform."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def platform() -> str:
+    """The platform that programs are traced for: that of `target`, else JAX's default."""
+    return _target.get() or jax.default_backend()
+
+
+def options(device: jax.Device) -> dict[str, str]:
+    """The options of a device's platform, changed by the variable `DETAILFLOW_XLA_OPTIONS`.
+
+    The variable holds `name=value` separated by commas; `name=` leaves an option out.
+
+    Raises:
+      ConfigError: the variable is not of this form.
+    """
+    chosen = dict(OPTIONS.get(device.platform, {}))
+    for item in filter(None, os.environ.get(VARIABLE, "").split(",")):
+        name, equals, value = item.strip().partition("=")
+        if not (name and equals):
+            raise ConfigError(f"{VARIABLE}: cannot read {item!r}, expected name=value or name=")
+        chosen[name] = value
+    return {name: value for name, value in chosen.items() if value}
