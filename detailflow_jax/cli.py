@@ -77,6 +77,7 @@ COMMANDS = {
     "upscale": Command("inference.upscale", "enlarge small images by sampled detail (DetailFlow)"),
     "evaluate": Command("evaluate.__main__", "score samples or reconstructions", True),
     "convert": Command("convert.__main__", "convert checkpoints from and to PyTorch"),
+    "push": Command("inference.hub", "upload a model to the Hugging Face hub, with a card"),
     "weights": Command("runtime.weights", "list the published weights that a recipe needs"),
     "classes": Command("data.classes", "list the class names of images, codes or a trained model"),
     "prepare": Command("data.prepare", "prepare ImageNet or another TFDS dataset for training"),
@@ -111,7 +112,7 @@ SHOWN = (
         "vary",
         "upscale",
     ),
-    *("evaluate", "convert", "weights", "classes", "prepare", "compile-pod", "demo"),
+    *("evaluate", "convert", "push", "weights", "classes", "prepare", "compile-pod", "demo"),
 )
 
 

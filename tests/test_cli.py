@@ -18,6 +18,7 @@ HELP = {
     "generate": "generate",
     "evaluate generation": "evaluate generation",
     "convert": "convert",
+    "push": "push",
     "weights": "weights",
     "prepare": "prepare",
     "compile-pod": "compile-pod",

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
-from detailflow_jax.convert import mapping, published
+from detailflow_jax.convert import mapping, portable, published
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.published import Loaded
-from detailflow_jax.convert.registry import NETWORKS
+from detailflow_jax.convert.registry import NETWORKS, Network
 from detailflow_jax.convert.select import Weights
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.checkpoint import restore_params
-from detailflow_jax.runtime.config import read_config
+from detailflow_jax.runtime.config import from_json, read_config
 from detailflow_jax.runtime.errors import BucketError, ConfigError, near_names
 
 
@@ -61,7 +62,7 @@ def load(
 
     Args:
       kind: a name in `registry.NETWORKS`; None: recognised by what is there.
-      path: a workdir, or what `read_checkpoint` takes.
+      path: a workdir, a folder of `portable`, or what `read_checkpoint` takes.
       weights: "model" or "ema". Default: of a published checkpoint what its evaluation takes
         (a generator's average, the model of others), of a run the average where it keeps one.
       step: of a run, which checkpoint; default the newest complete one.
@@ -80,7 +81,10 @@ def load(
     kept = _kept.get(key) if _kept is not None else None
     if kept and all(getattr(kept.config, name, None) == x for name, x in overrides.items()):
         return kept
-    if is_workdir(path):
+    portable_config = portable.find(path)
+    if portable_config is not None:
+        found = _load_portable(kind, path, portable_config, weights, step, overrides)
+    elif is_workdir(path):
         found = _load_run(kind, path, weights, step, overrides)
     elif step is not None:
         raise ConfigError(f"step={step} is for the workdir of a run, which {path} is not")
@@ -101,21 +105,11 @@ def _load_run(
     overrides: Mapping[str, Any],
 ) -> Loaded:
     run = read_config(path)
-    kind = kind or run.task
-    network, of = NETWORKS.get(run.task), NETWORKS.get(kind)
-    if network is not of or not (of and of.from_run):
-        raise CheckpointError(
-            f"{path} holds a {run.task}",
-            expected=f"a {kind}",
-            remedy=f"Load it with df.load_{run.task}." if network and network.task else "",
-        )
+    of = _trained(kind, run.task, path)
     notices, averages = [], bool(run.get("ema", {}).get("decay"))
     if weights == "ema" and not averages:
         notices.append(f"{path}: the run keeps no 'ema' weights; reading 'model'")
-    try:
-        config = _override(of.from_run(run.model), overrides)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    config = _configured(of, run.model, overrides, path)
     params = restore_params(path, ema=weights != "model", step=step)
     scan = getattr(config, "scan", False)
     remedy = "Leave out the override of a size, or check config.json there."
@@ -124,7 +118,59 @@ def _load_run(
     taken = "ema" if averages and weights != "model" else "model"
     report = mapping.Report()
     made = str(run.get("encoded_by") or "")
-    return Loaded(kind, config, params, report, notices, str(path), tuple(dtypes), taken, made)
+    return Loaded(of.name, config, params, report, notices, str(path), tuple(dtypes), taken, made)
+
+
+def _load_portable(
+    kind: str | None,
+    path: str | os.PathLike[str],
+    written: Mapping[str, Any],
+    weights: Weights | None,
+    step: int | None,
+    overrides: Mapping[str, Any],
+) -> Loaded:
+    if step is not None:
+        raise ConfigError(f"step={step} is for the workdir of a run, which {path} is not")
+    stored = from_json(written)
+    of = _trained(kind, stored.task, path)
+    config = _configured(of, stored.model, overrides, path)
+    params = portable.read_params(path)
+    scan = getattr(config, "scan", False)
+    check_shapes(params, of.abstract(config, scan=scan), str(path), "Download both files again.")
+    one_set = f"{path}: holds one set of weights; weights={weights!r} takes it too"
+    return Loaded(
+        of.name,
+        config,
+        params,
+        mapping.Report(),
+        [one_set] if weights else [],
+        str(path),
+        ("float32",),
+        weights or "model",
+        str(stored.get("encoded_by") or ""),
+    )
+
+
+def _trained(kind: str | None, task: Any, path: str | os.PathLike[str]) -> Network:
+    """The network that a run or portable folder holds; raises CheckpointError for another kind."""
+    network, of = NETWORKS.get(task), NETWORKS.get(kind or task)
+    if network is not of or not (of and of.from_run):
+        raise CheckpointError(
+            f"{path} holds a {task}",
+            expected=f"a {kind or 'network that is trained here'}",
+            remedy=f"Load it with df.load_{task}." if network and network.task else "",
+        )
+    return of
+
+
+def _configured(
+    of: Network, model: ConfigDict, overrides: Mapping[str, Any], path: str | os.PathLike[str]
+) -> Any:
+    """The configuration that the `model` section of a config.json describes."""
+    try:
+        return _override(of.from_run(model), overrides)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def load_autoencoder(fields: Any, defaults: Mapping[str, Any] | None = None) -> Loaded:

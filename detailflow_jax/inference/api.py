@@ -19,13 +19,15 @@ import numpy as np
 from absl import logging
 from jaxtyping import UInt8
 
-from detailflow_jax.convert import diffusers, export, load
+from detailflow_jax.convert import diffusers, export
+from detailflow_jax.convert import load as loading
 from detailflow_jax.inference import rules as rules
 from detailflow_jax.inference.checks import ArrayLike
 from detailflow_jax.inference.editing import edit as edit
 from detailflow_jax.inference.editing import upscale as upscale
 from detailflow_jax.inference.editing import vary as vary
 from detailflow_jax.inference.errors import InputError
+from detailflow_jax.inference.hub import HubError as HubError
 from detailflow_jax.inference.models import (
     VAE,
     FlowAR,
@@ -75,6 +77,14 @@ def load_tokenizer(
     return _load(Tokenizer, path, weights, step, allow_missing, allow_unused, **overrides)
 
 
+def load(path: Path, **options: Any) -> Model:
+    """Loads any model that `load_tokenizer` and its kin load: which one, its files tell.
+
+    `hf:OWNER/NAME` may be what `Model.push_to_hub` made. For the options see `load_tokenizer`.
+    """
+    return _load(None, path, **options)
+
+
 def load_generator(path: Path, **options: Any) -> Generator:
     """Loads a generator from a run or a published checkpoint; see `load_tokenizer`."""
     return _load(Generator, path, **options)
@@ -101,7 +111,7 @@ def load_flowar(path: Path, **options: Any) -> FlowAR:
 
 
 def _load(
-    model: type[Model],
+    model: type[Model] | None,
     path: Path,
     weights: Any = None,
     step: int | None = None,
@@ -109,8 +119,8 @@ def _load(
     allow_unused: bool = False,
     **overrides: Any,
 ) -> Any:
-    found = load.load(
-        model.kind,
+    found = loading.load(
+        model.kind if model else None,
         path,
         weights=weights,
         step=step,
@@ -121,6 +131,7 @@ def _load(
     )
     for notice in found.notices:
         logging.warning("%s", notice)
+    model = model or {m.kind: m for m in (Tokenizer, Generator, VAE, FlowAR)}[found.kind]
     return model(found.config, found.params, found.source, found.encoded_by)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float32, Int, Int32, Shaped
 
 from detailflow_jax.convert.fingerprint import encoder_fingerprint, fingerprint
 from detailflow_jax.convert.registry import NETWORKS, with_scan
-from detailflow_jax.inference import programs
+from detailflow_jax.inference import hub, programs
 from detailflow_jax.inference.batching import in_batches
 from detailflow_jax.inference.checks import (
     ArrayLike,
@@ -101,6 +101,53 @@ class Model:
     def encoder_fingerprint(self) -> str:
         """A hash of the parameters that decide the codes or latents of an image."""
         return encoder_fingerprint(self.kind, self.params)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        workdir: str | None = None,
+        results: Sequence[str] = (),
+        picture: str | None = None,
+        licence: str | None = None,
+        pytorch: bool = False,
+        private: bool = False,
+        revision: str | None = None,
+        message: str = "",
+    ) -> str:
+        """Uploads the model and a card to the Hugging Face hub; `df.load("hf:REPO")` loads it.
+
+        Args:
+          repo: "owner/name", made if it is not there.
+          workdir: of the run that the card takes scores and a picture from; default the one that
+            the model was loaded from.
+          results: results.json of evaluations, whose figures the card has.
+          picture: a PNG for the card; default the newest one of the run.
+          licence: for the card, such as "apache-2.0".
+          pytorch: also write the published PyTorch layout, in `pytorch/` (DC-AE: `diffusers/`).
+          private: make the repository private, if it is made.
+          revision: branch to commit to; default main.
+          message: of the commit.
+
+        Returns:
+          the address of the commit.
+
+        Raises:
+          ConfigError: no such name, or a file for the card that cannot be used.
+          HubError: the hub did not take it.
+        """
+        return hub.push(
+            self,
+            repo,
+            workdir=workdir,
+            results=results,
+            picture=picture,
+            licence=licence,
+            pytorch=pytorch,
+            private=private,
+            revision=revision,
+            message=message,
+        )
 
     def __repr__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))

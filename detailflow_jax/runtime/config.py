@@ -355,7 +355,12 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds {type(fields).__name__}, not a configuration")
-    return ConfigDict(_with_tuples(upgrade.upgraded(fields))).lock()
+    return from_json(fields)
+
+
+def from_json(fields: Mapping[str, Any]) -> ConfigDict:
+    """Returns what a config.json holds, locked, with today's names and tuples for sequences."""
+    return ConfigDict(_with_tuples(upgrade.upgraded(dict(fields)))).lock()
 
 
 def check_same(

@@ -1,15 +1,12 @@
 """Reading from the Hugging Face hub: from its cache offline, and from a server."""
 
-import contextlib
 import dataclasses
-import http.server
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from PIL import Image
 
 import detailflow_jax as df
 from convert_models import random_params
+from hub_server import COMMIT, Hub, served
 from scored_models import SIZE, generator, tokenizer
 
 READ = """
@@ -32,7 +30,6 @@ for path in sys.argv[1:]:
         out[path] = str(error)
 print(json.dumps(out))
 """
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def read_in_fresh_process(*paths, **env):
@@ -82,67 +79,6 @@ def test_cache_offline(tmp_path, repository):
     assert "hf download Owner/Other" in got[absent[0]]
     assert "hf:Owner/Name@v2" in got[absent[1]]
     assert "has no file checkpoints/256.pt" in got[absent[2]]
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The three requests of the hub's protocol that a download makes."""
-
-    repositories: dict = {}  # noqa: RUF012
-    fetched: list = []  # noqa: RUF012
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        path = self.path.split("?")[0]
-        kind, _, name = path.partition("/main")
-        api, resolve = re.match("/api/models/(.+)/tree", kind), re.match("/(.+)/resolve", kind)
-        root = self.repositories.get((api or resolve or [""] * 2)[1])
-        if api and root:
-            files = [p for p in root.rglob("*") if p.is_file()]
-            listing = [
-                {"type": "file", "path": str(p.relative_to(root)), "oid": "0" * 40,
-                 "size": p.stat().st_size}
-                for p in files
-            ]  # fmt: skip
-            self.send(200, json.dumps(listing).encode(), body)
-        elif resolve and root and (root / name[1:]).is_file():
-            if body:
-                self.fetched.append(name[1:])
-            self.send(200, (root / name[1:]).read_bytes(), body)
-        else:
-            self.send(404, b"{}", body, **{"X-Error-Code": "RepoNotFound"})
-
-    def send(self, code, data, body, **headers):
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{len(data):040x}"')
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
-@contextlib.contextmanager
-def served(cache, **repositories):
-    """The environment in which the hub is a server on this machine."""
-    Hub.repositories, Hub.fetched = repositories, []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        yield {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_from_a_server_only_what_is_needed(tmp_path, repository):

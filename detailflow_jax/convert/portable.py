@@ -1,0 +1,81 @@
+"""A trained network as two files that need no run: config.json and model.safetensors.
+
+Parameters are named by their paths ("decoder/conv_in/kernel") and laid out as in a checkpoint, in
+float32. `load` recognises such a folder, here or on the hub.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from detailflow_jax.convert import mapping
+from detailflow_jax.convert.folders import open_folder
+from detailflow_jax.convert.locate import read_mapping
+from detailflow_jax.convert.readers import read_checkpoint
+from detailflow_jax.models import layers
+from detailflow_jax.runtime import files
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def write(
+    folder: Path, kind: str, config: Any, params: Mapping[str, Any], encoded_by: str = ""
+) -> None:
+    """Writes the two files into a folder that is there.
+
+    Args:
+      folder: local.
+      kind: a name in `registry.NETWORKS`.
+      config: of the network.
+      params: nested parameters, scanned or not.
+      encoded_by: fingerprint of the encoder that it belongs to.
+    """
+    import safetensors.numpy
+
+    if hasattr(config, "scan"):
+        config = dataclasses.replace(config, scan=True)
+    written = {"task": kind, "model": dataclasses.asdict(config)}
+    if encoded_by:
+        written["encoded_by"] = encoded_by
+    (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
+    flat = mapping.flatten(jax.device_get(layers.stack_layers(params)))
+    ready = {name: np.ascontiguousarray(x) for name, x in flat.items()}
+    safetensors.numpy.save_file(ready, folder / WEIGHTS, metadata={"format": "np"})
+
+
+def find(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Returns the config.json of such a folder, None for anything else.
+
+    Raises:
+      CheckpointError: a hub out of reach, or a config.json that is no JSON.
+    """
+    text = os.fspath(path)
+    if not text.startswith("hf:"):
+        # Anything else is of another kind, and what reads that says what is wrong with it.
+        with contextlib.suppress(Exception):
+            if not (files.path(text) / WEIGHTS).exists():
+                return None
+    with contextlib.ExitStack() as stack:
+        folder, named = open_folder(path, stack)
+        if named or not {WEIGHTS, CONFIG} <= {*folder.names}:
+            return None
+        config = read_mapping(folder.fetch(CONFIG), folder.label(CONFIG), json.loads)
+    return config if isinstance(config.get("model"), dict) and "task" in config else None
+
+
+def read_params(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the nested parameters of such a folder.
+
+    Raises:
+      CheckpointError: the file cannot be read.
+    """
+    tensors = read_checkpoint(path).tensors
+    return traverse_util.unflatten_dict({k: np.array(x) for k, x in tensors.items()}, sep="/")
