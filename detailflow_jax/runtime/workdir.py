@@ -213,13 +213,17 @@ class _Spool(Workdir):
         self._uploading = threading.Lock()
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="workdir", daemon=True)
-        # A killed run leaves its folder; as the holder, this one may remove it.
+        self._held = contextlib.ExitStack()
         prefix = f"detailflow-{hashlib.sha256(self._workdir.encode()).hexdigest()[:12]}-"
         for left in pathlib.Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-            shutil.rmtree(left, ignore_errors=True)
+            # A killed run leaves its folder. One in use is that of a run under the same address
+            # that this one cannot see, such as behind another endpoint.
+            with contextlib.suppress(ConfigError), hold_workdir(left):
+                shutil.rmtree(left, ignore_errors=True)
         super().__init__(pathlib.Path(tempfile.mkdtemp(prefix=prefix)))
 
     def __enter__(self):
+        self._held.enter_context(hold_workdir(self.folder))
         for name in _CONTINUED:
             with contextlib.suppress(FileNotFoundError):
                 content = files.read_bytes(os.path.join(self._workdir, name))
@@ -230,6 +234,7 @@ class _Spool(Workdir):
     def __exit__(self, kind, error, trace) -> None:
         self._leave.set()
         self._thread.join()
+        self._held.close()
         try:
             self._upload()
         except (UserError, OSError) as failed:

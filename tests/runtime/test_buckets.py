@@ -1,8 +1,11 @@
 """Files in a bucket, and who holds a workdir there; against a server that speaks its protocol."""
 
+import glob
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -158,6 +161,25 @@ def test_the_mark_of_a_dead_holder_is_taken_over(bucket, hasty):
         with pytest.raises(ConfigError, match="process 3 on elsewhere"):
             held.upload()
     assert json.loads(bucket.read("dead/.lock"))["token"] == "y"
+
+
+def test_a_killed_run_leaves_no_folder_behind_and_one_in_use_stays(bucket):
+    def spools() -> set[str]:
+        return set(glob.glob(os.path.join(tempfile.gettempdir(), "detailflow-*")))
+
+    before = spools()
+    with workdir.open_workdir(bucket.path("spool")):
+        (other,) = spools() - before
+    os.mkdir(other)
+    lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(); input()"
+    command = [sys.executable, "-c", lock, os.path.join(other, ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        with workdir.open_workdir(bucket.path("spool")):
+            assert os.path.isdir(other)
+        child.kill()
+    with workdir.open_workdir(bucket.path("spool")):
+        assert not os.path.exists(other)
 
 
 def same_bits(*workdirs) -> None:
