@@ -1,12 +1,15 @@
 """Leaves a run in good order after SIGTERM or Ctrl-C, and in time after SIGTERM."""
 
 import contextlib
+import ctypes
 import faulthandler
 import os
+import select
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,6 +22,8 @@ PREEMPTED, INTERRUPTED = 143, 130
 GRACE, GRACE_SECONDS = "DETAILFLOW_GRACE_SECONDS", 25.0
 """Environment variable: the seconds between SIGTERM and the end; the launchers set it. Unset: 25,
 for Kubernetes kills after 30."""
+
+_NOTHING = 0  # No signal has this number: it ends the watch.
 
 
 def grace_seconds() -> float:
@@ -44,47 +49,69 @@ class StopRequest:
     """
 
     def __init__(self):
-        self._asked = self._interrupted = False
-        self._deadline = float("inf")
+        self._asked = False
         self._grace = grace_seconds()
-        self._before = {}
+        self._restore = contextlib.ExitStack()
+        self._seen = self._wakeup = -1  # A pipe, which gets the number of each signal.
+        self._jax_asked: Callable[[int], None] = lambda number: None
 
     def __enter__(self):
-        # With several processes JAX handles SIGTERM and makes them agree on a step.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-            self._left = threading.Event()
-            threading.Thread(target=self._watch, name="grace", daemon=True).start()
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._seen, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._restore.callback(signal.set_wakeup_fd, before)
+        if jax.process_count() > 1:
+            self._take_over_from_jax()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, self._ask)
+            self._restore.callback(signal.signal, number, before)
+        threading.Thread(target=self._watch, name="grace", daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self._before and not self._asked:  # Else to the end of the process, which may hang too.
-            self._left.set()
+        self._restore.close()
+        if self._seen >= 0 and not self._asked:  # Else to the end of the process, which may hang.
+            os.write(self._wakeup, bytes([_NOTHING]))
+
+    def _take_over_from_jax(self) -> None:
+        """Keeps JAX's own handler, which is in C, to call it: it makes the processes agree."""
+        handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+        get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+        get.restype = put.restype = handler
+        put.argtypes = [ctypes.c_int, handler]
+        self._jax_asked = get(signal.SIGTERM)
+        self._restore.callback(put, signal.SIGTERM, self._jax_asked)
 
     def _ask(self, number, frame) -> None:
-        if number == signal.SIGINT and self._interrupted:
-            os._exit(INTERRUPTED)
-        self._asked, self._interrupted = True, self._interrupted or number == signal.SIGINT
-        if number == signal.SIGTERM:
-            self._deadline = min(self._deadline, time.monotonic() + self._grace)
-        # Not the log: the signal may have come while it was being written.
-        _tell("\nasked to leave: saving after this step (Ctrl-C again: leave at once)\n")
+        self._asked = True
 
     def _watch(self) -> None:
-        # Polls, for a signal handler must not wait for the lock of an event.
-        while not self._left.wait(0.1):
-            if time.monotonic() > self._deadline:
+        """Acts on signals, also while the main thread waits in a call that does not return."""
+        interrupted, deadline = False, float("inf")
+        while True:
+            left = None if deadline == float("inf") else max(deadline - time.monotonic(), 0.0)
+            if not select.select([self._seen], [], [], left)[0]:
                 with contextlib.suppress(OSError, ValueError):
                     faulthandler.dump_traceback(sys.__stderr__)
                 _tell(f"\nstill here {self._grace:g} s after SIGTERM ({GRACE}): leaving at once\n")
                 os._exit(PREEMPTED)
+            for number in os.read(self._seen, 100):
+                if number == _NOTHING:
+                    return
+                if number == signal.SIGINT and interrupted:
+                    os._exit(INTERRUPTED)
+                interrupted = interrupted or number == signal.SIGINT
+                if number == signal.SIGTERM:
+                    deadline = min(deadline, time.monotonic() + self._grace)
+                self._asked = True
+                self._jax_asked(signal.SIGTERM)
+                _tell("\nasked to leave: saving after this step (Ctrl-C again: leave at once)\n")
 
     def asked(self) -> bool:
         """Whether this process was asked; False where there are several, see `requested`."""
-        return self._asked
+        return self._asked and jax.process_count() == 1
 
     def requested(self, step: int) -> bool:
         """Whether to leave after `step`; the same answer in every process."""

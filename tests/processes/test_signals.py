@@ -7,6 +7,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,8 +88,11 @@ class Run:
             raise AssertionError(f"did not end in {seconds} s: {self.output}") from None
 
 
-def memory() -> set[str]:
-    return {file.name for file in MEMORY.iterdir()}
+def memory(run: Run | None = None) -> set[str]:
+    """Objects in shared memory, without those of other runs of this machine."""
+    own = f"-{run.process.pid}-" if run else "-none-"
+    names = {file.name for file in MEMORY.iterdir()}
+    return {name for name in names if not name.startswith("detailflow-") or own in name}
 
 
 def all_gone(processes: list[psutil.Process], seconds: float = 10) -> bool:
@@ -143,7 +147,7 @@ def test_faults_cost_time_only_and_a_signal_to_the_group_saves_the_last_step(tmp
         assert f"preempted: saved step {done}; run the same command" in run.output
         assert "Traceback" not in run.output and "leaked" not in run.output, run.output
     assert all_gone([*first, *second])
-    assert memory() == before
+    assert memory(run) == before
 
     for file in files:
         file.unlink()
@@ -159,10 +163,77 @@ def test_nothing_is_left_of_a_killed_run(tmp_path):
     with Run(tmp_path) as run:
         run.wait_for_steps(3)
         family = run.family()
-        assert memory() > before
+        assert memory(run) > before
         run.process.kill()
         assert all_gone(family)
-    assert memory() == before
+    assert memory(run) == before
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [2, 8])
+def test_a_signal_to_the_group_saves_the_last_step_and_leaves_nothing(tmp_path, workers):
+    toy_images.make_folder(tmp_path / "images")
+    before = memory()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with Run(tmp_path, f"data.num_workers={workers}") as run:
+            run.wait_for_steps(3)
+            family = run.family()
+            assert len(run.workers()) == workers
+            os.killpg(run.process.pid, number)
+            assert run.ended(20) == train.PREEMPTED, run.output
+            assert f"preempted: saved step {run.steps};" in run.output
+            assert "Traceback" not in run.output and "leaked" not in run.output, run.output
+            assert all_gone(family)
+        assert memory(run) == before
+        assert (run.workdir / "checkpoints" / str(run.steps)).exists()
+    with Run(tmp_path, f"data.num_workers={workers}") as run:
+        run.wait_for_steps(3)
+        family = run.family()
+        run.process.kill()
+        assert all_gone(family)
+    assert memory(run) == before
+
+
+TWO = """
+import sys, time
+from detailflow_jax.runtime import distributed
+distributed.start(sys.argv[1], 2, int(sys.argv[2]))
+from detailflow_jax.runtime.stop import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    step = 1
+    while not stop.requested(step):
+        step += 1
+        time.sleep(0.05)
+    print("leaves after", step, flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_two_processes_leave_after_the_same_step_and_in_time(tmp_path):
+    """Ctrl-C reaches one of them; then both get SIGTERM while they do not come to an end."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    variables = {"DETAILFLOW_GRACE_SECONDS": "2"}
+    command = [sys.executable, "-c", TWO, address]
+    pair = [children.start(*command, number, **variables) for number in "01"]
+    for child in pair:
+        while child.stdout.readline() != "ready\n":
+            assert child.poll() is None
+    pair[1].send_signal(signal.SIGINT)
+    left = []
+    for child in pair:
+        while "leaves after" not in (line := child.stdout.readline()):
+            assert child.poll() is None
+        left.append(line)
+    assert left[0] == left[1]
+    for child in pair:
+        child.terminate()
+    for child in pair:
+        printed = children.finish(child, timeout=20)
+        assert child.returncode == train.PREEMPTED, printed
+        assert "still here 2 s after SIGTERM" in printed
 
 
 def test_a_disk_that_does_not_answer_keeps_no_run_beyond_its_grace(tmp_path):

@@ -171,7 +171,8 @@ def test_a_killed_run_leaves_no_folder_behind_and_one_in_use_stays(bucket):
     with workdir.open_workdir(bucket.path("spool")):
         (other,) = spools() - before
     os.mkdir(other)
-    lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(); input()"
+    lock = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    lock += "; print(flush=True); input()"
     command = [sys.executable, "-c", lock, os.path.join(other, ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         child.stdout.readline()
