@@ -42,12 +42,7 @@ class ShardSource:
         what, folder = cls.layout_class.what, os.fspath(files.path(directory or "."))
         path = os.path.join(folder, "manifest.json")
         if not directory or not files.exists(path):
-            raise NotFoundError(
-                f"{folder} has no manifest.json: the extraction of {what} has not "
-                "finished, run the same command again"
-                if directory and files.is_dir(folder)
-                else f"no folder of {what} {directory!r}: expected {what}:DIR"
-            )
+            raise NotFoundError(cls._missing(directory, folder))
         manifest = read_json(path)
         version = manifest.get("format_version")
         if version != FORMAT_VERSION:
@@ -65,6 +60,22 @@ class ShardSource:
                 f"{path} contradicts itself: num_classes is {classes}, class_names {names!r:.99}"
             )
         return manifest
+
+    @classmethod
+    def _missing(cls, directory: str, folder: str) -> str:
+        """What is wrong with a folder that has no manifest."""
+        what, there = cls.layout_class.what, files.names(folder) if directory else []
+        if not directory or not files.is_dir(folder):
+            return f"no folder of {what} {directory!r}: expected {what}:DIR"
+        if not there or "layout.json" in there:
+            return (
+                f"{folder} has no manifest.json: the extraction of {what} has not finished, run "
+                "the same command again"
+            )
+        found = f"{folder} holds no {what} but {', '.join(there[:4])}{' ...' * (len(there) > 4)}"
+        if "config.json" in there:
+            found = f"{folder} is the workdir of a training run, it holds no {what}"
+        return f"{found}: expected the folder that `detailflow extract ... --out` wrote"
 
     def __init__(self, directory: str):
         what = self.layout_class.what

@@ -23,7 +23,9 @@ from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import SHIPPED, Source
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.runtime import files
+from detailflow_jax.runtime.errors import ReadError, UserError
 from detailflow_jax.runtime.files import atomic_file
+from detailflow_jax.runtime.retry import is_passing
 
 # ------------------------------------------------------------------------------------ .npz files
 
@@ -71,13 +73,19 @@ def readable(
     missing: str = "there is no such file",
     damaged: str = "it is truncated or not an .npz; copy or make it again",
 ) -> Iterator[None]:
-    """Raises EvaluationError where the block finds an `.npz` missing or damaged."""
+    """Raises EvaluationError where the block finds an `.npz` missing or damaged.
+
+    One that cannot be read now is a ReadError or, in a bucket, a BucketError.
+    """
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise EvaluationError(f"{name}: {missing}") from error
-    except EvaluationError:
-        raise
+    except OSError as error:
+        kind = ReadError if is_passing(error) else EvaluationError
+        raise kind(f"cannot read {name}: {error}") from error
     except (zipfile.BadZipFile, EOFError, ValueError, KeyError, NotImplementedError) as error:
         raise EvaluationError(f"{name} is damaged ({error}): {damaged}") from error
 

@@ -15,6 +15,7 @@ with it. gcsfs finds a TPU VM's own account by itself, as TensorStore and Orbax 
 import contextlib
 import errno
 import functools
+import io
 import os
 import pathlib
 import re
@@ -197,11 +198,37 @@ def names(folder: PathLike) -> list[str]:
 
 
 def open_file(place: PathLike) -> BinaryIO:
-    """Opens a file to read from, at any position."""
-    with reaching(place):
-        if is_remote(place):
-            return file_system(place).open(os.fspath(place))
-        return open(path(place), "rb")
+    """Opens a file to read from, at any position; in a bucket, reading raises as `reaching`."""
+    if is_remote(place):
+        return io.BufferedReader(_RemoteFile(place), 1 << 20)
+    return open(path(place), "rb")
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file in a bucket, which raises as `reaching`."""
+
+    def __init__(self, place: PathLike):
+        self._place = place
+        with reaching(place):
+            self._file = file_system(place).open(os.fspath(place))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        with reaching(self._place, "read"):
+            return self._file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def read_bytes(place: PathLike) -> bytes:

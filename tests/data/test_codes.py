@@ -181,6 +181,16 @@ def test_wrong_records_are_refused_and_leave_no_shard(tmp_path):
         assert os.listdir(tmp_path) == ["layout.json"]
 
 
+def test_a_folder_of_something_else_is_named_as_what_it_is(tmp_path):
+    (tmp_path / "config.json").touch()
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"is the workdir of a training run.*extract"):
+        CodeSource(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no codes but checkpoints: expected"):
+        CodeSource(str(tmp_path))
+
+
 def test_unfinished_or_missing_folders_are_refused(copied, tmp_path_factory):
     (copied / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match="not finished, run the same command again"):

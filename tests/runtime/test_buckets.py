@@ -1,6 +1,7 @@
 """Files in a bucket, and who holds a workdir there; against a server that speaks its protocol."""
 
 import glob
+import io
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import bucket_server
 import children
 import toy_task
 from detailflow_jax import train
+from detailflow_jax.evaluate.samples import NpzImages
 from detailflow_jax.runtime import files, workdir
 from detailflow_jax.runtime.checkpoint import restore_params
 from detailflow_jax.runtime.errors import BucketError, ConfigError, WriteError
@@ -81,6 +83,18 @@ def test_large_files_and_listings(bucket):
     assert files.sizes(bucket.path("folder")) == {"large": 6 << 20}
     assert files.names(bucket.path("folder/")) == ["large"]
     assert files.is_dir(bucket.path("folder")) and not files.is_dir(bucket.path("none"))
+
+
+def test_a_bucket_that_fails_in_the_middle_of_a_file_is_no_damage(bucket):
+    images = np.random.default_rng(0).integers(0, 256, (200, 200, 200, 3), np.uint8)
+    content = io.BytesIO()
+    np.savez(content, arr_0=images)
+    bucket.write("images.npz", content.getvalue())
+    read = NpzImages(bucket.path("images.npz")).read
+    np.testing.assert_array_equal(read(0, 3), images[:3])
+    bucket.proxy.fault = lambda method, path: 400
+    with pytest.raises(BucketError, match=r"cannot read gs://.*images.npz"):
+        read(190, 200)
 
 
 @pytest.mark.parametrize("fault", [503, bucket_server.CUT])
