@@ -5,7 +5,6 @@
 
 import os
 import pathlib
-import sys
 import time
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 import toy_task
 from detailflow_jax import train
 from detailflow_jax.data import make_iterator
+from detailflow_jax.runtime import distributed
 
 SIDE = 8
 PROGRAM = pathlib.Path(__file__)
@@ -71,4 +71,4 @@ def run(config: ConfigDict, workdir: str):
 
 
 if __name__ == "__main__":
-    sys.exit(train.main(run=run))
+    distributed.leave(train.main(run=run))
