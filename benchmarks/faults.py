@@ -46,7 +46,7 @@ WORKER, DISK = "SIGKILL of a worker", "EIO of all images"
 SERVER = {"503": 503, "requests cut off": bucket_server.CUT}
 EVERY, MOST = 5, 14  # Steps between checkpoints; most steps between faults.
 PASSES = (0.3, 4.0)  # Seconds that a fault of a disk or server lasts.
-PATIENCE = 120  # Seconds without a step, or to the end, after which a run counts as stuck.
+PATIENCE = 120  # Seconds without a word after which a run counts as stuck.
 
 
 # ------------------------------------------------------------- processes that start without imports
@@ -149,10 +149,12 @@ class Run:
         return self.alive()
 
     def _wait(self, condition) -> None:
-        deadline = time.monotonic() + PATIENCE
+        text, since = "", time.monotonic()
         while not condition():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"stuck for {PATIENCE} s: {self.text()[-3000:]}")
+            if (now := self.text()) != text:
+                text, since = now, time.monotonic()
+            elif time.monotonic() > since + PATIENCE:
+                raise RuntimeError(f"silent for {PATIENCE} s: {text[-3000:]}")
             time.sleep(0.02)
 
     def family(self) -> list[psutil.Process]:
