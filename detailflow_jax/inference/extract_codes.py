@@ -74,13 +74,8 @@ def extract(
     )
     plan = extraction.Extraction(
         layout=data.CodeLayout(len(source), shard_size, count, c.num_tokens, c.codebook_size),
-        definition={
-            "source": source.fingerprint,
-            "tokenizer": tokenizer.fingerprint,
-            "encoded_by": tokenizer.encoder_fingerprint,
-            "class_names": list(source.class_names),
-            "num_classes": source.num_classes,
-            "image_size": c.image_size,
+        model=tokenizer,
+        settings={
             "group_size": c.group_size,
             "causal_num": c.causal,
             "crops": crops,
@@ -92,8 +87,6 @@ def extract(
         crops=crops,
         num_views=count,
         batch_size=batch_size,
-        mesh=tokenizer.mesh,
-        network=tokenizer.source,
         files={data.CODEBOOK: data.codebook_file(np.asarray(tokenizer.params["codebook"]))},
     )
     return extraction.extract(plan, source, out)

@@ -70,16 +70,11 @@ def extract(
 
     plan = extraction.Extraction(
         layout=data.LatentLayout(len(source), shard_size, shape, dtype),
-        definition={
-            "source": source.fingerprint,
-            "vae": vae.fingerprint,
-            "encoded_by": vae.encoder_fingerprint,
+        model=vae,
+        settings={
             # Lists where there is one per channel, as the manifest has them.
             "scale_factor": np.asarray(c.scale_factor).tolist(),
             "shift_factor": np.asarray(c.shift_factor).tolist(),
-            "class_names": list(source.class_names),
-            "num_classes": source.num_classes,
-            "image_size": image_size,
             "crop": crop,
         },
         program=program,
@@ -88,8 +83,6 @@ def extract(
         num_views=VIEWS,
         batch_size=batch_size,
         mirrored=True,
-        mesh=vae.mesh,
-        network=vae.source,
     )
     return extraction.extract(plan, source, out)
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Int, Shaped, UInt8
 from tqdm import tqdm
 
 from detailflow_jax import data
 from detailflow_jax.data.shards import read_json
 from detailflow_jax.inference.batching import in_batches
+from detailflow_jax.inference.models import Model
 from detailflow_jax.runtime import distributed, files, sharding
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
@@ -38,7 +38,8 @@ class Extraction:
 
     Attributes:
       layout: of the shards and their records.
-      definition: what the records depend on (`data.open_extraction`).
+      model: whose program it is; its mesh splits a batch.
+      settings: what the records depend on beside the model, the source and `image_size`.
       program: (views uint8 [n, R, R, 3], position of the image of each [n], number of the view [n])
         -> what is stored of each view, [n, ...].
       image_size: R.
@@ -46,27 +47,36 @@ class Extraction:
       num_views: K.
       batch_size: views per call of the program; whole images, at least one.
       mirrored: add the mirror image of every view.
-      mesh: what splits a batch, or None.
-      network: where the network was read from; noted in the manifest.
       files: content of further files of the folder, by name.
     """
 
     layout: data.ShardLayout
-    definition: Mapping[str, Any]
+    model: Model
+    settings: Mapping[str, Any]
     program: Callable[..., Any]
     image_size: int
     crops: str
     num_views: int
     batch_size: int
     mirrored: bool = False
-    mesh: Mesh | None = None
-    network: str = ""
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
         """M."""
         return max(1, self.batch_size // self.num_views)
+
+    def definition(self, source: data.Source) -> dict[str, Any]:
+        """What the records depend on, and what their readers need (`data.open_extraction`)."""
+        return {
+            "source": source.fingerprint,
+            self.model.kind: self.model.fingerprint,
+            "encoded_by": self.model.encoder_fingerprint,
+            "class_names": list(source.class_names),
+            "num_classes": source.num_classes,
+            "image_size": self.image_size,
+            **self.settings,
+        }
 
     def encode(
         self, views: Views, positions: Int[np.ndarray, " M"]
@@ -81,7 +91,7 @@ class Extraction:
             np.tile(np.arange(self.num_views, dtype=np.int32), count),
         )
         size = self.num_images * self.num_views
-        values = in_batches(self.program, size, *rows, mesh=self.mesh, whole=True)
+        values = in_batches(self.program, size, *rows, mesh=self.model.mesh, whole=True)
         return values.reshape(count, self.num_views, *values.shape[1:])
 
     def records(
@@ -123,7 +133,7 @@ def extract(extraction: Extraction, source: data.Source, out: str) -> dict[str, 
     layout, first = extraction.layout, jax.process_index()
     out = os.fspath(files.path(out))
     if first == 0:
-        data.open_extraction(out, layout, extraction.definition)
+        data.open_extraction(out, layout, extraction.definition(source))
         for name, content in extraction.files.items():
             files.write_atomically(os.path.join(out, name), content)
     sharding.sync_processes("opened")
@@ -140,9 +150,10 @@ def extract(extraction: Extraction, source: data.Source, out: str) -> dict[str, 
     if first > 0:
         sharding.sync_processes("closed")
         return read_json(os.path.join(out, "manifest.json"))
-    network = os.path.abspath(extraction.network)
-    notes = {"network": network if os.path.exists(network) else extraction.network}
-    manifest = data.write_manifest(out, layout, notes if extraction.network else None)
+    network = extraction.model.source  # Noted for those who want to decode.
+    local = os.path.abspath(network)
+    notes = {"network": local if os.path.exists(local) else network}
+    manifest = data.write_manifest(out, layout, notes)
     sharding.sync_processes("closed")
     for _, image in manifest["unreadable"]:
         print(f"skipping an unreadable image: {data.printable(image)}", file=sys.stderr)

@@ -21,7 +21,7 @@ from detailflow_jax.ops import Array, interpolation
 Feature = Float[Array, "B h w C"]
 
 SIZE = 299
-POOL_FEATURES, SPATIAL_FEATURES, CLASSES = 2048, 17 * 17 * 7, 1008
+CLASSES = 1008
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 

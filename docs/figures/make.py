@@ -28,7 +28,7 @@ from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from detailflow_jax.ops import correction, interpolation, masks, resolution, scales
 
 WIDTH = 4.4  # inches: text of 8 points stays legible on a phone
-INK, PAPER, EMPTY, EDGE = "#26303b", "#fcfcfa", "#eceef0", "#ffffff"
+INK, PAPER, EMPTY = "#26303b", "#fcfcfa", "#eceef0"
 GREY, BLUE, ORANGE, RED, GREEN = "#8b96a3", "#3b6fb6", "#d9822b", "#c2453c", "#3f8f5b"
 # Three groups of four: as small as a sequence can be that still shows every case.
 TOKENS, GROUP = 12, 4

@@ -18,12 +18,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = ROOT / "tests" / "helpers" / "toy_task.py"
 
 
-def launch(workdir: pathlib.Path, *options: str, steps: int, delay: float):
+def launch(workdir: pathlib.Path, *options: str, steps: int, delay: float, **variables: str):
     command = [ROOT / "launch" / "local.sh", "-n", "2", "--cpu-devices", "2", *options, "--"]
     command += ["python", PROGRAM, f"--config={PROGRAM}", f"--workdir={workdir}"]
     command += [f"--config.total_steps={steps}", "--config.mesh.fsdp=4"]
     command += ["--config.log_every=1", "--config.checkpoint_every=5", f"--config.delay={delay}"]
-    return children.start(*command)
+    return children.start(*command, **variables)
 
 
 def log(workdir: pathlib.Path) -> list[dict]:
@@ -60,7 +60,8 @@ def between_saves(workdir: pathlib.Path) -> bool:
 
 
 def test_steps_after_a_kill_repeat_those_before_it(tmp_path):
-    with launch(tmp_path, "--max-failures", "1", steps=20, delay=0.1) as child:
+    patience = {"DETAILFLOW_KILL_SECONDS": "2"}
+    with launch(tmp_path, "--max-failures", "1", steps=20, delay=0.1, **patience) as child:
         kill(child, 1, lambda: between_saves(tmp_path))
         before = log(tmp_path)
         output = children.finish(child)
