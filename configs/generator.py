@@ -3,7 +3,7 @@
 Variants:
   detailflow_16, detailflow_32, detailflow_64   the published recipe on ImageNet codes
   small                                         codes of the small tokenizer, on one machine
-  digits                                        codes of the digits tokenizer, minutes on a CPU
+  mnist, digits                                 codes of these tokenizers, minutes on a CPU
 
 Options, after a second colon: `size=GPT-L` (GPT-B, GPT-L, GPT-XL, GPT-XLPlus, GPT-XXL, GPT-XXLPlus,
 GPT-XXXL, GPT-1B, GPT-3B, GPT-7B), `codes=DIR` (of `detailflow extract`), `runlocal`,
@@ -24,7 +24,7 @@ def get_config(arg: str = "digits") -> ConfigDict:
     """The configuration of a variant; see the module's docstring for `arg`."""
     variant, options = decode_variant(
         arg,
-        [*TOKENS, "small", "digits"],
+        [*TOKENS, "small", "mnist", "digits"],
         size="GPT-L",
         codes="",
         runlocal=False,
@@ -34,7 +34,7 @@ def get_config(arg: str = "digits") -> ConfigDict:
     )
     choose(options.size, SIZES, "generator size")
     choose(options.head, HEADS, "head")
-    makers = {"small": _small, "digits": _digits}
+    makers = {"small": _small, "mnist": _mnist, "digits": _digits}
     config = makers[variant](options) if variant in makers else _published(variant, options)
     if options.head == "flow":
         _flow_head(config, variant)
@@ -124,13 +124,24 @@ def _digits(options: ConfigDict) -> ConfigDict:
     return config
 
 
+def _mnist(options: ConfigDict) -> ConfigDict:
+    """A small generator for the codes of the MNIST tokenizer."""
+    config = _digits(options)
+    config.total_steps = int((options.epochs or 11) * 4000 // config.batch_size)
+    config.model.update(codebook_size=512, width=160, depth=4)
+    config.optim.update(kind="muon", lr=2e-3, final=0.0)
+    config.loss.correction = 0.0  # Its tokenizer has no self-correction.
+    watch(config, log_every=50, figures_every=0, checkpoint_every=500)
+    return config
+
+
 def _flow_head(config: ConfigDict, variant: str) -> None:
     """A flow head, as wide as the small networks, or that of FlowAR-S."""
     config.model.head = "flow"
     config.model.code_dim = placeholder(int)  # None: that of the codes
     config.model.injection = "spatial"  # how the semantics enter (models/flow_head.py)
     config.model.update(flow_depth=2, flow_width=1024, flow_head_dim=64)
-    if variant in ("small", "digits"):
+    if variant in ("small", "mnist", "digits"):
         config.model.update(flow_width=config.model.width, flow_head_dim=32)
 
 

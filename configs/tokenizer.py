@@ -5,7 +5,7 @@ Variants:
                                                 and 512 tokens, that is 16, 32 and 64 groups
   small                                         own images at 64 px (or `image_size=128`) on one
                                                 machine, without weights of other networks
-  mnist                                         5,000 digits of MNIST, minutes on a CPU
+  mnist                                         5,000 digits of MNIST, the demo, minutes on a CPU
   digits                                        scikit-learn's smaller digits, minutes on a CPU
 
 The published runs start their encoder from SigLIP2 and align with it, so they need its weights:
@@ -229,7 +229,7 @@ def _digits(options: ConfigDict) -> ConfigDict:
 def _mnist(options: ConfigDict) -> ConfigDict:
     """Digits of 28 x 28 px at 32 px, in patches of 8 px, as 16 tokens in 4 groups."""
     config = _digits(options)
-    config.total_steps = int((options.epochs or 8) * 4000 // config.batch_size)
+    config.total_steps = int((options.epochs or 5) * 4000 // config.batch_size)
     config.data.source = "mnist"
     # Only three sizes to decode, 8, 16 and 32 px: each is a program of its own to compile.
     config.model.update(resolution_power=2.5, codebook_size=512, codebook_dim=8, table_std=0.5)

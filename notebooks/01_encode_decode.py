@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import detailflow_jax as df
-from detailflow_jax import data
+from detailflow_jax.evaluate import digits
 from detailflow_jax.ops import images as pixels
 
 demo = os.environ.get("DEMO", "../runs/demo")
@@ -37,10 +37,10 @@ print(tokenizer)
 # `encode` takes uint8 images, or floats in [-1, 1], and gives one row of codes per image.
 
 # %%
-held_out = data.make_source("digits:test")
-digits = np.stack([held_out[i]["image"] for i in range(8)])
-codes = tokenizer.encode(digits)
-print(digits.shape, digits.dtype, "->", codes.shape, codes.dtype)
+images, labels = digits.load("mnist:test", tokenizer.config.image_size)  # of MNIST, held out
+images = images[:8]
+codes = tokenizer.encode(images)
+print(images.shape, images.dtype, "->", codes.shape, codes.dtype)
 print(codes[0])
 
 # %% [markdown]
@@ -67,11 +67,11 @@ for count in resolutions.token_counts:
 counts = resolutions.token_counts[:: max(1, len(resolutions.token_counts) // 5)]
 counts = sorted({*counts, tokenizer.config.num_tokens})
 rows = {f"{count}": df.to_uint8(tokenizer.decode(codes[:, :count])) for count in counts}
-rows["original"] = digits
+rows["original"] = images
 
-figure, axes = plt.subplots(len(rows), len(digits), figsize=(len(digits), len(rows)))
-for line, (name, images) in zip(axes, rows.items(), strict=True):
-    for axis, image in zip(line, np.asarray(images), strict=True):
+figure, axes = plt.subplots(len(rows), len(images), figsize=(len(images), len(rows)))
+for line, (name, row) in zip(axes, rows.items(), strict=True):
+    for axis, image in zip(line, np.asarray(row), strict=True):
         axis.imshow(image)
         axis.set(xticks=[], yticks=[])
     line[0].set_ylabel(name)
@@ -84,7 +84,7 @@ plt.show()
 
 # %%
 full = tokenizer.config.image_size
-reference = pixels.to_float(digits)
+reference = pixels.to_float(images)
 quality = [
     float(np.mean(pixels.psnr(tokenizer.decode(codes[:, :count], size=full), reference)))
     for count in counts

