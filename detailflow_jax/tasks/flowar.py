@@ -162,18 +162,22 @@ def reduced_images(
     return levels
 
 
-def _check_scales_from(config: Any) -> None:
-    """Raises ConfigError unless the scales can be had from what config.scales_from names."""
-    if config.scales_from not in ("latent", "image"):
-        raise ConfigError(
-            f"config.scales_from={config.scales_from!r}, expected 'latent' or 'image'"
-        )
-    if config.scales_from == "image" and config.data.source.startswith("latents:"):
+def _scales_from(config: Any) -> str:
+    """What the scales are made of: "latent", also for runs older than the choice, or "image".
+
+    Raises:
+      ConfigError: something else, or the data has no images.
+    """
+    scales_from = config.get("scales_from", "latent")
+    if scales_from not in ("latent", "image"):
+        raise ConfigError(f"config.scales_from={scales_from!r}, expected 'latent' or 'image'")
+    if scales_from == "image" and config.data.source.startswith("latents:"):
         raise ConfigError(
             f"config.scales_from='image' needs images, but config.data.source="
             f"{config.data.source} holds latents of one size: name the images, and the autoencoder "
             "in config.vae.path"
         )
+    return scales_from
 
 
 def _check_batch(c: FlowARConfig, vae: Autoencoder | None, batch: Any) -> None:
@@ -197,7 +201,7 @@ def make(config: Any) -> Task:
     c = model_config(config.model)
     model, vae = FlowAR(c), _vae(config, c)
     weights = scale_weights(c, config.loss.scale_weights)
-    _check_scales_from(config)
+    scales_from = _scales_from(config)
     optimizer = optim.optimizer(config.optim, config.total_steps)
 
     def init(key: jax.Array) -> TrainState:
@@ -209,7 +213,7 @@ def make(config: Any) -> Task:
         return optim.new_state(params, optimizer.init(params), config.ema, frozen=frozen)
 
     def make_pyramid(frozen, batch, key):
-        if vae is None or config.scales_from == "latent":
+        if vae is None or scales_from == "latent":
             return grids.pyramid(_latents(vae, frozen, batch, key), c.scales)
         images = pixels.to_float(batch["image"])
         return grids.sequence(reduced_images(vae, frozen["vae"], images, c.scales, key), c.scales)
