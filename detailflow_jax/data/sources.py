@@ -126,12 +126,13 @@ class TfdsSource(Source):
     def __init__(self, name: str, split: str, data_dir: str | None = None):
         tfds = extras.require("tensorflow_datasets")
         data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or str(tfds.core.constants.DATA_DIR)
-        data_dir = os.fspath(files.path(data_dir))
-        builder = _prepared_builder(tfds, name, data_dir)
-        self._image, self._label = image_and_label(builder)
-        self._records = builder.as_data_source(
-            split=split, decoders={self._image: tfds.decode.SkipDecoding()}
-        )
+        self._data_dir = data_dir = os.fspath(files.path(data_dir))
+        with files.reaching(data_dir, "read"):
+            builder = _prepared_builder(tfds, name, data_dir)
+            self._image, self._label = image_and_label(builder)
+            self._records = builder.as_data_source(
+                split=split, decoders={self._image: tfds.decode.SkipDecoding()}
+            )
         self.name = f"tfds:{name}:{split}"
         self.class_names = tuple(builder.info.features[self._label].names)
         sizes = {s: (i.num_examples, i.num_bytes) for s, i in builder.info.splits.items()}
@@ -143,7 +144,8 @@ class TfdsSource(Source):
 
     def read(self, index: int, reduce_to: int | None = None) -> dict:
         name = f"{self.name}[{index}]"
-        record = read_again(lambda: self._records[index], name)
+        with files.reaching(self._data_dir, "read"):
+            record = read_again(lambda: self._records[index], name)
         if file_name := record.get("file_name"):  # ImageNet's; position 17 says less to a person.
             name += f" {file_name.decode(errors='replace')}"
         picture = decode_picture(record[self._image], name, reduce_to=reduce_to, upright=False)

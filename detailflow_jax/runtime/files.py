@@ -46,6 +46,9 @@ _STATUS = re.compile(
     r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED)\b"
 )
 
+# The same of gcsfs, and of ArrayRecord, which has none either.
+_REFUSED = re.compile(r"^Forbidden|Permanent error.*\"code\": 40[13]")
+
 PathLike = str | os.PathLike[str]
 
 # What mounts (buckets, Windows shares, FUSE) answer to what they cannot do.
@@ -153,7 +156,7 @@ def _is_refusal(error: BaseException) -> bool:
     return (
         isinstance(error, PermissionError)
         or code in (401, 403, "401", "403")
-        or str(error).startswith("Forbidden")
+        or _REFUSED.search(str(error)) is not None
         or type(error).__name__ == "DefaultCredentialsError"
     )
 

@@ -5,7 +5,6 @@ The pictures are scikit-learn's two photographs, cut and scaled to several sizes
 
 import dataclasses
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -13,15 +12,12 @@ import pathlib
 import subprocess
 import sys
 import tarfile
-import threading
-import urllib.parse
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from etils import epath
 from PIL import Image
 
 import detailflow_jax as df
@@ -279,72 +275,6 @@ def test_a_finished_dataset_is_left_as_it_is_and_verified(data_dir, capsys):
     out = capsys.readouterr().out
     assert "train: 25 images" in out and "--config.data.source=tfds:imagenet2012 " in out
     assert "train: 1 unreadable" in out and TRUNCATED in out and "validation: 0 unreadable" in out
-
-
-class BucketServer(http.server.BaseHTTPRequestHandler):
-    """As much of Google Cloud Storage as ArrayRecord asks of it: byte ranges of objects."""
-
-    protocol_version = "HTTP/1.1"
-    root = ""
-    requests = 0
-
-    def do_GET(self):
-        type(self).requests += 1
-        name = urllib.parse.unquote(urllib.parse.urlparse(self.path).path.partition("/o/")[2])
-        data = pathlib.Path(self.root, name).read_bytes()
-        start, _, stop = self.headers["Range"].removeprefix("bytes=").partition("-")
-        first = int(start) if start else max(0, len(data) - int(stop))
-        last = min(int(stop), len(data) - 1) if start and stop else len(data) - 1
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-        self.send_header("Content-Length", str(last + 1 - first))
-        self.end_headers()
-        self.wfile.write(data[first : last + 1])
-
-    def log_message(self, *args):
-        pass
-
-
-class LocalBucket:
-    """What epath asks of a file system, with gs://bucket in the place of a folder."""
-
-    def __init__(self, root):
-        self._root = root
-
-    def __getattr__(self, name):
-        def call(path, *args, **kwargs):
-            local = os.fspath(path).replace("gs://bucket", self._root)
-            found = getattr(epath.backend.os_backend, name)(local, *args, **kwargs)
-            if name == "glob":
-                return [path.replace(self._root, "gs://bucket") for path in found]
-            return found
-
-        return call
-
-
-@pytest.fixture
-def bucket(data_dir, monkeypatch):
-    """A bucket that holds `data_dir`."""
-    handler = type("Handler", (BucketServer,), {"root": data_dir})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
-    monkeypatch.setattr(epath.gpath._GPath, "_backend", LocalBucket(data_dir))
-    yield handler
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.full
-def test_reads_from_a_bucket(data_dir, bucket):
-    local = make_source("tfds:imagenet2012:validation", data_dir=data_dir)
-    remote = make_source("tfds:imagenet2012:validation", data_dir="gs://bucket")
-    assert remote.fingerprint == local.fingerprint
-    for i in (3, 0, 2):
-        assert remote[i]["label"] == local[i]["label"]
-        np.testing.assert_array_equal(remote[i]["image"], local[i]["image"])
-    assert bucket.requests >= 3
 
 
 @pytest.fixture

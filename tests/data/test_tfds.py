@@ -1,6 +1,7 @@
 """The TFDS source on a real builder, prepared on disk and found by its name."""
 
 import io
+import pathlib
 import shlex
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+import bucket_server
 from detailflow_jax.data import UnreadableImage, make_iterator, make_source, prepare
+from detailflow_jax.runtime.errors import ConfigError
 
 CLASSES = ["ant", "bee", "fly"]
 
@@ -91,6 +94,23 @@ def test_reads_a_prepared_dataset_by_name(data_dir):
     for i, example in seen.items():  # TFDS shuffles the examples when it prepares them.
         np.testing.assert_array_equal(example["image"], pixels(i))
         assert example["label"] == i % 3
+
+
+def test_reads_from_a_bucket(data_dir):
+    local = make_source("tfds:tiny_insects", split="validation", data_dir=data_dir)
+    with bucket_server.shared() as bucket:
+        place = bucket.put(pathlib.Path(data_dir), "tf ds")
+        remote = make_source("tfds:tiny_insects", split="validation", data_dir=place)
+        assert remote.fingerprint == local.fingerprint
+        faults = [503, bucket_server.CUT]
+        bucket.proxy.fault = lambda method, path: faults.pop() if faults else None
+        for i in (3, 0, 2):
+            assert remote[i]["label"] == local[i]["label"]
+            np.testing.assert_array_equal(remote[i]["image"], local[i]["image"])
+        assert not faults
+        bucket.proxy.fault = lambda method, path: 403 if "array_record" in path else None
+        with pytest.raises(ConfigError, match="may it read and write there"):
+            make_source("tfds:tiny_insects", split="validation", data_dir=place)[0]
 
 
 @pytest.mark.parametrize(

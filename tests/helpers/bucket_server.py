@@ -24,8 +24,9 @@ CUT = "cut"
 
 
 def variables(url: str) -> dict[str, str]:
-    """The environment in which Orbax, etils and gcsfs take the server for Google's."""
+    """The environment in which Orbax, ArrayRecord, etils and gcsfs take the server for Google's."""
     return {
+        "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
