@@ -262,7 +262,7 @@ def test_run_starts_from_weights_once(tmp_path, monkeypatch):
     config = digits(**{"init_from.model": path, "tensorboard": False})
     seen = []
 
-    def leave_after_one(run, task, train_step, state, step):
+    def leave_after_one(run, task, state, step):
         seen.append(jax.device_get(state.params))
         run.feed.take()
         run.record()
