@@ -103,7 +103,7 @@ def _prefix_logits(model: generator.Generator, codes, labels, start: int):
     length = x.shape[1]
     mask = masks.group_mask(c.num_tokens, c.group_size, c.causal)[:length, :length]
     x, _ = model.blocks(x, mask=mask[None, None], rope=c.rope()[:length])
-    return model.to_logits(x[:, start:])
+    return model.read_out(x[:, start:])
 
 
 @functools.partial(jax.jit, static_argnames="network")

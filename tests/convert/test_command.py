@@ -197,7 +197,12 @@ def test_command_line():
 
     shown = call("--help")
     assert shown.returncode == 0
-    for word in ("--to {jax,pytorch}", "hf:OWNER/NAME", "--allow_missing", "--encoder_num_heads N"):
+    for word in (
+        "--to {jax,pytorch,diffusers}",
+        "hf:OWNER/NAME",
+        "--allow_missing",
+        "--encoder_num_heads N",
+    ):
         assert word in shown.stdout
     done = call("--to", "jax", "--src", "nowhere.pt", "--dst", "x")
     assert done.returncode == 2 and "error: nowhere.pt: there is no such file" in done.stderr

@@ -169,6 +169,7 @@ def test_faults_cost_time_only_and_a_signal_to_the_group_saves_the_last_step(tmp
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.full
 def test_nothing_is_left_of_a_killed_run(tmp_path):
     toy_images.make_folder(tmp_path / "images")
     with Run(tmp_path) as run:
@@ -249,6 +250,7 @@ def test_two_processes_leave_after_the_same_step_and_in_time(tmp_path):
         assert "still here 2 s after SIGTERM" in printed
 
 
+@pytest.mark.full
 def test_a_disk_that_does_not_answer_keeps_no_run_beyond_its_grace(tmp_path):
     """Without worker processes it is a thread of the run that hangs, which cannot be ended."""
     files = toy_images.make_folder(tmp_path / "images")
