@@ -41,6 +41,7 @@ OPTIONAL = {
         "tensorflow-datasets>=4.9.9",
     ],
     "evaluate": [MATPLOTLIB],  # curves over the guidance scale
+    "app": ["gradio>=6"],  # in the browser
     "heic": ["pillow-heif>=1"],  # photographs of telephones
     "demo": [  # the report, and what comes with the images of the demos
         MATPLOTLIB,

@@ -75,6 +75,7 @@ COMMANDS = {
     "edit": Command("inference.edit", "paint a part of an image anew, or around it (FlowAR)"),
     "vary": Command("inference.vary", "keep an image's first tokens, sample the others"),
     "upscale": Command("inference.upscale", "enlarge small images by sampled detail (DetailFlow)"),
+    "app": Command("app.__main__", "the models in the browser, to play with"),
     "evaluate": Command("evaluate.__main__", "score samples or reconstructions", True),
     "convert": Command("convert.__main__", "convert checkpoints from and to PyTorch"),
     "push": Command("inference.hub", "upload a model to the Hugging Face hub, with a card"),
@@ -112,7 +113,8 @@ SHOWN = (
         "vary",
         "upscale",
     ),
-    *("evaluate", "convert", "push", "weights", "classes", "prepare", "compile-pod", "demo"),
+    *("app", "evaluate", "convert", "push", "weights", "classes", "prepare", "compile-pod"),
+    "demo",
 )
 
 

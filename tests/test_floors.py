@@ -17,7 +17,7 @@ FLOORS = (
     {"evaluate"},
     {"training"},
     {"train"},
-    {"pod", "demo", "cli"},
+    {"pod", "demo", "app", "cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # What takes seconds to import, or is not part of the base install.
@@ -29,6 +29,7 @@ HEAVY = {
     "matplotlib",
     "transformers",
     "diffusers",
+    "gradio",
 }
 
 

@@ -38,16 +38,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_small(args: argparse.Namespace, tokenizer: api.Tokenizer) -> UInt8[np.ndarray, "b s s 3"]:
-    """The images, reduced to the largest size, up to theirs, that tokens stand for.
+    """The images, reduced to the largest size, up to theirs, that tokens stand for."""
+    side = args.size or image_command.read_images(args.image[:1], None).shape[1]
+    return image_command.read_images(args.image, start_side(tokenizer, side))
+
+
+def start_side(tokenizer: api.Tokenizer, side: int) -> int:
+    """The largest size, up to `side` px, that tokens stand for.
 
     Raises:
-      InputError: they are too small for one token, or as large as the tokenizer's images.
+      InputError: it is too small for one token, or as large as the tokenizer's images.
     """
     resolutions, full = tokenizer.config.resolutions, tokenizer.config.image_size
     sizes = sorted({resolutions.decoded_size(n) for n in resolutions.token_counts} - {full})
-    side = args.size or image_command.read_images(args.image[:1], None).shape[1]
     if side >= full:
-        raise InputError(f"{side} px is no less than the {full} px of the results; give --size")
+        raise InputError(
+            f"{side} px is no less than the {full} px of the results; give a smaller size (--size)"
+        )
     if not sizes or side < sizes[0]:
         raise InputError(f"{side} px is too small for one token, expected one of {sizes} px")
-    return image_command.read_images(args.image, max(size for size in sizes if size <= side))
+    return max(size for size in sizes if size <= side)

@@ -17,6 +17,7 @@ EXTRAS = {
     "gcsfs": "gcs",
     "s3fs": "s3",
     "wandb": "wandb",
+    "gradio": "app",
 }
 """Top-level module -> the extra in setup.py that brings it."""
 
