@@ -99,8 +99,31 @@ def _own(gr: Any, studio: Studio) -> list[Any]:
 
 
 def _upload(gr: Any, label: str) -> Any:
+    """An upload, as the path of its file: `read_upload` says what is wrong with it."""
     sources = ["upload", "clipboard"]
-    return gr.Image(type="filepath", label=label, sources=sources, height=240)
+    component = gr.Image(type="filepath", label=label, sources=sources, height=240)
+    # Gradio would open the file, and fail without a word for people.
+    component.preprocess = lambda payload: payload.path if payload else None
+    return component
+
+
+def _editor(gr: Any) -> Any:
+    """An upload to paint over; see `parts_of`."""
+    brush = gr.Brush(default_size=24, colors=["#e33"], color_mode="fixed")
+    editor = gr.ImageEditor(
+        type="numpy", label="image", sources=["upload", "clipboard"], transforms=(),
+        layers=False, brush=brush, canvas_size=(512, 512),
+    )  # fmt: skip
+    opened = editor.preprocess
+
+    def preprocess(payload: Any) -> Any:
+        try:
+            return opened(payload)
+        except OSError as error:  # what Pillow raises of other files
+            raise gr.Error("the upload is not readable: expected an image file") from error
+
+    editor.preprocess = preprocess
+    return editor
 
 
 def _results(gr: Any) -> list[Any]:
@@ -221,11 +244,7 @@ def _inpaint(gr: Any, studio: Studio) -> None:
     text = "Paint over what is to be new. The middle square of the image is used."
     with _columns(gr, text, (1, 1)) as (left, right):
         with left:
-            brush = gr.Brush(default_size=24, colors=["#e33"], color_mode="fixed")
-            editor = gr.ImageEditor(
-                type="numpy", label="image", sources=["upload", "clipboard"], transforms=(),
-                layers=False, brush=brush, canvas_size=(512, 512),
-            )  # fmt: skip
+            editor = _editor(gr)
             label = _classes(gr, studio, "flowar", optional=True)
             steps = gr.Slider(2, limits.MOST_STEPS, 25, step=1, label="flow steps per scale")
             inputs = [editor, label, steps, *_common(gr, 2.4)]

@@ -53,7 +53,7 @@ def read(result):
 
 
 def test_images_grow_while_tokens_are_shown(client):
-    job = client.submit("1", 2, 1.5, 3, *OWN, api_name="/generate")
+    job = client.submit(1, 2, 1.5, 3, *OWN, api_name="/generate")
     job.result()
     updates = job.outputs()
     statuses = [update[0] for update in updates]
@@ -67,7 +67,7 @@ def test_images_grow_while_tokens_are_shown(client):
     for tokens, picture in ((2, pictures[0]), (6, pictures[2])):
         np.testing.assert_array_equal(read(client.predict(tokens, api_name="/show")), picture)
     # The same seed again, now without compiling: the same picture.
-    again = client.submit("1", 2, 1.5, 3, *OWN, api_name="/generate")
+    again = client.submit(1, 2, 1.5, 3, *OWN, api_name="/generate")
     np.testing.assert_array_equal(read(again.result()[1]), pictures[-1])
     assert again.outputs()[0][0] == "Sampling…"
 
@@ -98,7 +98,7 @@ def drawn(tmp_path, side=32, brushed=None, layer_side=None):
 def test_what_is_brushed_is_new(client, models, tmp_path):
     half = np.s_[:, :16]
     value = drawn(tmp_path, brushed=half)
-    status, picture = client.predict(value, "-1", 4, 1, 1.0, 0, api_name="/inpaint")
+    status, picture = client.predict(value, -1, 4, 1, 1.0, 0, api_name="/inpaint")
     assert status.startswith("Done in")
     scale = 192 // SIZE
     shown = read(picture)[2 : 2 + scale * SIZE : scale, 2 : 2 + scale * SIZE : scale]
@@ -109,22 +109,23 @@ def test_what_is_brushed_is_new(client, models, tmp_path):
 
 
 def test_flowar_samples(client):
-    status, picture = client.predict("2", 4, 2, 2.4, 0, api_name="/flowar")
+    status, picture = client.predict(2, 4, 2, 2.4, 0, api_name="/flowar")
     assert status.startswith("Done in") and read(picture).ndim == 3
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("/vary", ("text", 4, "-1", 1, 1.5, 0), "expected an image file"),
-        ("/vary", (None, 4, "-1", 1, 1.5, 0), "no image: upload one first"),
-        ("/vary", (40, 4, "-1", 17, 1.5, 0), "17"),
-        ("/vary", (40, 4, "-1", 1, 0.5, 0), "0.5"),
-        ("/upscale", (16, "0", 1, 1.5, 0), "16 px is no less than the 16 px"),
-        ("/upscale", (4, "0", 1, 1.5, 0), "4 px is too small for one token"),
-        ("/inpaint", ("empty", "0", 4, 1, 1.5, 0), "nothing is brushed"),
-        ("/inpaint", ("other", "0", 4, 1, 1.5, 0), "the brushed mask is 9 x 9, expected 32 x 32"),
-        ("/inpaint", (None, "0", 4, 1, 1.5, 0), "no image: upload one first"),
+        ("/vary", ("text", 4, -1, 1, 1.5, 0), "expected an image file"),
+        ("/vary", (None, 4, -1, 1, 1.5, 0), "no image: upload one first"),
+        ("/vary", (40, 4, -1, 17, 1.5, 0), "17"),
+        ("/vary", (40, 4, -1, 1, 0.5, 0), "0.5"),
+        ("/upscale", (16, 0, 1, 1.5, 0), "16 px is no less than the 16 px"),
+        ("/upscale", (4, 0, 1, 1.5, 0), "4 px is too small for one token"),
+        ("/inpaint", ("text", 0, 4, 1, 1.5, 0), "expected an image file"),
+        ("/inpaint", ("empty", 0, 4, 1, 1.5, 0), "nothing is brushed"),
+        ("/inpaint", ("other", 0, 4, 1, 1.5, 0), "the brushed mask is 9 x 9, expected 32 x 32"),
+        ("/inpaint", (None, 0, 4, 1, 1.5, 0), "no image: upload one first"),
     ],
 )
 def test_what_cannot_be_is_one_line(client, tmp_path, name, arguments, message):
@@ -132,6 +133,8 @@ def test_what_cannot_be_is_one_line(client, tmp_path, name, arguments, message):
     if first == "text":
         (tmp_path / "words.png").write_text("words")
         first = gradio_client.handle_file(str(tmp_path / "words.png"))
+        if name == "/inpaint":
+            first = {"background": first, "layers": [], "composite": None}
     elif isinstance(first, int):
         first = gradio_client.handle_file(write(tmp_path, first))
     elif first in ("empty", "other"):
