@@ -31,15 +31,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program_name("app"),
         description="Trained models in the browser. Without models: those of `make demo`.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     for decoder, model, demo in PAIRS:
         for kind in (decoder, model):
             text = f"what df.load_{kind} takes; without any model: {demo}/{kind}"
             parser.add_argument(f"--{kind}", help=text)
-    parser.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 serves all networks")
-    parser.add_argument("--port", type=int, default=7860, help="0: any free one")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address (default: %(default)s); 0.0.0.0 serves all networks",
+    )
+    parser.add_argument(
+        "--port", type=int, default=7860, help="(default: %(default)s); 0: any free one"
+    )
     return parser.parse_args(argv)
 
 
