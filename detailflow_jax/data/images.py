@@ -26,6 +26,7 @@ _MAX_PIXELS = 178_956_970  # Pillow's own limit.
 _WANTED = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
 _PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_avif": None}  # Used if installed.
 _DRAFTED = ("JPEG", "MPO")  # What can be decoded at a fraction of its size.
+_EXIF_AS_WRITTEN = (*_DRAFTED, "PNG", "WEBP")  # The readers of others turn some images themselves.
 _ORIENTED = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # Texts of PNG with an orientation.
 # Of JPEG: what follows this marker are pixels; APP0 to APP15 and comments lie beside them.
 _SCAN, _ADOBE, _BESIDE = 0xDA, 0xEE, (*range(0xE0, 0xF0), 0xFE)
@@ -39,7 +40,7 @@ _TURNS = {  # EXIF orientation -> what makes the image upright.
     8: Image.Transpose.ROTATE_90,
 }
 _ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
-_ORIENTATION = 0x0112  # The EXIF tag; 1 is upright.
+_ORIENTATION, _SHORT = 0x0112, 3  # The EXIF tag and its type; 1 is upright.
 _LARGEST_REDUCTION = 8  # Of a JPEG block, which has 8 x 8 coefficients.
 
 
@@ -167,9 +168,31 @@ def _formats() -> tuple[str, ...]:
 def _orientation(image: Image.Image) -> object:
     """The EXIF orientation as it is written; 1, upright, where it is absent or cannot be read."""
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        found = image.getexif().get(_ORIENTATION)
     except Exception:  # Broken EXIF raises almost any class.
-        return 1
+        found = None
+    if not found and image.format in _EXIF_AS_WRITTEN:
+        found = _written_orientation(image.info.get("exif", b""))
+    return found or 1
+
+
+def _written_orientation(exif: bytes) -> int | None:
+    """The orientation in the first table of an EXIF block, whatever is wrong with the other tags.
+
+    Pillow before version 13 leaves a table at the first tag whose value lies beyond the end.
+    """
+    block = exif.removeprefix(b"Exif\0\0")
+    order = ">" if block.startswith(b"MM") else "<"
+    try:
+        (table,) = struct.unpack_from(f"{order}I", block, 4)
+        (count,) = struct.unpack_from(f"{order}H", block, table)
+        for place in range(table + 2, table + 2 + 12 * count, 12):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", block, place)
+            if tag == _ORIENTATION and kind == _SHORT:
+                return value
+    except struct.error:  # The table ends early, or there is none.
+        pass
+    return None
 
 
 def _trimmed(data: bytes, beside: str) -> bytes:

@@ -120,8 +120,10 @@ BESIDE_JPEG = {
 def test_what_is_malformed_beside_the_pixels_costs_no_png(kind, content):
     data = encoded(picture(), "PNG", exif=exif_block(orientation(6)))
     data = data[:33] + chunk(kind.encode(), content) + data[33:]
-    assert plainly(data) is None
-    np.testing.assert_array_equal(decode_image(data, "x"), np.rot90(np.asarray(picture()), -1))
+    expected, plain = np.rot90(np.asarray(picture()), -1), plainly(data)
+    # Pillow before version 13 reads past a broken cHRM by itself.
+    assert plain is None or (kind == "cHRM" and np.array_equal(plain, expected))
+    np.testing.assert_array_equal(decode_image(data, "x"), expected)
     with pytest.raises(UnreadableImage):
         decode_image(data[: data.index(b"IDAT") + 20], "x")
     pixels = bytearray(data)
