@@ -26,6 +26,7 @@ def test_every_figure_is_made_and_shown(make, tmp_path):
     assert made == shown == committed
 
 
+@pytest.mark.full
 def test_layout_and_steps_are_those_of_the_text(make):
     names = make.sequence()
     assert names[:6] == ["class", "$z_{1}$", "$z_{2}$", "$z_{3}$", "$z_{4}$", "$s_{1}$"]

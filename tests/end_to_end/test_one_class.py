@@ -26,7 +26,7 @@ def codes(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("class_dropout", [0.0, 1.0])
+@pytest.mark.parametrize("class_dropout", [pytest.param(0.0, marks=pytest.mark.full), 1.0])
 def test_one_class_and_none(codes, tmp_path, class_dropout):
     arguments = [
         "--config=configs/generator.py:digits:runlocal",

@@ -346,6 +346,7 @@ def test_train_step_on_a_pod(capsys):
     assert found["chip_hours"] == pytest.approx(20 * found["step_seconds"] / 3600 * 16)
 
 
+@pytest.mark.full
 @needs_compiler
 def test_sampler_on_a_pod(capsys):
     found = compiled(capsys, "--what=sampler", "--batch_size=32")

@@ -59,6 +59,7 @@ def between_saves(workdir: pathlib.Path) -> bool:
     return len(log(workdir)) >= 8 and (workdir / "checkpoints/5").exists()
 
 
+@pytest.mark.full
 def test_steps_after_a_kill_repeat_those_before_it(tmp_path):
     patience = {"DETAILFLOW_KILL_SECONDS": "2"}
     with launch(tmp_path, "--max-failures", "1", steps=20, delay=0.1, **patience) as child:
