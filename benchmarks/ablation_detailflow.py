@@ -14,10 +14,7 @@ from detailflow_jax.evaluate import reconstruction
 from detailflow_jax.inference import api, extract_codes, generate
 from detailflow_jax.models.generator import GeneratorConfig
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.runtime.config import load_config
 from detailflow_jax.train import train
-
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
 # ---------------------------------------------------------------------------------------- the arms
 
@@ -42,18 +39,8 @@ class Arm:
 
     def config(self, part: str, seed: int, steps: int, extra: Fields | None = None) -> ConfigDict:
         """The configuration of "tokenizer" or "generator"."""
-        fields = {
-            "seed": seed,
-            "total_steps": steps,
-            "optim.warmup_steps": steps // 10,
-            # Only training counts here.
-            "figures_every": 0,
-            "keep_checkpoints": 1,
-            "tensorboard": False,
-        }
-        fields |= {"tokenizer": self.tokenizer, "generator": self.generator}[part] | (extra or {})
-        overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-        return load_config(f"{CONFIGS / part}.py:digits", overrides)
+        fields = {"tokenizer": self.tokenizer, "generator": self.generator}[part]
+        return digit_figures.config(part, seed, steps, {**fields, **(extra or {})})
 
 
 def cumulative_arms() -> tuple[Arm, ...]:

@@ -14,10 +14,7 @@ import numpy as np
 from detailflow_jax import data
 from detailflow_jax.inference import api, extract_latents, generate
 from detailflow_jax.ops import images as pixels
-from detailflow_jax.runtime.config import load_config
 from detailflow_jax.train import train
-
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +78,7 @@ class Settings:
 def run(arm: Arm, seed: int, settings: Settings, out: pathlib.Path) -> dict[str, float]:
     """Trains, samples and measures one arm with one seed in the folder `out`; resumes."""
     vae, latents = (str(out.parent / name) for name in ("vae", "latents"))
-    train(_config("vae", seed, settings.vae_steps), vae)
+    train(digit_figures.config("vae", seed, settings.vae_steps, {}), vae)
     autoencoder = api.load_vae(vae)
     extract_latents.extract(autoencoder, data.make_source("digits:train"), latents)
     train(config(arm, seed, settings.flowar_steps, vae, latents), str(out / "flowar"))
@@ -102,15 +99,8 @@ def config(arm: Arm, seed: int, steps: int, vae: str, latents: str) -> Any:
     """FlowAR's configuration in an arm; one of reduced images encodes while it trains."""
     images = arm.fields.get("scales_from") == "image"
     source = "digits:train" if images else f"latents:{latents}"
-    return _config("flowar", seed, steps, arm.fields | {"data.source": source, "vae.path": vae})
-
-
-def _config(part: str, seed: int, steps: int, fields: Mapping[str, Any] | None = None) -> Any:
-    quiet = {"figures_every": 0, "keep_checkpoints": 1, "tensorboard": False}
-    lengths = {"seed": seed, "total_steps": steps, "optim.warmup_steps": steps // 10}
-    fields = lengths | quiet | dict(fields or {})
-    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    return load_config(f"{CONFIGS / part}.py:digits", overrides)
+    fields = {**arm.fields, "data.source": source, "vae.path": vae}
+    return digit_figures.config("flowar", seed, steps, fields)
 
 
 COLUMNS = {

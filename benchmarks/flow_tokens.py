@@ -1,7 +1,6 @@
 """What a flow head on detail tokens gives, against logits, on scikit-learn's handwritten digits.
 
-    make demo
-    python benchmarks/flow_tokens.py --tokenizer runs/demo/tokenizer --out runs/flow_tokens
+    python benchmarks/flow_tokens.py --out runs/flow_tokens
 
 One tokenizer, one set of codes, and for every seed five generators of the same transformer, all
 trained for equally many steps: with logits and one token a step; with logits and groups of four,
@@ -38,12 +37,10 @@ from detailflow_jax.evaluate.distances import frechet_distance, gaussian
 from detailflow_jax.evaluate.networks import pixel_extractor
 from detailflow_jax.evaluate.references import open_images
 from detailflow_jax.inference import api, extract_codes
-from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.tasks import make_task
 from detailflow_jax.train import train
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 BATCH, SIDE = 100, 32
 FLOW_STEPS = (4, 8, 16, 25)
 
@@ -83,19 +80,8 @@ COLUMNS = {
 
 def config_of(arm: Arm, seed: int, steps: int, codes: pathlib.Path) -> ConfigDict:
     """The configuration of a training."""
-    fields = {
-        "data.source": f"codes:{codes}",
-        "model.num_classes": 10,
-        "loss.correction": 0.0,
-        "seed": seed,
-        "total_steps": steps,
-        "optim.warmup_steps": steps // 10,
-        "figures_every": 0,
-        "keep_checkpoints": 1,
-        "tensorboard": False,
-    } | dict(arm.fields)
-    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    return load_config(f"{CONFIGS / 'generator.py'}:{arm.variant}", overrides)
+    own = {"data.source": f"codes:{codes}", "model.num_classes": 10, "loss.correction": 0.0}
+    return digit_figures.config(f"generator:{arm.variant}", seed, steps, {**own, **arm.fields})
 
 
 def train_arm(arm: Arm, seed: int, steps: int, codes: pathlib.Path, out: str) -> api.Generator:
@@ -153,7 +139,10 @@ def measure(
 def run(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """{row: figures of each seed}; what was measured before is read."""
     out = pathlib.Path(args.out)
-    tokenizer = api.load_tokenizer(args.tokenizer)
+    path = args.tokenizer or str(out / "tokenizer")
+    if not args.tokenizer:
+        train(digit_figures.config("tokenizer", 0, args.tokenizer_steps, {}), path)
+    tokenizer = api.load_tokenizer(path)
     extract_codes.extract(
         tokenizer, data.make_source("digits:train"), str(out / "codes"), crops="five"
     )
@@ -203,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tokenizer", default="runs/demo/tokenizer", help="a workdir (default: %(default)s)")
+    add("--tokenizer", help="a workdir of configs/tokenizer.py:digits (default: one is trained)")
+    add("--tokenizer_steps", type=int, default=500, help="of that one (default: %(default)s)")
     add("--out", default="runs/flow_tokens", help="folder (default: %(default)s)")
     add("--seeds", type=int, default=3, help="runs of each arm (default: %(default)s)")
     add("--steps", type=int, default=550, help="of each generator (default: %(default)s)")

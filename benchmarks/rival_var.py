@@ -143,7 +143,7 @@ class VAR(nn.Module):
         return self.embed(grid), self.run(condition[:, None] + self.start, condition, 0, None)[0]
 
     def sample(self, labels, keys, guidance):
-        """Latents [B, S, S, C]: all scales, with a cache, guided ever more."""
+        """Latents [B, S, S, C]: all scales, with a cache; guidance grows with the scale."""
         c, cache = self.config, None
         classes = filters.pair(labels, jnp.full_like(labels, c.num_classes))
         condition = self.classes[classes]

@@ -81,10 +81,10 @@ def run_steps(run: Run, task: Task, state: TrainState, step: int) -> TrainState:
     while step < config.total_steps:
         run.watchdog.beat(f"step {step + 1}")
         batch = run.next_batch(step, state)
-        _, plan = task.plan(step)
-        program = run.program(step, state, batch)
+        planned = task.plan(step)
+        program = run.program(step, planned, state, batch)
         with run.clock.dispatch(step + 1):
-            state, step_metrics = program.run(state, batch, plan)
+            state, step_metrics = program.run(state, batch, planned[1])
         run.clock.watch(step_metrics["loss"], program.flops)
         step += 1
         # The call returns before the devices are done: meanwhile the next batch is read.

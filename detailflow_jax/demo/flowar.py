@@ -115,7 +115,7 @@ def page(
                 {
                     "More digits:": f"detailflow generate --vae {out}/vae --flowar {out}/flowar "
                     "--labels 3,7 --per_class 8 --cfg_scale 2.4 --num_steps 25 --out runs/samples",
-                    "The other system, DetailFlow, on the same digits:": "make demo",
+                    "The other system, DetailFlow:": "make demo",
                     "Your own images, one folder per class:": "detailflow train --config "
                     "configs/vae.py:small:image_size=64 --workdir runs/vae "
                     "--config.data.source=folder:photos",

@@ -291,7 +291,7 @@ def _to_pixels(x: Array) -> Array:
 
 
 def _average(x: Array, features: int) -> Array:
-    """Neighbouring channels averaged until there are so many."""
+    """Groups of neighbouring channels averaged, so that `features` are left."""
     return jnp.mean(x.reshape(*x.shape[:-1], features, -1), axis=-1)
 
 

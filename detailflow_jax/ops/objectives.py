@@ -31,8 +31,13 @@ OBJECTIVES = {
 }
 """Flow matching (published), and noise prediction (the paper's ablation)."""
 
-GRIDS = {"euler": "published", "heun": "published", "euler_maruyama": "sde"}
-GRIDS |= {"ddim": "uniform", "ddpm": "uniform"}
+GRIDS = {
+    "euler": "published",
+    "heun": "published",
+    "euler_maruyama": "sde",
+    "ddim": "uniform",
+    "ddpm": "uniform",
+}
 """The grid of times (`ops.flow.GRIDS`) that each solver is used with unless another is named."""
 
 STOCHASTIC = ("euler_maruyama", "ddpm")

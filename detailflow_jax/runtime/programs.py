@@ -1,7 +1,7 @@
 """The compiled steps of a run: made in threads, those that are needed soon ahead of their time.
 
-A step that decodes images of another size is another program. Compiled when its step comes, each
-would hold up the run; compiled while the steps before it run, most cost it nothing.
+A step that decodes images of another size is another program. Compiled when its step comes, it
+would hold up the run; so it is compiled while the steps before it run.
 """
 
 import atexit
@@ -75,12 +75,12 @@ class Programs:
         with self._lock:
             self._waiting.clear()
 
-    def ask(self, step: int, state: Any, batch: Any) -> Future[Program]:
-        """The program of a step, made now or soon; and later ones are begun.
+    def ask(self, step: int, planned: Any, state: Any, batch: Any) -> Future[Program]:
+        """The program of a step with its plan, made now or soon; and later ones are begun.
 
         Its errors are those of the step's own code, and `memory.TooLarge`.
         """
-        variant, arrays = self._plan(step)
+        variant, arrays = planned
         if variant not in self._made:
             given = jax.tree.map(_described, (state, batch))
             self._begin(variant, arrays, given)

@@ -71,13 +71,13 @@ class Run:
         with self.progress.pause(), self.clock.doing(what):
             yield
 
-    def program(self, step: int, state: TrainState, batch: Any) -> Program:
+    def program(self, step: int, planned: Any, state: TrainState, batch: Any) -> Program:
         """Returns the program of the step after `step`; waits for it, where it is not made yet.
 
         Raises:
             Preempted: asked to leave while waiting for it; the state of `step` was saved.
         """
-        future = self.programs.ask(step, state, batch)
+        future = self.programs.ask(step, planned, state, batch)
         if not future.done():
             with self.pause("compile"):
                 while not wait([future], timeout=_LOOK).done:

@@ -17,6 +17,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 import ablation
 import ablation_detailflow as detailflow
 import ablation_flowar as flowar
+import digit_figures
 
 NAMES = [arm.name for arm in detailflow.ARMS]
 FULL = detailflow.ARMS[-1]
@@ -60,7 +61,10 @@ def test_the_last_arm_is_the_whole_system(part):
     """All it has of its own is how long and how quietly it trains."""
     own, usual = (
         flatten(c)
-        for c in (FULL.config(part, 0, 40), load_config(f"{detailflow.CONFIGS / part}.py:digits"))
+        for c in (
+            FULL.config(part, 0, 40),
+            load_config(f"{digit_figures.CONFIGS / part}.py:digits"),
+        )
     )
     assert own["model.causal_num"] == usual["model.group_size"]
     differing = {name for name in usual if own[name] != usual[name]} - {"model.causal_num"}

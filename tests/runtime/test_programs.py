@@ -51,23 +51,23 @@ def given():
 
 def test_later_programs_are_made_in_the_order_of_their_steps(step):
     with programs(step, total=5) as made:
-        first = made.ask(0, *given())
+        first = made.ask(0, plan(0), *given())
         assert not first.done()
         for _ in range(4):
             step.go.release()
         out, _ = first.result(60).run(*given(), plan(0)[1])
         assert out == 1 + 6 * 4
-        second = made.ask(1, *given())
+        second = made.ask(1, plan(1), *given())
         assert second.result(60).run(*given(), plan(1)[1])[0] == 1 + 1 * 2
-        assert made.ask(4, *given()) is second
+        assert made.ask(4, plan(4), *given()) is second
         with pytest.raises(ValueError, match="3 is no size"):
-            made.ask(3, *given()).result(60)
+            made.ask(3, plan(3), *given()).result(60)
     assert step.order == [4, 2, 3]  # the size 1 comes after the last step
 
 
 def test_what_has_not_begun_at_the_end_is_left(step):
     with programs(step) as made:
-        first = made.ask(0, *given())
+        first = made.ask(0, plan(0), *given())
     step.go.release()
     assert first.result(60).flops == 0
     for thread in threading.enumerate():
@@ -79,9 +79,13 @@ def test_what_has_not_begun_at_the_end_is_left(step):
 def test_only_the_asked_one_is_made_where_batches_differ(step):
     with programs(step, ahead=False) as made:
         step.go.release()
-        made.ask(0, *given()).result(60)
+        made.ask(0, plan(0), *given()).result(60)
         assert step.order == [4]
         step.go.release()
         batch = jnp.arange(3, dtype=jnp.float32)
-        assert made.ask(1, jnp.float32(0), batch).result(60).run(jnp.float32(0), batch, plan(1)[1])
+        assert (
+            made.ask(1, plan(1), jnp.float32(0), batch)
+            .result(60)
+            .run(jnp.float32(0), batch, plan(1)[1])
+        )
     assert step.order == [4, 2]

@@ -96,7 +96,7 @@ def names_of(tensors: Collection[str]) -> Names:
 
 
 def table(names: Names, levels: int = MOST_LEVELS) -> tuple[Entry, ...]:
-    """Returns the table of an autoencoder of so many levels."""
+    """Returns the table of an autoencoder of `levels` levels."""
     return (
         *_half("encoder", names, levels),
         *_half("decoder", names, levels),
