@@ -1,4 +1,4 @@
-"""What programs are compiled for, and the options of XLA for train steps.
+"""What programs are compiled for, where they are kept, and the options of XLA for train steps.
 
 Options are given with the program, not by environment variables, so that every launcher and
 `detailflow compile-pod` compile the same. What was seen stands in docs/tpu_pods.md.
@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
+from detailflow_jax.runtime import files
 from detailflow_jax.runtime.errors import ConfigError
 
-VARIABLE = "DETAILFLOW_XLA_OPTIONS"
+VARIABLE, CACHE = "DETAILFLOW_XLA_OPTIONS", "JAX_COMPILATION_CACHE_DIR"
 
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     "tpu": {
@@ -41,6 +42,25 @@ def target(platform: str) -> Iterator[None]:
 def platform() -> str:
     """The platform that programs are traced for: that of `target`, else JAX's default."""
     return _target.get() or jax.default_backend()
+
+
+def check_cache() -> None:
+    """Checks the address of a bucket that is to keep compiled programs.
+
+    JAX itself would compile every program with a warning, and make a folder of a mistyped address.
+
+    Raises:
+      ConfigError: it is no address of a bucket, there is no such bucket, or it refuses.
+      BucketError: the bucket does not answer.
+    """
+    place = jax.config.jax_compilation_cache_dir
+    if not place:
+        return
+    try:
+        if files.is_remote(files.path(place)):
+            files.make_folder(place)
+    except ConfigError as error:
+        raise ConfigError(f"{CACHE}={place}, for compiled programs: {error}") from error
 
 
 def options(device: jax.Device) -> dict[str, str]:

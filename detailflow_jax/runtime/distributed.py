@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 import jax
 from absl import logging
 
+from detailflow_jax.runtime import compiler
 from detailflow_jax.runtime.errors import ConfigError
 
 COMPILER = "compiler"  # Name of the threads that compile.
@@ -80,9 +81,12 @@ def start(
         This process's place, or None where it is alone.
 
     Raises:
-        ConfigError: see `find`; the other processes are not found, or JAX is in use already.
+        ConfigError: see `find`; the other processes are not found, JAX is in use already, or the
+            bucket for compiled programs cannot be used.
+        BucketError: that bucket does not answer.
     """
     _reach_without_proxy("localhost", "127.0.0.1", *_METADATA)
+    compiler.check_cache()
     cluster = find(
         os.environ,
         coordinator_address=coordinator_address,

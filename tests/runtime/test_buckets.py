@@ -1,5 +1,6 @@
 """Files in a bucket, and who holds a workdir there; against a server that speaks its protocol."""
 
+import contextlib
 import glob
 import io
 import json
@@ -52,26 +53,57 @@ def test_a_file_is_written_read_and_removed(bucket, name):
     assert not files.exists(place)
 
 
+@contextlib.contextmanager
+def compiled_programs_in(place):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        jax.config.update("jax_compilation_cache_dir", place)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
 def test_compiled_programs_are_kept_in_a_bucket(bucket):
     hits = []
 
     def listen(event, **_):
         hits.append(event == "/jax/compilation_cache/cache_hits")
 
-    before = jax.config.values["jax_compilation_cache_dir"]
     jax.monitoring.register_event_listener(listen)
     try:
-        jax.config.update("jax_compilation_cache_dir", bucket.path("compiled"))
-        compilation_cache.reset_cache()
-        x = np.arange(3.0)
-        for seen in (0, 1):
-            assert jax.jit(lambda x: x * 3 + 1)(x)[1] == 4
-            assert sum(hits) == seen
-        assert any("-cache" in name for name in files.names(bucket.path("compiled")))
+        with compiled_programs_in(bucket.path("compiled")):
+            x = np.arange(3.0)
+            for seen in (0, 1):
+                assert jax.jit(lambda x: x * 3 + 1)(x)[1] == 4
+                assert sum(hits) == seen
+            assert any("-cache" in name for name in files.names(bucket.path("compiled")))
     finally:
         jax.monitoring.unregister_event_listener(listen)
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "told"),
+    [
+        ("gs://no-such-bucket/compiled", None, "there is no such bucket"),
+        ("gs://test-bucket/compiled", 403, "may it read and write there"),
+        ("gs:/test-bucket/compiled", None, "expected a local path or an address such as gs://"),
+    ],
+)
+def test_a_place_for_compiled_programs_that_cannot_be_used(
+    bucket, tmp_path, monkeypatch, capsys, place, fault, told
+):
+    """It is an error before any work."""
+    monkeypatch.chdir(tmp_path)
+    bucket.proxy.fault = lambda method, path: fault
+    before = bucket.names()
+    arguments = [f"--config={toy_task.__file__}", "--workdir=run"]
+    with compiled_programs_in(place):
+        assert train.main(arguments, toy_task.run) == 2
+    assert f"JAX_COMPILATION_CACHE_DIR={place}" in (error := capsys.readouterr().err)
+    assert told in error
+    assert not os.listdir() and bucket.names() == before
 
 
 def test_large_files_and_listings(bucket):
