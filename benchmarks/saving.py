@@ -4,27 +4,23 @@
     python benchmarks/saving.py --bucket gs://BUCKET/PATH
     python benchmarks/saving.py --serve               # a bucket server on this machine (extra test)
 
-The rounds alternate, so that what else the machine does falls on both. A server on this machine
-takes its share of the processor, which a bucket elsewhere does not.
+The rounds alternate, so that what else the machine does falls on both.
 """
 
 import argparse
 import contextlib
 import functools
-import pathlib
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
+import buckets
 import jax
 import jax.numpy as jnp
 
 from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.tasks import TrainState
-
-HELPERS = pathlib.Path(__file__).parents[1] / "tests" / "helpers"
 
 
 @functools.partial(jax.jit, static_argnames="repeats", donate_argnums=0)
@@ -59,26 +55,10 @@ def measure(
     return found
 
 
-@contextlib.contextmanager
-def place(args: argparse.Namespace) -> Iterator[str]:
-    """Where to save."""
-    with contextlib.ExitStack() as stack:
-        if args.serve:
-            sys.path.insert(0, str(HELPERS))
-            import bucket_server
-
-            bucket = stack.enter_context(bucket_server.serve())
-            stack.enter_context(bucket_server.environment(bucket.variables))
-            yield bucket.path("run")
-        else:
-            yield args.bucket or stack.enter_context(tempfile.TemporaryDirectory())
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add: Callable = parser.add_argument
-    add("--bucket", help="where to save; default, a temporary folder")
-    add("--serve", action="store_true", help="save to a bucket server on this machine")
+    buckets.add_arguments(parser, "save")
     add("--megabytes", type=int, default=64, help="size of the state")
     add("--repeats", type=int, default=20, help="products in a step: how long it takes")
     add("--every", type=int, default=40, help="steps in a round, with one save or none")
@@ -86,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     weights = [jnp.full((1024, 1024), 1e-3) for _ in range(max(1, args.megabytes // 4))]
     state = TrainState(step=jnp.int32(0), params={"w": weights}, opt_state={})
-    with place(args) as workdir, Checkpoints(workdir, 1) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        workdir = stack.enter_context(buckets.opened(args))
+        workdir = workdir or stack.enter_context(tempfile.TemporaryDirectory())
+        checkpoints = stack.enter_context(Checkpoints(workdir, 1))
         found = measure(state, checkpoints, args)
     steps = {saves: statistics.median(x for x, _ in rows) for saves, rows in found.items()}
     waits = statistics.median(x for _, x in found[True])
