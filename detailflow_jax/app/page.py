@@ -138,8 +138,8 @@ def _generate(gr: Any, studio: Studio) -> None:
     counts = studio.counts
     group, every = counts[0], counts[-1]
     text = (
-        f"An image is {every} tokens, from global structure to fine detail. The sampler writes "
-        "them all; images of more and more of them follow, and the slider shows each again."
+        f"An image is {every} tokens, from global structure to fine detail. It is shown as soon "
+        "as each group of them is sampled; afterwards the slider shows each again."
     )
     with _columns(gr, text) as (left, right):
         with left:

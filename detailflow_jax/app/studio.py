@@ -78,13 +78,10 @@ class Studio:
     def grow(
         self, label: int, count: int, cfg_scale: float, seed: int, **settings: Any
     ) -> Iterator[tuple[int, Images]]:
-        """(n, the images of the first n tokens) for more and more tokens.
-
-        All codes are sampled in one program; then each count of them is decoded.
-        """
-        count = whole(count, "images", MOST_IMAGES)
-        codes = self.generator.sample(np.full(count, label), seed, cfg_scale, **settings)
-        for n in self.counts:
+        """(n, the images of the first n tokens) for more and more tokens, group by group."""
+        labels = np.full(whole(count, "images", MOST_IMAGES), label)
+        for codes in self.generator.stream(labels, seed, cfg_scale, **settings):
+            n = codes.shape[1]
             yield n, api.to_uint8(decode_enlarged(self.tokenizer, codes, n))
 
     def vary(

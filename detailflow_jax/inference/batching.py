@@ -72,7 +72,7 @@ def in_batches(
     def fetch() -> None:
         parts.append(finish(jax.tree.map(sharding.to_host, waiting.pop(0))))
 
-    with contextlib.nullcontext() if mesh is None else sharding.use(mesh):
+    with used(mesh):
         for start in range(0, count, size):
             batch = [place(pad(x[start : start + size], size), mesh) for x in rows]
             waiting.append(function(*batch))
@@ -107,6 +107,11 @@ def pad(x: Shaped[np.ndarray, "M ..."], size: int) -> Shaped[np.ndarray, "{size}
     """[M, ...] -> [size, ...], size >= M: the last row is repeated."""
     missing = size - len(x)
     return np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), "edge") if missing else x
+
+
+def used(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
+    """`sharding.use` of a mesh, if there is one."""
+    return contextlib.nullcontext() if mesh is None else sharding.use(mesh)
 
 
 def place(x: Shaped[np.ndarray, "M ..."], mesh: Mesh | None) -> Shaped[Array, "M ..."]:

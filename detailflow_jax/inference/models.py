@@ -6,7 +6,7 @@ positions, C latent channels, S side of the latent.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int, Int32, Shaped
 from detailflow_jax.convert.fingerprint import encoder_fingerprint, fingerprint
 from detailflow_jax.convert.registry import NETWORKS, with_scan
 from detailflow_jax.inference import hub, programs
-from detailflow_jax.inference.batching import in_batches
+from detailflow_jax.inference.batching import in_batches, pad, place, used, whole_shares
 from detailflow_jax.inference.checks import (
     ArrayLike,
     check_codes,
@@ -301,6 +301,41 @@ class Generator(_Sampler):
         padded = self._padded(prefix, num_tokens)
         classes = self._classes(labels, len(padded))
         return self._sample(sampling, classes, seed, first_index, batch_size, prefix=padded)
+
+    def stream(
+        self, labels: ArrayLike, seed: int = 0, cfg_scale: float = 1.5, **settings: Any
+    ) -> Iterator[Shaped[np.ndarray, "B _ ..."]]:
+        """The codes of `sample` so far, [B, g], [B, 2g] .. [B, n], each group as it is drawn.
+
+        The samples are one batch. A group is one call of a compiled program, where `sample` is one
+        program for all; the codes are the same.
+
+        Args:
+          labels, seed, cfg_scale: see `sample`.
+          **settings: of `sample`, from temperature to continuous.
+
+        Raises:
+          ValueError: a label or setting out of range.
+        """
+        sampling = sample_codes(self.network, cfg_scale, **settings)
+        classes = self._classes(labels, 0).astype(np.int32)
+        return self._streamed(sampling, classes, seed)
+
+    def _streamed(
+        self, sampling: Sampling, labels: Int32[np.ndarray, " B"], seed: int
+    ) -> Iterator[Shaped[np.ndarray, "B _ ..."]]:
+        size = whole_shares(len(labels), self.mesh)
+        rows = labels, np.arange(len(labels), dtype=np.int32)
+        classes, indices = (place(pad(x, size), self.mesh) for x in rows)
+        keys = sampler.sample_keys(seed, indices)
+        assert sampling.stream, "only codes are streamed"
+        groups = sampling.stream(self.params, classes, keys, sampling.guidance)
+        while True:
+            with used(self.mesh):  # not around the loop, whose caller does other things in between
+                codes = next(groups, None)
+            if codes is None:
+                return
+            yield sharding.to_host(codes)[: len(labels)]
 
     def _padded(self, prefix: ArrayLike, num_tokens: int | None) -> Int32[np.ndarray, "B N"]:
         """A prefix of codes, followed by -1 up to all tokens."""

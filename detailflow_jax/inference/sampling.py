@@ -4,7 +4,7 @@ Shapes: B samples, N tokens, n <= N tokens asked for, K scales, S side of the la
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,13 @@ class Sampling:
       guidance: of every token, [N], or of every scale, [K]. An argument of `run`, so that another
         guidance scale does not compile again.
       note: what is sampled, for people.
+      stream: as `run`, but the codes so far, group by group; None of latents.
     """
 
     run: Callable[..., Array]
     guidance: Float[np.ndarray, " G"]
     note: str
+    stream: Callable[..., Iterator[Array]] | None = None
 
     def __call__(
         self,
@@ -120,7 +122,10 @@ def sample_codes(
         rows = labels, keys, guidance
         return sampler.sample(network, params, *rows, chosen, prefix, options=options)
 
-    return Sampling(run, guidance, note)
+    def stream(params, labels, keys, guidance):
+        return sampler.stream(network, params, labels, keys, guidance, chosen, options=options)
+
+    return Sampling(run, guidance, note, stream)
 
 
 def sample_latents(

@@ -3,7 +3,7 @@
 The class token gives z_1, then tokens come one by one to z_c; [z_c, s_1 .. s_{g-1}] gives the next
 group, and every group the next (the paper's parallel inference). With c = 0 the class stands for
 z_c. The published sampler recomputes the whole prefix at each step; the group mask makes caching
-exact.
+exact. `stream` gives the tokens group by group, as they are drawn, from a few programs.
 
 With a flow head, the tokens of one step are drawn jointly: their noise is carried to code vectors,
 which the nearest codes replace.
@@ -15,7 +15,7 @@ null row).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -95,6 +95,16 @@ class _Program:
         """The tokens chosen, but for the codes that are given, [B, m]; -1 is none."""
         return jnp.where(given < 0, chosen, given)
 
+    def classes(self, labels: Array) -> Array:
+        """Class numbers [B] -> those of network rows [R]: the null class in a null row."""
+        null = jnp.full_like(labels, self.model.config.num_classes)
+        return filters.pair(labels, null) if self.options.guided else labels
+
+    def begin(self, labels: Array):
+        """(tokens, cache) before any token is drawn."""
+        cache = empty_cache(self.model.config, len(self.classes(labels)))
+        return self.empty(len(labels)), cache
+
     def advance(self, carry, start: Array | int, x: Array):
         """Runs embedded positions x [R, m, D] at `start`; returns tokens and cache with theirs."""
         tokens, cache = carry
@@ -105,6 +115,29 @@ class _Program:
             chosen = self.keep(chosen, given)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, chosen, start, axis=1)
         return tokens, extend_cache(cache, new, start)
+
+    def first(self, labels: Array, carry):
+        """With z_1, which the class gives."""
+        return self.advance(carry, jnp.int32(0), self.apply("embed_class", self.classes(labels)))
+
+    def single(self, start: Array | int, carry):
+        """With the token at `start`, which the one before it gives."""
+        previous = jax.lax.dynamic_slice_in_dim(carry[0], start - 1, 1, axis=1)
+        return self.advance(carry, start, self.embed(previous))
+
+    def opening(self, labels: Array, carry):
+        """With the group at c, which z_c (c = 0: the class) and the special tokens give."""
+        c = self.model.config.causal
+        classes = self.classes(labels)
+        last = self.embed(carry[0][:, c - 1 : c]) if c else self.apply("embed_class", classes)
+        special = self.apply("embed_special", len(classes))
+        return self.advance(carry, jnp.int32(c), jnp.concatenate([last, special], axis=1))
+
+    def group(self, start: Array | int, carry):
+        """With the group at `start`, which the one before it gives."""
+        size = self.model.config.group_size
+        previous = jax.lax.dynamic_slice_in_dim(carry[0], start - size, size, axis=1)
+        return self.advance(carry, start, self.embed(previous))
 
 
 class _FlowProgram(_Program):
@@ -188,38 +221,56 @@ def sample(
     """
     c, n = model.config, options.num_tokens
     program = _program(model, options)(model, params, options, keys, scales, rules, prefix)
-    classes = labels
-    if options.guided:
-        classes = filters.pair(labels, jnp.full_like(labels, c.num_classes))
+    carry = program.begin(labels)
     # A count inside the causal part is cut at the end.
-    carry = program.empty(len(labels)), empty_cache(c, len(classes))
-
-    last = program.apply("embed_class", classes)
     if c.causal:
-        carry = program.advance(carry, jnp.int32(0), last)
-
-    def one(i, carry):
-        previous = jax.lax.dynamic_slice_in_dim(carry[0], i - 1, 1, axis=1)
-        return program.advance(carry, i, program.embed(previous))
-
-    carry = jax.lax.fori_loop(1, min(n, c.causal), one, carry)
+        carry = program.first(labels, carry)
+    carry = jax.lax.fori_loop(1, min(n, c.causal), program.single, carry)
     if n > c.causal:
-        if c.causal:
-            last = program.embed(carry[0][:, c.causal - 1 : c.causal])
-        special = program.apply("embed_special", len(classes))
-        x = jnp.concatenate([last, special], axis=1)
-        carry = program.advance(carry, jnp.int32(c.causal), x)
-
-    def group(i, carry):
-        start = i * c.group_size
-        previous = jax.lax.dynamic_slice_in_dim(
-            carry[0], start - c.group_size, c.group_size, axis=1
-        )
-        return program.advance(carry, start, program.embed(previous))
-
+        carry = program.opening(labels, carry)
     first = c.causal // c.group_size + 1
+    group = lambda i, carry: program.group(i * c.group_size, carry)  # noqa: E731
     carry = jax.lax.fori_loop(first, max(n // c.group_size, first), group, carry)
     return carry[0][:, :n]
+
+
+def stream(
+    model: Transformer,
+    params: Any,
+    labels: Int[Array, " B"],
+    keys: Key[Array, " B"],
+    scales: Float32[Array, " N"],
+    rules: Sequence[Rule] = (),
+    *,
+    options: SamplingOptions,
+) -> Iterator[Shaped[Array, "B _ ..."]]:
+    """The tokens of `sample` so far, [B, g], [B, 2g] .. [B, n], each as soon as it is drawn.
+
+    A group is one call of a program: one for the first group, one for the others of the causal
+    part, one for the group that the special tokens open, and one for all that follow.
+    """
+    size, c, carry = model.config.group_size, model.config.causal, None
+    given = model, params, labels, keys, scales, rules
+    for start in range(0, options.num_tokens, size):
+        kind = "group"
+        if start <= c:
+            kind = "opening" if start == c else "single" if start else "first"
+        carry = _stage(*given, carry, jnp.int32(start), kind=kind, options=options)
+        yield carry[0][:, : min(start + size, options.num_tokens)]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "kind", "options"), donate_argnames="carry")
+def _stage(model, params, labels, keys, scales, rules, carry, start, *, kind, options):
+    """(tokens, cache) with the tokens of one more group, from `start` on."""
+    program = _program(model, options)(model, params, options, keys, scales, rules, None)
+    carry, stop = carry or program.begin(labels), start + model.config.group_size
+    if kind == "opening":
+        return program.opening(labels, carry)
+    if kind == "group":
+        return program.group(start, carry)
+    if kind == "first":
+        carry, start = program.first(labels, carry), start + 1
+    return jax.lax.fori_loop(start, stop, program.single, carry)
 
 
 def sample_keys(seed: int, indices: Int[Array, " B"]) -> Key[Array, " B"]:

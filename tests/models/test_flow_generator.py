@@ -138,6 +138,14 @@ def test_cache_equals_recomputation(case):
         np.testing.assert_array_equal(got, want[:, :count])
 
 
+@pytest.mark.parametrize("continuous", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_streamed_codes_are_those_of_one_program(gen, continuous):
+    settings = {"num_steps": 4, "continuous": continuous}
+    want = gen.sample(LABELS, 7, 2.0, **settings)
+    for count, made in zip((2, 4, 6, 8), gen.stream(LABELS, 7, 2.0, **settings), strict=True):
+        np.testing.assert_allclose(made, want[:, :count], rtol=0, atol=1e-5 * continuous)
+
+
 def test_continuous_vectors_are_those_before_the_codes(gen):
     """The first token of both is from the same noise and the same past, which is none."""
     nothing = np.zeros((len(LABELS), 0), np.int32)

@@ -201,6 +201,57 @@ def test_guidance_of_one_computes_no_null_half(gen, monkeypatch):
     assert doubled == [False, True]
 
 
+# -------------------------------------------------------------------------------- group by group
+
+STREAMED = {  # fields of the network, settings, programs
+    "one group causal": ({}, {"temperature": 0.7}, 3),
+    "two groups causal": ({"causal_num": 8}, {"cfg_scale": 1.0}, 4),
+    "none causal": ({"causal_num": 0, "num_tokens": 12}, {"gradual_cfg": True}, 2),
+    "all causal": ({"causal_num": 16}, {"num_tokens": 14}, 2),
+    "groups of one": ({"num_tokens": 6, "group_size": 1}, {}, 3),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if "groups causal" in name else pytest.mark.full)
+        for name, case in STREAMED.items()
+    ],
+)
+def test_streamed_codes_are_those_of_one_program(case, monkeypatch):
+    fields, settings, programs = case
+    config = dataclasses.replace(TINY, **fields)
+    gen = api.Generator(config, random_params(config))
+    calls, real = [], sampler._stage
+    before = real._cache_size()
+
+    def spy(*args, **options):
+        calls.append(options["kind"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(sampler, "_stage", spy)
+    want = gen.sample(LABELS, seed=3, **settings)
+    ends = *range(config.group_size, want.shape[1], config.group_size), want.shape[1]
+    for group, (codes, end) in enumerate(
+        zip(gen.stream(LABELS, seed=3, **settings), ends, strict=True)
+    ):
+        assert len(calls) == group + 1  # no later group is drawn before this one is given
+        np.testing.assert_array_equal(codes, want[:, :end])
+    assert real._cache_size() == before + programs
+    # The other kinds of group are no other programs with another seed and guidance.
+    if "cfg_scale" not in settings:
+        *_, last = gen.stream(LABELS, seed=4, cfg_scale=1.7, **settings)
+        assert real._cache_size() == before + programs and (last != want).any()
+
+
+def test_a_stream_says_at_once_what_is_wrong(gen):
+    with pytest.raises(ValueError, match="5"):
+        gen.stream([CLASSES])
+    with pytest.raises(ValueError, match="temperature"):
+        gen.stream([0], temperature=0.0)
+
+
 # ----------------------------------------------------------------------------------------- chances
 
 
