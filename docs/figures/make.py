@@ -385,8 +385,8 @@ def draw_adaln():
             *arguments,
             capture_intermediates=lambda module, _: module.name == "modulation",
         )
-        six = jax.tree.leaves(state["intermediates"])[0]
-        scale = np.split(np.asarray(six), 6, axis=-1)[2][0]
+        _, _, scale, *_ = jax.tree.leaves(state["intermediates"])  # In the order of `Block`.
+        scale = np.asarray(scale)[0]
         scales_by_name[title] = 1.0 + np.broadcast_to(scale, (side * side, scale.shape[-1]))
     # The channel that varies most over the grid.
     channel = scales_by_name[title].std(axis=0).argmax()
