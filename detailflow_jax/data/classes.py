@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from detailflow_jax.data.errors import printable
 from detailflow_jax.data.folders import composed
-from detailflow_jax.data.shards import read_json
+from detailflow_jax.data.shard_source import manifest_names
 from detailflow_jax.data.sources import SOURCE_KINDS, make_source
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.command import program_name
@@ -41,12 +41,12 @@ def class_names(place: str) -> tuple[str, ...]:
         config = read_config(folder)
         if names := config.get("class_names"):
             return tuple(names)
-        source = config.get("data", {}).get("source", "")
+        source = str(config.get("data", {}).get("source", ""))
         if ":" in source or source in SOURCE_KINDS:  # Trained before runs kept the names.
             return class_names(source)
         raise ConfigError(f"{path} has no class names, and no data source to ask for them")
     if files.exists(manifest := folder / "manifest.json"):
-        return tuple(read_json(manifest)["class_names"])
+        return manifest_names(files.read_json(manifest), manifest)
     return tuple(make_source(f"folder:{path}").class_names)
 
 

@@ -70,7 +70,8 @@ class CodeSource(ShardSource):
                 "adds the file and leaves the codes as they are"
             )
         try:
-            codebook = np.load(io.BytesIO(files.read_bytes(path)))
+            stream = io.BytesIO(files.read_bytes(path))
+            codebook = np.lib.format.read_array(stream, allow_pickle=False)
         except ValueError as error:
             raise ConfigError(f"{path} is no array: {error}") from error
         rows = codebook.shape[0] if codebook.ndim == 2 else -1

@@ -215,18 +215,19 @@ def find_images(root: str | os.PathLike) -> list[str]:
     """
     root, left_out = os.fspath(root), []
 
-    def walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    images: list[str] = []
+    waiting: list[tuple[str, frozenset[str]]] = [("", frozenset())]  # and the folders above
+    while waiting:
+        folder, above = waiting.pop()
         here = os.path.join(root, folder)
-        here = here if files.is_remote(here) else os.path.realpath(here)
-        if here in above:
-            return
-        found = list_folder(os.path.join(root, folder))
-        left_out.extend(os.path.join(root, folder, name) for name in found.left_out)
-        yield from (os.path.join(folder, name) for name in found.images)
-        for name in found.folders:
-            yield from walk(os.path.join(folder, name), (*above, here))
-
-    images = sorted(walk("", ()), key=lambda path: path.split(os.sep))
+        real = here if files.is_remote(here) else os.path.realpath(here)
+        if real in above:
+            continue
+        found = list_folder(here)
+        left_out.extend(os.path.join(here, name) for name in found.left_out)
+        images.extend(os.path.join(folder, name) for name in found.images)
+        waiting.extend((os.path.join(folder, name), above | {real}) for name in found.folders)
+    images.sort(key=lambda path: path.split(os.sep))
     _notice(root, left_out)
     return images
 

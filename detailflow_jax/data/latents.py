@@ -5,6 +5,7 @@ The first axis holds the image and its mirror.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -32,10 +33,12 @@ class LatentLayout(ShardLayout):
     accepts = np.float32
 
     def __post_init__(self):
-        object.__setattr__(self, "latent_shape", tuple(self.latent_shape))  # JSON has lists.
+        shape = self.latent_shape
+        sizes = isinstance(shape, list | tuple) and [type(n) is int and n > 0 for n in shape]
+        if sizes != [True, True, True]:
+            raise ConfigError(f"LatentLayout.latent_shape={shape!r:.99}: expected (h, w, C)")
+        object.__setattr__(self, "latent_shape", tuple(shape))  # JSON has lists.
         super().__post_init__()
-        if len(self.latent_shape) != 3 or min(self.latent_shape) < 1:
-            raise ConfigError(f"LatentLayout.latent_shape={self.latent_shape}: expected (h, w, C)")
         if self.dtype not in DTYPES:
             raise ConfigError(f"LatentLayout.dtype={self.dtype!r}: expected {' or '.join(DTYPES)}")
 
@@ -62,3 +65,19 @@ class LatentSource(ShardSource):
     """
 
     layout_class, dtype = LatentLayout, np.float32
+
+    @classmethod
+    def read_manifest(cls, directory: str) -> dict:
+        """Returns the manifest, with a scale above 0 and a shift; raises as `ShardSource`."""
+        manifest = super().read_manifest(directory)
+        channels = LatentLayout(1, 1, manifest["latent_shape"], manifest["dtype"]).latent_shape[2]
+        for name, least in (("scale_factor", 0.0), ("shift_factor", -math.inf)):
+            value = manifest[name]
+            several = value if isinstance(value, list) else [value] * channels
+            is_number = [type(x) in (int, float) and least < x < math.inf for x in several]
+            if is_number != [True] * channels:
+                raise ConfigError(
+                    f"{directory}: {name} in manifest.json is {value!r:.99}, expected a number "
+                    f"{'above 0 ' * (least == 0)}or {channels} of them"
+                )
+        return manifest

@@ -4,21 +4,24 @@ import dataclasses
 import hashlib
 import json
 import os
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
 
-from detailflow_jax.data.shards import FORMAT_VERSION, ShardLayout, num_records, read_json
+from detailflow_jax.data.shards import FORMAT_VERSION, ShardLayout, num_records
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.copies import copy_here
 from detailflow_jax.runtime.errors import ConfigError, NotFoundError
-from detailflow_jax.runtime.retry import read_again
+from detailflow_jax.runtime.retry import is_passing, read_again
 
-_NUMBERS = {
-    *("num_classes", "num_records", "num_examples", "shard_size", "image_size"),
-    *("num_crops", "num_tokens", "codebook_size", "group_size", "causal_num"),
+_MAY_BE_ZERO = {"num_records", "causal_num"}
+_NUMBERS = _MAY_BE_ZERO | {
+    *("num_classes", "num_examples", "shard_size", "image_size"),
+    *("num_crops", "num_tokens", "codebook_size", "group_size"),
 }
+_MOST = 2**31 - 1
 _PROBED = 64  # Records that are read when a folder is opened.
 
 
@@ -43,7 +46,7 @@ class ShardSource:
         path = os.path.join(folder, "manifest.json")
         if not directory or not files.exists(path):
             raise NotFoundError(cls._missing(directory, folder))
-        manifest = read_json(path)
+        manifest = files.read_json(path)
         version = manifest.get("format_version")
         if version != FORMAT_VERSION:
             raise ConfigError(f"{path}: format_version {version}, this code reads {FORMAT_VERSION}")
@@ -51,13 +54,28 @@ class ShardSource:
         fields += [*sorted(cls.layout_class.needed), "num_records", "shards"]
         if absent := [name for name in fields if name not in manifest]:
             raise ConfigError(f"{folder} holds no {what}: {path} lacks {', '.join(absent)}")
-        for name in _NUMBERS.intersection(manifest):
-            if type(manifest[name]) is not int or manifest[name] < 0:
-                raise ConfigError(f"{path}: {name} is {manifest[name]!r}, expected a whole number")
-        classes, names = manifest["num_classes"], manifest["class_names"]
-        if not isinstance(names, list) or len(names) not in (0, classes):
+        for name in sorted(_NUMBERS.intersection(manifest)):
+            least = int(name not in _MAY_BE_ZERO)
+            value = manifest[name]
+            if type(value) is not int or not least <= value <= _MOST:
+                raise ConfigError(
+                    f"{path}: {name} is {value!r:.99}, expected a whole number from {least} to "
+                    f"{_MOST}"
+                )
+        for name in ("encoded_by", "network"):
+            if not isinstance(manifest.get(name, ""), str):
+                raise ConfigError(f"{path}: {name} is {manifest[name]!r:.99}, expected text")
+        classes, names = manifest["num_classes"], manifest_names(manifest, path)
+        if len(names) not in (0, classes):
             raise ConfigError(
                 f"{path} contradicts itself: num_classes is {classes}, class_names {names!r:.99}"
+            )
+        shards = manifest["shards"]
+        wrong = [x for x in shards if not _is_shard(x)] if isinstance(shards, list) else [shards]
+        if wrong:
+            raise ConfigError(
+                f"{path}: a shard is {wrong[0]!r:.99}, expected file (in this folder), num_records "
+                "and num_bytes; remove it and run the extraction again, which writes it"
             )
         return manifest
 
@@ -85,7 +103,7 @@ class ShardSource:
         self.name = f"{what}:{directory}"
         self.num_classes = self.manifest["num_classes"]
         self.encoded_by = self.manifest.get("encoded_by", "")
-        self.class_names = tuple(self.manifest["class_names"])
+        self.class_names = manifest_names(self.manifest, directory)
         digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
         self.fingerprint = self.quick_fingerprint = f"{what}:{digest.hexdigest()[:16]}"
         place = os.fspath(files.path(directory))
@@ -93,6 +111,10 @@ class ShardSource:
         if files.is_remote(place):  # The reader of these files knows disks only.
             sizes = {s["file"]: s["num_bytes"] for s in self.manifest["shards"]}
             self.directory = copy_here(place, sizes, self.fingerprint)
+        try:
+            self._dtype = self.layout.record_dtype
+        except ValueError as error:  # Sizes beyond what NumPy can count.
+            raise ConfigError(f"{self.name}: its manifest describes no records: {error}") from error
         self._check_shards()
         filled = [s["file"] for s in self.manifest["shards"] if s["num_records"]]
         if not filled:
@@ -114,7 +136,11 @@ class ShardSource:
                 raise ConfigError(
                     f"{path} has {size} bytes, manifest.json says {shard['num_bytes']}: {again}"
                 )
-            if (count := num_records(path)) != shard["num_records"]:
+            try:
+                count = num_records(path)
+            except RuntimeError as error:
+                raise ConfigError(f"{path} is damaged ({error}): {again}") from error
+            if count != shard["num_records"]:
                 raise ConfigError(
                     f"{path} has {count} records, manifest.json says {shard['num_records']}: "
                     + again
@@ -124,8 +150,16 @@ class ShardSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict:
-        data = read_again(lambda: self._records[index], f"{self.name}[{index}]")
-        dtype = self.layout.record_dtype
+        try:
+            data = read_again(lambda: self._records[index], f"{self.name}[{index}]")
+        except RuntimeError as error:  # The reader's only kind.
+            if is_passing(error):
+                raise
+            raise ConfigError(
+                f"{self.directory}: record {index} is damaged ({error}): remove manifest.json and "
+                "its shard and run the extraction again"
+            ) from error
+        dtype = self._dtype
         if len(data) != dtype.itemsize:
             raise ConfigError(
                 f"{self.directory}: record {index} has {len(data)} bytes, manifest.json describes "
@@ -144,3 +178,25 @@ class ShardSource:
                 f"{label}, num_classes is {self.num_classes}"
             )
         return {self.layout.field: value, "label": label, "index": position}
+
+
+def manifest_names(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Returns the class names in a manifest.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    names = manifest.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: class_names are {names!r:.99}, expected a list of texts")
+    return tuple(names)
+
+
+def _is_shard(entry: Any) -> bool:
+    """Whether this describes a shard, a file of the same folder."""
+    kinds = {"file": str, "num_records": int, "num_bytes": int}
+    return (
+        isinstance(entry, dict)
+        and all(type(entry.get(name)) is kind for name, kind in kinds.items())
+        and entry["file"] == os.path.basename(entry["file"])
+    )

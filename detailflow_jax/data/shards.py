@@ -109,7 +109,7 @@ def open_extraction(directory: str, layout: ShardLayout, definition: Mapping) ->
             raise ConfigError(f"{directory} holds shards but no layout.json: use another folder")
         _write_json(path, fields)
         return
-    begun = read_json(path)
+    begun = files.read_json(path)
     if "encoded_by" not in begun:  # It was begun before this was kept beside the whole fingerprint.
         fields.pop("encoded_by", None)
     differing = [k for k in sorted({*fields, *begun}) if fields.get(k) != begun.get(k)]
@@ -194,7 +194,7 @@ def write_manifest(
     remove_partial(directory)
     shards, unreadable = [], []
     for shard, path in enumerate(paths):
-        broken = read_json(_sidecar(path))["unreadable"]
+        broken = _read_unreadable(path)
         unreadable += broken
         shards.append(
             {
@@ -203,7 +203,7 @@ def write_manifest(
                 "num_bytes": files.size(path),
             }
         )
-    manifest = read_json(os.path.join(directory, "layout.json"))
+    manifest = files.read_json(os.path.join(directory, "layout.json"))
     manifest |= {
         "num_records": sum(s["num_records"] for s in shards),
         "unreadable": unreadable,
@@ -216,6 +216,21 @@ def write_manifest(
 
 def _sidecar(path: str) -> str:
     return path.removesuffix(".array_record") + ".json"
+
+
+def _read_unreadable(path: str) -> list[list]:
+    """[[source position, name and reason], ...] of the unreadable images of a shard."""
+    try:
+        found = files.read_json(_sidecar(path))["unreadable"]
+        if all(type(position) is int and isinstance(text, str) for position, text in found):
+            return found
+        reason = f"it lists {found!r:.99}"
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        reason = str(error)
+    raise ConfigError(
+        f"{_sidecar(path)} is damaged ({reason}): remove it and {os.path.basename(path)}, and run "
+        "the same command again"
+    )
 
 
 def write_records(
@@ -247,15 +262,11 @@ def write_records(
 
 
 def num_records(path: str | os.PathLike) -> int:
-    """The number of records in an ArrayRecord file."""
+    """The number of records in an ArrayRecord file; raises RuntimeError if it is damaged."""
     reader = array_record_module.ArrayRecordReader(os.fspath(path))
     count = reader.num_records()
     reader.close()
     return count
-
-
-def read_json(path: str) -> dict:
-    return json.loads(files.read_bytes(path))
 
 
 def _write_json(path: str, value: Mapping) -> None:

@@ -7,7 +7,6 @@ pixels, and plots are vector graphics.
 import base64
 import html
 import io
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,8 +49,7 @@ _LINES = ("#3b82f6", "#f97316", "#10b981", "#d946ef")
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl, one per log step."""
-    lines = files.read_bytes(files.path(workdir) / "metrics.jsonl").splitlines()
-    return [json.loads(line) for line in lines]
+    return files.read_json_lines(files.path(workdir) / "metrics.jsonl")
 
 
 def panels(titles: Sequence[str], draw: Callable[[Any, str], None], xlabel: str) -> bytes:

@@ -22,7 +22,6 @@ from jaxtyping import Int, Shaped, UInt8
 from tqdm import tqdm
 
 from detailflow_jax import data
-from detailflow_jax.data.shards import read_json
 from detailflow_jax.inference.batching import in_batches
 from detailflow_jax.inference.models import Model
 from detailflow_jax.runtime import distributed, files, sharding
@@ -149,7 +148,7 @@ def extract(extraction: Extraction, source: data.Source, out: str) -> dict[str, 
     sharding.sync_processes("written")
     if first > 0:
         sharding.sync_processes("closed")
-        return read_json(os.path.join(out, "manifest.json"))
+        return files.read_json(os.path.join(out, "manifest.json"))
     network = extraction.model.source  # Noted for those who want to decode.
     local = os.path.abspath(network)
     notes = {"network": local if os.path.exists(local) else network}

@@ -186,7 +186,7 @@ def _scores(workdir: str | os.PathLike[str] | None) -> list[str]:
     path = files.path(workdir) / "metrics.jsonl" if workdir else None
     if path is None or not path.exists():
         return []
-    lines = [json.loads(line) for line in files.read_bytes(path).splitlines()]
+    lines = files.read_json_lines(path)
     scored = [line for line in lines if any(name.startswith("score/") for name in line)]
     if not scored:
         return []

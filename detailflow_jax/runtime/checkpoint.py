@@ -246,7 +246,7 @@ def restore_field(
 ) -> dict:
     """The first of the state's fields `names` that holds arrays; see `restore_params`."""
     directory = _directory(workdir)
-    steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+    steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
     if not steps:
         raise CheckpointError(f"there are no checkpoints in {directory}: train there first")
     if step is not None and step not in steps:

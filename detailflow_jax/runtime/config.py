@@ -50,6 +50,9 @@ MAY_DIFFER = (
     "data.num_threads",
     "data.worker_buffer",
 )
+# What a config.json holds under these names, if it has them.
+_SECTIONS = ("data", "ema", "losses", "model")
+_KINDS = {"task": str, "encoded_by": str, "class_names": list, **dict.fromkeys(_SECTIONS, dict)}
 # Fields that name places: another one may hold the same, as its fingerprint tells.
 MAY_MOVE = {
     **dict.fromkeys(("data.source", "data.data_dir"), "data"),
@@ -346,21 +349,26 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     """
     path = files.path(workdir) / "config.json"
     try:
-        fields = json.loads(files.read_bytes(path))
+        return from_json(files.read_json(path), path)
     except FileNotFoundError as error:
         raise ConfigError(f"{workdir} is not a workdir: it holds no config.json") from error
-    except BucketError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path} holds {type(fields).__name__}, not a configuration")
-    return from_json(fields)
 
 
-def from_json(fields: Mapping[str, Any]) -> ConfigDict:
-    """Returns what a config.json holds, locked, with today's names and tuples for sequences."""
-    return ConfigDict(_with_tuples(upgrade.upgraded(dict(fields)))).lock()
+def from_json(fields: Mapping[str, Any], path: str | os.PathLike) -> ConfigDict:
+    """Returns what a config.json holds, locked, with today's names and tuples for sequences.
+
+    Raises:
+        ConfigError: the fields at `path` are not those of a configuration.
+    """
+    for name, kind in _KINDS.items():
+        if not isinstance(fields.get(name, kind()), kind):
+            raise ConfigError(f"{path}: {name} is {fields[name]!r:.99}, expected {kind.__name__}")
+    if not all(isinstance(name, str) for name in fields.get("class_names", ())):
+        raise ConfigError(f"{path}: class_names are {fields['class_names']!r:.99}, expected texts")
+    try:
+        return ConfigDict(_with_tuples(upgrade.upgraded(dict(fields)))).lock()
+    except ValueError as error:  # Such as a dot in a name.
+        raise ConfigError(f"{path} is not a configuration: {error}") from error
 
 
 def check_same(

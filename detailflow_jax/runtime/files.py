@@ -16,6 +16,7 @@ import contextlib
 import errno
 import functools
 import io
+import json
 import os
 import pathlib
 import re
@@ -28,7 +29,13 @@ from typing import Any, BinaryIO
 from etils import epath
 
 from detailflow_jax.runtime import extras
-from detailflow_jax.runtime.errors import BucketError, ConfigError, FileError, UserError
+from detailflow_jax.runtime.errors import (
+    BucketError,
+    ConfigError,
+    FileError,
+    NotFoundError,
+    UserError,
+)
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # Orbax, TFDS and JAX's cache use etils as well.
 
@@ -165,15 +172,30 @@ def _is_refusal(error: BaseException) -> bool:
 
 
 def exists(place: PathLike) -> bool:
-    """Returns whether a file or folder is there; raises what `reaching` raises."""
-    with reaching(place):
+    """Returns whether a file or folder is there; raises as `reaching`, and as `is_dir`."""
+    with _looking(place):
         return path(place).exists()
 
 
 def is_dir(place: PathLike) -> bool:
-    """Returns whether a folder is there; in a bucket, whether names begin so."""
-    with reaching(place):
+    """Returns whether a folder is there; in a bucket, whether names begin so.
+
+    Raises:
+        ConfigError: a name that is too long, or a folder above it that may not be entered.
+    """
+    with _looking(place):
         return path(place).is_dir()
+
+
+@contextlib.contextmanager
+def _looking(place: PathLike) -> Iterator[None]:
+    try:
+        with reaching(place):
+            yield
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM):
+            raise
+        raise ConfigError(f"cannot look at {os.fspath(place):.200}: {error.strerror}") from error
 
 
 def size(place: PathLike) -> int:
@@ -240,6 +262,42 @@ def read_bytes(place: PathLike) -> bytes:
         return path(place).read_bytes()
     with reaching(place, "read"):
         return file_system(place).cat_file(os.fspath(place))
+
+
+def read_json(place: PathLike) -> dict[str, Any]:
+    """Returns the JSON object that a file holds.
+
+    Raises:
+        NotFoundError: there is no such file.
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(read_bytes(place))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{os.fspath(place)} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise ConfigError(f"cannot read {os.fspath(place)}: {error}; expected JSON") from error
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{os.fspath(place)} holds {type(found).__name__}, expected a JSON object"
+        )
+    return found
+
+
+def read_json_lines(place: PathLike) -> list[dict[str, Any]]:
+    """Returns the JSON objects of a file, one per line, up to one that was not written whole.
+
+    Raises FileNotFoundError if the file is not there.
+    """
+    found = []
+    for line in read_bytes(place).splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # Its writer was killed.
+            break
+    return found
 
 
 def make_folder(folder: PathLike) -> None:

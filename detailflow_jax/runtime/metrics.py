@@ -32,7 +32,7 @@ from tqdm import tqdm
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.errors import Diverged
 from detailflow_jax.runtime.event_file import EventFile
-from detailflow_jax.runtime.files import write_atomically
+from detailflow_jax.runtime.files import read_json_lines, write_atomically
 from detailflow_jax.runtime.pictures import save_png
 from detailflow_jax.runtime.wandb_run import WandbRun
 
@@ -218,14 +218,8 @@ class MetricWriter:
 def _keep_lines_until(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # The last line of a run that was killed while writing it.
-            break
-    write_atomically(path, "".join(kept).encode())
+    kept = [line for line in read_json_lines(path) if line["step"] <= step]
+    write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
 
 # ------------------------------------------------------------------------------------ the progress

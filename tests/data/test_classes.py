@@ -96,3 +96,23 @@ def test_a_run_keeps_its_classes(tmp_path):
 def test_a_manifest_has_class_names(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"class_names": ["a", "b"]}))
     assert class_names(f"codes:{tmp_path}") == class_names(str(tmp_path)) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", "{}", "class_names are None"),
+        ("manifest.json", "{", "expected JSON"),
+        ("manifest.json", '{"class_names": [1]}', "expected a list of texts"),
+        ("config.json", "{", "expected JSON"),
+        ("config.json", '{"class_names": 7}', "class_names is 7, expected list"),
+        ("config.json", '{"class_names": [7]}', "expected texts"),
+        ("config.json", '{"data": null}', "data is None, expected dict"),
+        ("config.json", '{"data": {"source": 7}}', "no class names"),
+        ("config.json", '{"a.b": 7}', "is not a configuration"),
+    ],
+)
+def test_files_that_name_no_classes_are_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        class_names(str(tmp_path))

@@ -1,9 +1,11 @@
 """Code shards: written restartably, refused when incomplete or foreign, read at random."""
 
+import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from detailflow_jax.data import (
+    CODEBOOK,
     CodeLayout,
     CodeSource,
     make_iterator,
@@ -19,6 +22,7 @@ from detailflow_jax.data import (
     write_manifest,
     write_shard,
 )
+from detailflow_jax.runtime.errors import ConfigError
 
 LAYOUT = CodeLayout(
     num_examples=47, shard_size=5, num_crops=3, num_tokens=8, codebook_size=512
@@ -229,14 +233,68 @@ def test_damaged_folders_are_refused_by_file(copied):
         ({"group_size": 4.0}, r"group_size is 4\.0, expected a whole number"),
         ({"group_size": ...}, "lacks group_size"),
         ({"shards": ...}, "lacks shards"),
+        ({"shards": {"file": "x"}}, "a shard is {'file': 'x'}, expected file"),
+        ({"shards": [{"file": "x", "num_records": 1}]}, "expected file .in this folder., num_rec"),
+        ({"shards": [{"file": "../x", "num_records": 1, "num_bytes": 1}]}, "in this folder"),
+        ({"class_names": [0] * 10}, "class_names are .*expected a list of texts"),
+        ({"encoded_by": 5}, "encoded_by is 5, expected text"),
+        ({"group_size": 0}, "group_size is 0, expected a whole number from 1 to"),
+        ({"num_tokens": 2**40}, "num_tokens is 1099511627776, expected"),
+        ({"num_crops": 2**30, "num_tokens": 2**30}, "describes no records"),
     ],
 )
 def test_a_manifest_that_does_not_describe_the_records_is_refused(change, message, copied):
     path = copied / "manifest.json"
     fields = json.loads(path.read_text()) | change
     path.write_text(json.dumps({name: x for name, x in fields.items() if x is not ...}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         CodeSource(str(copied))
+
+
+@pytest.mark.parametrize("content", ["", '{"a":', "[1]", "null", "[" * 100_000, "\xff{"])
+@pytest.mark.parametrize("name", ["manifest.json", "layout.json", "codes-00000-of-00010.json"])
+def test_a_damaged_json_file_is_named(name, content, copied):
+    (copied / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=re.escape(name)):
+        if name == "manifest.json":
+            CodeSource(str(copied))
+        else:
+            write_manifest(str(copied), LAYOUT)
+
+
+def test_a_list_of_unreadable_images_that_is_none_is_refused(copied):
+    sidecar = copied / "codes-00000-of-00010.json"
+    for content in ('{"unreadable": 5}', '{"unreadable": [[1]]}', '{"unreadable": [["1", "x"]]}'):
+        sidecar.write_text(content)
+        with pytest.raises(ConfigError, match="remove it and codes-00000-of-00010"):
+            write_manifest(str(copied), LAYOUT)
+    sidecar.unlink()
+    with pytest.raises(ConfigError, match="is missing"):
+        write_manifest(str(copied), LAYOUT)
+
+
+@pytest.mark.parametrize("part", [slice(0, None), slice(100, 200)])
+def test_a_damaged_shard_of_the_right_size_is_refused(part, copied):
+    shard = copied / LAYOUT.file_name(0)
+    content = bytearray(shard.read_bytes())
+    content[part] = bytes(len(content[part]))
+    shard.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"is damaged .*run the extraction again"):
+        CodeSource(str(copied))
+
+
+def test_a_codebook_that_is_none_is_refused(copied):
+    path = copied / CODEBOOK
+    np.savez(copied / "x.npz", np.zeros(3))
+    objects = io.BytesIO()
+    np.save(objects, np.array([None]), allow_pickle=True)
+    for content in (b"", b"text", (copied / "x.npz").read_bytes(), objects.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"codebook\.npy is no array"):
+            CodeSource.read_codebook(str(copied))
+    np.save(path, np.zeros((512, 4)))
+    with pytest.raises(ConfigError, match=r"is float64 \(512, 4\), expected finite float32"):
+        CodeSource.read_codebook(str(copied))
 
 
 def test_large_codebooks_take_four_bytes(tmp_path):

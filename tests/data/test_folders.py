@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from detailflow_jax.data import make_source
-from detailflow_jax.data.folders import class_folders, find_images, natural_order
+from detailflow_jax.data.folders import Folder, class_folders, find_images, natural_order
 from detailflow_jax.evaluate.samples import PictureSource
+from detailflow_jax.runtime.errors import ConfigError
 
 
 def add(root, *names):
@@ -77,6 +78,20 @@ def test_a_broken_or_circular_link_is_one_unreadable_image(tmp_path):
     for index in (1, 2):
         with pytest.raises(Exception, match=rf"cat/{index + 1}\.png"):
             source[index]
+
+
+def test_folders_may_be_deeper_than_python_nests_calls(monkeypatch):
+    def listed(path):
+        return Folder(["d"] if path.count("/d") < 1000 else [], ["1.png"], [], [])
+
+    monkeypatch.setattr("detailflow_jax.data.folders.list_folder", listed)
+    monkeypatch.setattr(os.path, "realpath", lambda path: path)
+    assert len(find_images("root")) == 1001
+
+
+def test_a_path_that_is_none_is_told_to_the_user():
+    with pytest.raises(ConfigError, match=r"cannot look at aaa.*too long"):
+        class_folders("a" * 5000)
 
 
 def test_what_cannot_be_listed_is_told_to_the_user(tmp_path, monkeypatch):

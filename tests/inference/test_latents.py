@@ -1,6 +1,7 @@
 """Latent shards: what they hold, how they are read, and that a killed extraction goes on."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from convert_models import random_params
 from detailflow_jax import data
 from detailflow_jax.inference import extract_latents
 from detailflow_jax.models.vae import VAEConfig
+from detailflow_jax.runtime.errors import ConfigError
 
 CONFIG = VAEConfig(
     channels=4, multipliers=(1, 2), res_blocks=1, latent_channels=3, norm_groups=2,
@@ -218,6 +220,35 @@ def test_moments_that_cannot_be_stored(change, message):
 def test_layouts_that_cannot_be(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(LAYOUT, **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("latent_shape", 5, "expected .h, w, C"),
+        ("latent_shape", ["2", 2, 3], "expected .h, w, C"),
+        ("latent_shape", [2.0, 2, 3], "expected .h, w, C"),
+        ("dtype", ["float16"], "expected float32 or float16"),
+        ("scale_factor", "1", "is '1', expected a number above 0 or "),
+        ("scale_factor", 0, "is 0, expected a number above 0"),
+        ("scale_factor", [1.0], r"is \[1\.0\], expected a number above 0"),
+        ("scale_factor", float("nan"), "is nan, expected"),
+        ("shift_factor", None, "is None, expected a number or "),
+        ("shift_factor", float("inf"), "is inf, expected"),
+    ],
+)
+def test_manifests_that_cannot_be(name, value, message, tmp_path):
+    fields = {
+        **{"format_version": 1, "num_records": 4, "shards": [], "source": "x", "vae": "y"},
+        **{"scale_factor": 1.0, "shift_factor": 0.0, "image_size": 4, "crop": "center"},
+        **{"class_names": [], "num_classes": 2, **dataclasses.asdict(LAYOUT)},
+    }
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(fields))
+    assert data.LatentSource.read_manifest(str(tmp_path)) == json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {name: value}))
+    with pytest.raises(ConfigError, match=message):
+        data.LatentSource.read_manifest(str(tmp_path))
 
 
 def test_other_folders_are_refused(finished, tmp_path):

@@ -38,7 +38,8 @@ def run(tmp_path):
     folder = tmp_path / "run"
     (folder / "figures").mkdir(parents=True)
     lines = [{"step": 10, "loss": 1.0}, {"step": 20, "score/ema/psnr_of_64": 21.5}, {"step": 30}]
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    killed = '\n{"step": 4'  # While it wrote.
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + killed)
     for step in (10, 200):
         Image.new("RGB", (8, 8), (step, 0, 0)).save(folder / "figures" / f"samples_{step:06d}.png")
     return folder
