@@ -105,11 +105,11 @@ def _load_run(
     overrides: Mapping[str, Any],
 ) -> Loaded:
     run = read_config(path)
-    of = _trained(kind, run.task, path)
+    of = _trained(kind, run.get("task"), path)
     notices, averages = [], bool(run.get("ema", {}).get("decay"))
     if weights == "ema" and not averages:
         notices.append(f"{path}: the run keeps no 'ema' weights; reading 'model'")
-    config = _configured(of, run.model, overrides, path)
+    config = _configured(of, run, overrides, path)
     params = restore_params(path, ema=weights != "model", step=step)
     scan = getattr(config, "scan", False)
     remedy = "Leave out the override of a size, or check config.json there."
@@ -131,19 +131,20 @@ def _load_portable(
 ) -> Loaded:
     if step is not None:
         raise ConfigError(f"step={step} is for the workdir of a run, which {path} is not")
-    stored = from_json(written)
-    of = _trained(kind, stored.task, path)
-    config = _configured(of, stored.model, overrides, path)
-    params = portable.read_params(path)
+    stored = from_json(written, f"{path}/config.json")
+    of = _trained(kind, stored.get("task"), path)
+    config = _configured(of, stored, overrides, path)
+    params, notices = portable.read_params(path)
     scan = getattr(config, "scan", False)
     check_shapes(params, of.abstract(config, scan=scan), str(path), "Download both files again.")
-    one_set = f"{path}: holds one set of weights; weights={weights!r} takes it too"
+    if weights:
+        notices.append(f"{path}: holds one set of weights; weights={weights!r} takes it too")
     return Loaded(
         of.name,
         config,
         params,
         mapping.Report(),
-        [one_set] if weights else [],
+        notices,
         str(path),
         ("float32",),
         weights or "model",
@@ -164,11 +165,13 @@ def _trained(kind: str | None, task: Any, path: str | os.PathLike[str]) -> Netwo
 
 
 def _configured(
-    of: Network, model: ConfigDict, overrides: Mapping[str, Any], path: str | os.PathLike[str]
+    of: Network, stored: ConfigDict, overrides: Mapping[str, Any], path: str | os.PathLike[str]
 ) -> Any:
     """The configuration that the `model` section of a config.json describes."""
+    if "model" not in stored:
+        raise ConfigError(f"{path}: config.json has no section model")
     try:
-        return _override(of.from_run(model), overrides)
+        return _override(of.from_run(stored.model), overrides)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -6,6 +6,7 @@ float32. `load` recognises such a folder, here or on the hub.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -17,9 +18,10 @@ import numpy as np
 from flax import traverse_util
 
 from detailflow_jax.convert import mapping
+from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.folders import open_folder
 from detailflow_jax.convert.locate import read_mapping
-from detailflow_jax.convert.readers import read_checkpoint
+from detailflow_jax.convert.readers import check_finite, read_checkpoint
 from detailflow_jax.models import layers
 from detailflow_jax.runtime import files
 
@@ -71,11 +73,18 @@ def find(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return config if isinstance(config.get("model"), dict) and "task" in config else None
 
 
-def read_params(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the nested parameters of such a folder.
+def read_params(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the nested parameters of such a folder, and what the user should know of them.
 
     Raises:
-      CheckpointError: the file cannot be read.
+      CheckpointError: the file cannot be read, or one name lies under another.
     """
-    tensors = read_checkpoint(path).tensors
-    return traverse_util.unflatten_dict({k: np.array(x) for k, x in tensors.items()}, sep="/")
+    read = read_checkpoint(path)
+    names = sorted(read.tensors)
+    if nested := [b for a, b in itertools.pairwise(names) if b.startswith(f"{a}/")]:
+        raise CheckpointError(
+            f"{read.source}: {nested[0]!r} lies under a tensor", expected="names of parameters"
+        )
+    flat = {name: np.array(x, np.float32) for name, x in read.tensors.items()}
+    notices = [f"{read.source}: {notice}" for notice in check_finite(flat)]
+    return traverse_util.unflatten_dict(flat, sep="/"), notices

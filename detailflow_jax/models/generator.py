@@ -62,6 +62,11 @@ class GeneratorConfig:
 
     def __post_init__(self):
         masks.check_groups(self.num_tokens, self.group_size, self.causal)
+        if self.width % (4 * self.num_heads):
+            raise ValueError(
+                f"width={self.width} is no multiple of 4 x num_heads={self.num_heads}, which "
+                "2-D rotary positions need"
+            )
         if self.head not in HEADS:
             raise ValueError(f"head={self.head!r} is not one of {', '.join(HEADS)}")
         if self.head == "flow":

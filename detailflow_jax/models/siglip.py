@@ -30,6 +30,10 @@ class ViTConfig:
     patch_size: int = 16
     table_side: int = 16  # the learned position table covers table_side x table_side patches
 
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} is no multiple of num_heads={self.num_heads}")
+
 
 class Block(nn.Module):
     """Pre-norm attention and tanh-GELU MLP, LayerNorm eps 1e-6, biases everywhere."""

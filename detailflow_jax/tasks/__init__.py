@@ -3,7 +3,9 @@
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+import types
+import typing
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.struct
@@ -14,6 +16,7 @@ from detailflow_jax.runtime.errors import ConfigError, near_names
 from detailflow_jax.runtime.upgrade import check_names
 
 T = TypeVar("T")
+_MOST = 1 << 24  # of a size; what is made from larger ones only fills the memory
 Plan = tuple[Hashable, Mapping[str, Any]]
 """(static variant of a step, its small NumPy arrays)."""
 Metrics = dict[str, Array]
@@ -98,17 +101,36 @@ def from_section(kind: Callable[..., T], fields: Mapping[str, Any], section: str
       ConfigError: an unknown field, or values that cannot be. Only this conversion is guarded, so
         that a ValueError of a network or of a formula keeps its traceback.
     """
-    known = list(inspect.signature(kind).parameters)
-    for name in fields:
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{section} is {fields!r:.99}, expected the fields of a section")
+    known, hints = inspect.signature(kind).parameters, typing.get_type_hints(kind)
+    for name, value in fields.items():
         if name not in known:
             raise ConfigError(
                 f"{section}.{name} is no field of this network; expected "
                 f"{', '.join(near_names(name, known) or known)}"
             )
+        if value is not None and not _fits(value, hints[name], known[name].default):
+            kind_name = getattr(hints[name], "__name__", hints[name])
+            raise ConfigError(f"{section}.{name} is {value!r:.99}, expected {kind_name}")
     try:
         return kind(**{name: value for name, value in fields.items() if value is not None})
     except ValueError as error:
         raise ConfigError(f"{section}: {error}") from error
+
+
+def _fits(value: Any, hint: Any, usual: Any = None) -> bool:
+    """Whether a value is of an annotated type; sizes, which are usually above 0, have to be so."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in options)
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(x, options[0]) for x in value)
+    if hint is int:
+        least = 1 if type(usual) is int and usual > 0 else 0
+        return type(value) is int and least <= value <= _MOST
+    kind = (int, float) if hint is float else hint
+    return not isinstance(hint, type) or isinstance(value, kind)
 
 
 def with_size(model: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

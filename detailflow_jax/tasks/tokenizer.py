@@ -43,7 +43,7 @@ def model_config(model: Any) -> TokenizerConfig:
     """
     fields = model.to_dict()
     for part in ("encoder", "decoder"):
-        fields[part] = from_section(siglip.ViTConfig, fields[part], f"config.model.{part}")
+        fields[part] = from_section(siglip.ViTConfig, fields.get(part), f"config.model.{part}")
     return from_section(TokenizerConfig, fields, "config.model")
 
 

@@ -14,6 +14,7 @@ import golden_files
 from detailflow_jax.convert import mapping, registry, write_pytorch
 from detailflow_jax.convert.__main__ import main as convert
 from detailflow_jax.convert.errors import CheckpointError
+from detailflow_jax.convert.settings import Settings
 from detailflow_jax.convert.tables import flowar as names
 from detailflow_jax.models.flowar import SIZES
 
@@ -90,6 +91,19 @@ def test_scales_that_the_rows_do_not_tell_are_asked_for(recorded, tmp_path):
     with pytest.raises(CheckpointError, match=r"13 rows.*scales"):
         df.load_flowar(tmp_path / "odd")
     assert df.load_flowar(tmp_path / "odd", scales=(2, 3)).config.scales == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"scale": x} for x in (5, "12", [1, "2"], [[1], 2], [1, None], {"a": 1})),
+        *({"buffer_size": x} for x in ("1", 1.5, [1])),
+    ],
+)
+def test_scales_that_are_no_numbers(fields):
+    settings = Settings({}, fields, {}, "x.pth", {})
+    with pytest.raises(CheckpointError, match="expected a list of whole numbers, and a whole"):
+        names._scales(settings, 5)
 
 
 @pytest.mark.parametrize(

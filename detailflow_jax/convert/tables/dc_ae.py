@@ -135,11 +135,8 @@ def infer_config(s: Settings) -> DCAEConfig:
         widths = p.setdefault(f"{part}_block_out_channels", _SIDES)
         for field in (f"{part}_block_out_channels", f"{part}_layers_per_block"):
             if not (isinstance(p[field], list) and all(type(x) is int for x in p[field])):
-                raise CheckpointError(
-                    f"{s.source}: its configuration says {field}={p[field]!r}",
-                    expected="a list of whole numbers, one per level",
-                )
-        types = _each(p.get(f"{part}_block_types", _RES), widths)
+                raise _unusable(s, field, p[field], "a list of whole numbers, one per level")
+        types = _each(s, f"{part}_block_types", _RES, widths)
         if unknown := {*types} - {_RES, _VIT}:
             raise CheckpointError(
                 f"{s.source}: {part}_block_types has {sorted(map(str, unknown))[0]!r}",
@@ -150,7 +147,7 @@ def infer_config(s: Settings) -> DCAEConfig:
         fields[f"{part}_attention"] = attending
         fields[f"{part}_kernels"] = _kernels(s, part, p, attending, len(widths))
     for name, usual in (("decoder_norm_types", "rms_norm"), ("decoder_act_fns", "silu")):
-        p[name] = _each(p.get(name, usual), p["decoder_block_out_channels"])
+        p[name] = _each(s, name, usual, p["decoder_block_out_channels"])
     told = ("head_dim", "scale_factor")
     fields |= {ours: p[theirs] for ours, theirs in NAMES.items() if ours not in told}
     fields["unshuffle"] = p["downsample_block_type"] == "pixel_unshuffle"
@@ -167,9 +164,19 @@ def _first(s: Settings, name: str) -> str:
     return f"{name}.weight" if f"{name}.weight" in s.tensors else f"{name}.conv.weight"
 
 
-def _each(value: Any, levels: Collection[Any]) -> list[Any]:
-    """One value per level."""
-    return [value] * len(levels) if isinstance(value, str) else list(value)
+def _each(s: Settings, field: str, usual: str, levels: Collection[Any]) -> list[str]:
+    """One text per level, of a field that has one for all or a list of them."""
+    value = s.published.get(field) or usual
+    texts = [value] * len(levels) if isinstance(value, str) else value
+    if not isinstance(texts, list) or any(type(x) is not str for x in texts):
+        raise _unusable(s, field, value, "a text, or one per level")
+    return texts
+
+
+def _unusable(s: Settings, field: str, value: Any, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{s.source}: its configuration says {field}={value!r:.99}", expected=expected
+    )
 
 
 def _kernels(
@@ -178,13 +185,10 @@ def _kernels(
     """The side of each level's second set; 0 where there is none, or no attention."""
     field = f"{part}_qkv_multiscales"
     given = published.get(field, _KERNELS)
-    if len(given) != levels or any(len(x) > 1 for x in given):
-        raise CheckpointError(
-            f"{s.source}: its configuration says {field}={given!r}",
-            expected=f"{levels} lists of at most one number",
-            remedy="Such an autoencoder is not supported here.",
-        )
-    return tuple(int(x[0]) if x and i in attending else 0 for i, x in enumerate(given))
+    lists = isinstance(given, list) and len(given) == levels and all(type(x) is list for x in given)
+    if not lists or any(len(x) > 1 or any(type(n) is not int for n in x) for x in given):
+        raise _unusable(s, field, given, f"{levels} lists of at most one number, as supported here")
+    return tuple(x[0] if x and i in attending else 0 for i, x in enumerate(given))
 
 
 def describe(config: DCAEConfig) -> dict[str, Any]:

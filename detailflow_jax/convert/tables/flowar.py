@@ -160,6 +160,12 @@ def _scales(s: Settings, positions: int) -> None:
     """The schedule by override or configuration; else the doubling one of `positions`."""
     buffer = s.overrides.pop("buffer_size", s.published.get("buffer_size", 0))
     given = s.overrides.pop("scales", s.published.get("scale"))
+    is_list = given is None or isinstance(given, list | tuple)
+    if not is_list or any(type(n) is not int for n in (buffer, *(given or ()))):
+        raise CheckpointError(
+            f"{s.source}: scales={given!r:.99}, buffer_size={buffer!r:.99}",
+            expected="a list of whole numbers, and a whole number",
+        )
     doubling = [tuple(2**i for i in range(k)) for k in range(1, 10)]
     fitting = [x for x in doubling if buffer + grids.offsets(x)[-1] == positions]
     scales = tuple(given) if given is not None else next(iter(fitting), None)
