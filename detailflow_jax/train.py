@@ -83,6 +83,7 @@ def run_steps(run: Run, task: Task, state: TrainState, step: int) -> TrainState:
         batch = run.next_batch(step, state)
         planned = task.plan(step)
         program = run.program(step, planned, state, batch)
+        run.feed.take()  # Not before: what is saved until here goes on with this batch.
         with run.clock.dispatch(step + 1):
             state, step_metrics = program.run(state, batch, planned[1])
         run.clock.watch(step_metrics["loss"], program.flops)

@@ -94,7 +94,7 @@ class Run:
         return program
 
     def next_batch(self, step: int, state: TrainState) -> dict[str, jax.Array]:
-        """Returns the next batch; saves the state of `step` where none comes.
+        """Returns the next batch, not taken yet; saves the state of `step` where none comes.
 
         Raises:
             Preempted: asked to leave while waiting for it.
@@ -102,7 +102,7 @@ class Run:
         """
         try:
             with self.clock.doing("input"):
-                return self.feed.take()
+                return self.feed.peek()
         except (Leaving, DataError) as error:
             if jax.process_count() == 1:  # The others may be in the middle of the next step.
                 self.save(step, state)

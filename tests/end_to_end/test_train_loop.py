@@ -377,14 +377,19 @@ def test_second_interrupt_leaves_at_once(tmp_path):
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_run_that_waits_for_its_next_program_can_be_asked_to_leave(tmp_path):
+def test_a_run_that_waits_for_its_next_program_can_be_asked_to_leave(tmp_path, finished):
     child = start(tmp_path, "compile_delay=90.0")
-    while "first step done" not in child.stdout.readline():
+    while "step 1/20" not in child.stdout.readline():
         assert child.poll() is None
     child.send_signal(signal.SIGTERM)
-    assert child.wait(20) == PREEMPTED
+    assert child.wait(60) == PREEMPTED
     child.stdout.close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    # It goes on with the batch that was there for the step that had no program yet.
+    config, workdir = toy_config(), tmp_path / "resumed"
+    shutil.copytree(tmp_path / "checkpoints", workdir / "checkpoints")
+    task, rows = toy_task.make_task(config), toy_task.make_iterator(config)
+    assert_same_bits(train.train(config, workdir, task, rows), finished[2])
 
 
 # -------------------------------------------------------------------------------- the launcher
