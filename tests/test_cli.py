@@ -40,6 +40,8 @@ def test_help_of_a_subcommand_shows_its_name(capsys, line, name):
     code, out, _ = run(capsys, f"{line} --help")
     assert code == 0
     assert out.startswith(f"usage: detailflow {name} [")
+    assert "(default: None)" not in out and "(default: False)" not in out
+    assert max(map(len, out.splitlines())) <= 100
 
 
 def test_help_is_one_screen_with_every_subcommand(capsys):

@@ -27,7 +27,7 @@ from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.writers import check_free, folder_for, local_path
 from detailflow_jax.runtime import checkpoint
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.errors import UserError
 
 # What `write_jax` makes, and nothing of a run.
@@ -47,8 +47,8 @@ def overrides() -> dict[str, tuple[Any, str]]:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("convert"),
+    parser = make_parser(
+        "convert",
         description="Convert a checkpoint: a published one into a folder that df.load_* reads, or "
         "a model of this project into the published layout, or an autoencoder into a folder of "
         "diffusers. Reading never runs code from a file.",
@@ -63,8 +63,6 @@ examples:
   --to diffusers --src runs/vae                          --dst exported/vae
 
 exit codes: 0 done; 2 not done, the last line says why and nothing partial is left.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--to", required=True, choices=("jax", "pytorch", "diffusers"), help="the layout to write")

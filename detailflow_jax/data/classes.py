@@ -6,7 +6,6 @@ They travel from the images to the manifest of codes or latents, and from there,
 themselves, to the configuration of a run (`class_names` in WORKDIR/config.json).
 """
 
-import argparse
 import re
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from detailflow_jax.data.folders import composed
 from detailflow_jax.data.shard_source import manifest_names
 from detailflow_jax.data.sources import SOURCE_KINDS, make_source
 from detailflow_jax.runtime import files
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.config import read_config
 from detailflow_jax.runtime.errors import ConfigError, UserError, closest_names
 
@@ -115,12 +114,11 @@ def shown(names: Sequence[str], most: int = 10) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("classes"),
+    parser = make_parser(
+        "classes",
         description="List the classes: the label and the name of each, tab-separated.",
         epilog="Labels follow the names of the class folders, numbers in them by value, or the "
         "lines of classes.txt beside the folders.",
-        allow_abbrev=False,
     )
     help_text = "a workdir, a folder of codes, latents or images, or a source such as digits"
     parser.add_argument("place", metavar="DIR", help=help_text)

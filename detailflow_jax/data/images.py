@@ -122,9 +122,9 @@ def decode_picture(
             first = first or error
             if _trimmed(data, "nothing") == data:  # There is nothing beside the pixels.
                 break
-    reason = f"{type(first).__name__}: {first}"
+    reason = f"{type(first).__name__}: {str(first) or 'the file is damaged'}"
     if isinstance(first, Image.UnidentifiedImageError):
-        reason = f"not an image of {', '.join(_formats())}"
+        reason = f"not an image of {', '.join(_formats())}, or its header is damaged"
         if data[4:8] == b"ftyp" and "HEIF" not in _formats():
             reason += "; HEIC needs the package pillow-heif: pip install pillow-heif"
     raise UnreadableImage(name, reason) from first

@@ -26,7 +26,7 @@ from detailflow_jax.data.errors import UnreadableImage
 from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import image_and_label, make_source, unknown_dataset
 from detailflow_jax.runtime import extras, files
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.errors import ConfigError, FileError, UserError
 from detailflow_jax.runtime.workdir import hold_workdir
 
@@ -216,8 +216,8 @@ def report(builder: Any) -> str:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("prepare"),
+    parser = make_parser(
+        "prepare",
         description="Prepare an image-classification dataset of TFDS as ArrayRecord files, once, "
         "for training with --config.data.source=tfds:NAME. Run the same command again after an "
         "interruption; a finished dataset is left as it is.",
@@ -226,7 +226,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         f"{IMAGENET}. Other datasets are downloaded: --dataset cifar10, oxford_flowers102, "
         "food101, imagenette/320px-v2, ... Exit codes: 0 prepared; 2 it cannot be, the text says "
         "what to do.",
-        allow_abbrev=False,
     )
     add, switch = parser.add_argument, {"action": "store_true"}
     add("--dataset", default=IMAGENET, metavar="NAME", help="name in TFDS (default: %(default)s)")

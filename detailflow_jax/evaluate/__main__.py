@@ -32,7 +32,7 @@ from detailflow_jax.evaluate.networks import (
 from detailflow_jax.evaluate.samples import open_samples
 from detailflow_jax.inference import api
 from detailflow_jax.runtime import distributed, extras, files, platforms
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import HelpFormatter, make_parser
 from detailflow_jax.runtime.errors import UserError
 
 KINDS = {
@@ -51,11 +51,10 @@ KINDS = {
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("evaluate"),
+    parser = make_parser(
+        "evaluate",
         description="Score generated images or reconstructions. Run the same command again to "
         "resume.",
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text, add_options in (
@@ -76,7 +75,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             name,
             help=text,
             description=text,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         add = command.add_argument

@@ -104,7 +104,8 @@ COMMAND = extraction.Command(
     load=api.load_vae,
     extract=extract,
     options={
-        "image_size": f"side of the views; of a run that it was trained on, else {PUBLISHED}",
+        "image_size": "side of the views in pixels; default that of the images that it was trained "
+        f"on, {PUBLISHED} of a published file",
         "crop": "view of each image",
         "dtype": "of the stored moments",
         "batch_size": "views per call of the compiled program",

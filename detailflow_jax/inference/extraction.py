@@ -25,7 +25,7 @@ from detailflow_jax import data
 from detailflow_jax.inference.batching import in_batches
 from detailflow_jax.inference.models import Model
 from detailflow_jax.runtime import distributed, files, sharding
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.errors import UserError
 
 Views = UInt8[np.ndarray, "M K R R 3"]
@@ -193,11 +193,9 @@ class Command:
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """The arguments of a command line."""
-        parser = argparse.ArgumentParser(
-            prog=program_name(self.name),
+        parser = make_parser(
+            self.name,
             description=f"{self.description} Run the same command again to resume.",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
         )
         add = parser.add_argument
         add(f"--{self.network}", required=True, help=self.takes)

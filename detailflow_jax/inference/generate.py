@@ -34,7 +34,7 @@ from detailflow_jax.inference.errors import InputError, as_input_error
 from detailflow_jax.inference.sampling import DECODERS
 from detailflow_jax.ops.objectives import GRIDS
 from detailflow_jax.runtime import distributed, files, pictures
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.errors import ConfigError, UserError
 from detailflow_jax.runtime.files import write_atomically
 
@@ -121,12 +121,10 @@ def write_outputs(
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of a command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("generate"),
+    parser = make_parser(
+        "generate",
         description="Generate images of given classes, with DetailFlow (--tokenizer, --generator) "
         "or with FlowAR (--vae, --flowar).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--out", required=True, help="folder, also gs://..., for the pictures and samples.npz")

@@ -24,7 +24,7 @@ from detailflow_jax.convert.load import is_workdir
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.models.dc_ae import DCAEConfig
 from detailflow_jax.runtime import files
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -233,8 +233,8 @@ def _picture(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("push"),
+    parser = make_parser(
+        "push",
         description="Upload a model to the Hugging Face hub with a card: its configuration, its "
         'figures and a picture. `df.load("hf:OWNER/NAME")` then loads it.',
         epilog="""\
@@ -245,8 +245,6 @@ examples:
 
 The token is that of `hf auth login`, or HF_TOKEN. Another hub: HF_ENDPOINT.
 exit codes: 0 done; 1 the hub did not take it, try again; 2 not done, the last line says why.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="what df.load takes: a workdir, a published file or folder")

@@ -22,7 +22,7 @@ from detailflow_jax.inference.errors import InputError
 from detailflow_jax.inference.generate import labels_of, write_origin
 from detailflow_jax.inference.models import Model
 from detailflow_jax.runtime import files, pictures
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.errors import UserError
 
 Results = Float32[np.ndarray, "B R R c"]
@@ -30,11 +30,9 @@ Results = Float32[np.ndarray, "B R R c"]
 
 def parser_of(name: str, description: str, decoder: str, model: str) -> argparse.ArgumentParser:
     """A parser with the arguments that all of these commands have."""
-    parser = argparse.ArgumentParser(
-        prog=program_name(name),
+    parser = make_parser(
+        name,
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(f"--{decoder}", required=True, help=f"what df.load_{decoder} takes, such as a workdir")

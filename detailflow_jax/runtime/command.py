@@ -1,8 +1,40 @@
-"""The name under which a command was started."""
+"""The command lines of the package: their parsers, and the name under which one was started."""
 
+import argparse
 import sys
 
 _PACKAGE = "detailflow_jax"
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Keeps the lines of texts that have several, and tells the defaults that say something."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+        return super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        nothing = action.default in (None, False, "", argparse.SUPPRESS) or action.default == []
+        return text if nothing or "default" in text else f"{text} (default: %(default)s)"
+
+
+def make_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """Returns the parser of a command.
+
+    Args:
+      command: its name as a subcommand of `detailflow`, such as "train".
+      description: above the options.
+      epilog: below them; one of several lines keeps them.
+    """
+    return argparse.ArgumentParser(
+        prog=program_name(command),
+        description=description,
+        epilog=epilog,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def program_name(command: str) -> str:

@@ -1,4 +1,4 @@
-"""Starts `jax.distributed`: many processes, one computation.
+"""Starts `jax.distributed`: several processes, one computation.
 
     distributed.start()    # before anything asks JAX for a device
 
@@ -60,7 +60,9 @@ class Cluster:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags whose values `start` takes; needed only if nothing else says it."""
-    group = parser.add_argument_group("many processes", "found by itself on TPU, Slurm, Kubernetes")
+    group = parser.add_argument_group(
+        "several processes", "not needed on TPU pods, in Slurm or in Kubernetes, which tell"
+    )
     group.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num_processes", type=int, metavar="N", help="processes in all")
     group.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")

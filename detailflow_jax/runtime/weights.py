@@ -8,7 +8,6 @@ Nothing is downloaded. Files are expected in $DETAILFLOW_WEIGHTS, default
 names a file elsewhere. The registry of networks and the loss terms read the same list.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import os
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from detailflow_jax.runtime import files
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.errors import UserError
 
 VARIABLE, DEFAULT_FOLDER = "DETAILFLOW_WEIGHTS", "~/.cache/detailflow_jax/weights"
@@ -252,12 +251,11 @@ def _judged(good: bool, begins: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the list; returns 0 if all that the recipes need is in its usual place, else 1."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("weights"),
+    parser = make_parser(
+        "weights",
         description="List the published weights that recipes need, whether they are there, and "
         f"where people get them. Their folder is ${VARIABLE}, default {DEFAULT_FOLDER}.",
         epilog="exit codes: 0 all there; 1 some missing or damaged; 2 no such recipe",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "recipes",

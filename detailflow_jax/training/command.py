@@ -1,13 +1,12 @@
 """The command line of training."""
 
-import argparse
 import re
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from detailflow_jax.runtime import distributed
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.config import load_config
 
 
@@ -16,8 +15,8 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[ConfigDict, s
 
     Joins the other processes of the run, where there are any.
     """
-    parser = argparse.ArgumentParser(
-        prog=program_name("train"),
+    parser = make_parser(
+        "train",
         description="Train a tokenizer, generator, autoencoder or FlowAR. The same command again "
         "resumes the run.",
         epilog="""\
@@ -27,8 +26,6 @@ any field of the configuration can be set from here, with a value of its own typ
 exit codes: 0 finished; 1 diverged or failed, such as by a full disk; 2 unusable command line,
 configuration, workdir or data; 143 asked to leave by SIGTERM or Ctrl-C, state saved, run again to
 resume.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",
