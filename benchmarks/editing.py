@@ -3,15 +3,18 @@
     make demo && python benchmarks/editing.py
     python benchmarks/editing.py --vae runs/demo-flowar/vae --flowar runs/demo-flowar/flowar
 
-    upscaling   PSNR of digits reduced to a size that tokens decode to and then enlarged, by bicubic
-                interpolation and by the models; beside it the tokenizer's reconstruction
+    upscaling   PSNR, and share read as themselves, of digits reduced to a size that tokens decode
+                to and then enlarged: by bicubic interpolation, by the models, and by the models
+                from as many tokens of the whole digit; beside them the reconstruction
     variations  how many digits are read as themselves, and as the next digit, after the first n
                 tokens were kept and the others sampled as the next digit
     edits       how many digits are read as the next one after their middle, or all but their
-                border, was painted anew as it (with --vae and --flowar)
+                border, was painted anew as it, and how far pixels outside of the mask are from the
+                reconstruction (of 2)
 
-The classifier is fitted on the training split of the same digits. Writes editing.json and a picture
-of each into --out.
+The first two are of --tokenizer and --generator, the last of --vae and --flowar. The classifier is
+fitted on the training split of the same digits. Writes editing.json and a picture of each into
+--out.
 """
 
 import argparse
@@ -32,6 +35,7 @@ from detailflow_jax.runtime.files import write_atomically
 
 SAMPLING = {"cfg_scale": 3.0, "temperature": 0.5}
 SHOWN = 10
+PAIRS = (("tokenizer", "generator"), ("vae", "flowar"))
 
 
 def reduced(images: np.ndarray, side: int) -> np.ndarray:
@@ -48,20 +52,25 @@ def bicubic(images: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(pixels.to_uint8(large))
 
 
-def upscaling(tokenizer, generator, images, labels, seed):
-    """{size: {way: PSNR}}, and rows of pictures by caption."""
-    side = images.shape[1]
-    sizes = sorted({tokenizer.config.resolutions.decoded_size(n) for n in _counts(tokenizer)})
-    whole = df.to_uint8(tokenizer.decode(tokenizer.encode(images)))
-    figures, rows = {}, {"digit": images, "reconstruction": whole}
+def upscaling(tokenizer, generator, images, labels, judge, seed):
+    """{way: PSNR and share read as themselves}, and rows of pictures by caption."""
+    side, resolutions = images.shape[1], tokenizer.config.resolutions
+    sizes = sorted({resolutions.decoded_size(n) for n in _counts(tokenizer)})
+    models, whole = (tokenizer, generator), tokenizer.decode(tokenizer.encode(images))
+    rows = {"digit": images, "reconstruction": df.to_uint8(whole)}
     for size in sizes[:-1]:
-        small = reduced(images, size)
-        made = df.upscale(tokenizer, generator, small, labels, seed, **SAMPLING)
-        ways = {f"bicubic from {size} px": bicubic(small, side)}
-        ways[f"upscaled from {size} px"] = df.to_uint8(made)
-        rows |= ways
-        figures |= {way: mean_psnr(result, images) for way, result in ways.items()}
-    return figures | {"reconstruction": mean_psnr(whole, images)}, rows
+        small, n = reduced(images, size), resolutions.best_count(size)
+        made = df.upscale(*models, small, labels, seed, **SAMPLING)
+        best = df.vary(*models, images, labels, n, seed, **SAMPLING)
+        rows[f"bicubic from {size} px"] = bicubic(small, side)
+        rows[f"upscaled from {size} px"] = df.to_uint8(made)
+        rows[f"from {n} tokens of the digit"] = df.to_uint8(best)
+    figures = {
+        way: {"psnr": mean_psnr(made, images), "itself": judge.accuracy(made, labels)}
+        for way, made in rows.items()
+        if way != "digit"
+    }
+    return figures, rows
 
 
 def variations(tokenizer, generator, images, labels, judge, seed):
@@ -76,14 +85,18 @@ def variations(tokenizer, generator, images, labels, judge, seed):
 
 
 def edits(vae, flowar, images, labels, judge, seed):
-    """{mask: shares read as themselves and as the next digit}, and rows of pictures."""
+    """{mask: shares read as themselves and as the next digit, largest difference outside}, rows."""
     asked, side = (labels + 1) % 10, images.shape[1]
-    figures, rows = {}, {"digit": images}
+    whole = vae.decode(vae.encode(images))
+    rows = {"digit": images, "reconstruction": df.to_uint8(whole)}
+    figures = {"reconstruction": _read(judge, rows["reconstruction"], labels, asked)}
     for name, border in (("middle anew", side // 4), ("all but the border anew", side // 8)):
         mask = np.zeros((side, side), bool)
         mask[border:-border, border:-border] = True
-        rows[name] = df.to_uint8(df.edit(vae, flowar, images, mask, asked, seed))
-        figures[name] = _read(judge, rows[name], labels, asked)
+        made = df.edit(vae, flowar, images, mask, asked, seed)
+        rows[name] = df.to_uint8(made)
+        outside = float(np.abs(made - whole)[:, ~mask].max())
+        figures[name] = _read(judge, rows[name], labels, asked) | {"outside": outside}
     return figures, rows
 
 
@@ -109,37 +122,49 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tokenizer", default="runs/demo/tokenizer", help="(default: %(default)s)")
-    add("--generator", default="runs/demo/generator", help="(default: %(default)s)")
-    add("--vae", help="of FlowAR's latents, such as runs/demo-flowar/vae")
-    add("--flowar", help="such as runs/demo-flowar/flowar")
+    for kind in ("tokenizer", "generator", "vae", "flowar"):
+        demo = "runs/demo" if kind in PAIRS[0] else "runs/demo-flowar"
+        add(f"--{kind}", help=f"such as {demo}/{kind}")
     add("--source", default="mnist", help="digits, mnist or digits (default: %(default)s)")
     add("--count", type=int, default=500, help="held-out digits (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--out", default="runs/editing", help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
-    if bool(args.vae) != bool(args.flowar):
-        parser.error("--vae and --flowar go together")
+    for first, second in PAIRS:
+        if bool(getattr(args, first)) != bool(getattr(args, second)):
+            parser.error(f"--{first} and --{second} go together")
+    if not args.tokenizer and not args.vae:
+        args.tokenizer, args.generator = "runs/demo/tokenizer", "runs/demo/generator"
     if args.count < SHOWN:
         parser.error(f"--count {args.count}: expected at least {SHOWN}")
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    out = pathlib.Path(args.out)
-    judge = digits.Judge(f"{args.source}:train")
-    tokenizer, generator = df.load_tokenizer(args.tokenizer), df.load_generator(args.generator)
-    images, labels = digits.load(f"{args.source}:test", tokenizer.config.image_size)
+def held_out(args: argparse.Namespace, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Some held-out digits of `side` px, and their labels."""
+    images, labels = digits.load(f"{args.source}:test", side)
     chosen = np.random.default_rng(args.seed).permutation(len(images))[: args.count]
-    images, labels = images[chosen], labels[chosen]
-    parts = {
-        "upscaling": upscaling(tokenizer, generator, images, labels, args.seed),
-        "variations": variations(tokenizer, generator, images, labels, judge, args.seed),
-    }
+    return images[chosen], labels[chosen]
+
+
+def measure(args: argparse.Namespace) -> dict[str, tuple]:
+    """{part: (figures, rows of pictures)} of the models that there are."""
+    judge, parts = digits.Judge(f"{args.source}:train"), {}
+    if args.tokenizer:
+        tokenizer, generator = df.load_tokenizer(args.tokenizer), df.load_generator(args.generator)
+        shown = held_out(args, tokenizer.config.image_size)
+        for part in (upscaling, variations):
+            parts[part.__name__] = part(tokenizer, generator, *shown, judge, args.seed)
     if args.flowar:
         vae, flowar = df.load_vae(args.vae), df.load_flowar(args.flowar)
-        parts["edits"] = edits(vae, flowar, images, labels, judge, args.seed)
+        shown = held_out(args, flowar.config.latent_side * vae.config.stride)
+        parts["edits"] = edits(vae, flowar, *shown, judge, args.seed)
+    return parts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    out, parts = pathlib.Path(args.out), measure(args)
     out.mkdir(parents=True, exist_ok=True)
     for name, (_, rows) in parts.items():
         draw(out / f"{name}.png", rows)

@@ -23,9 +23,19 @@ def test_reduced_images_are_area_averages_and_grow_back_to_their_size():
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [(["--vae=runs/vae"], "--vae and --flowar go together"), (["--count=3"], "at least 10")],
+    [
+        (["--vae=runs/vae"], "--vae and --flowar go together"),
+        (["--generator=runs/gen"], "--tokenizer and --generator go together"),
+        (["--count=3"], "at least 10"),
+    ],
 )
 def test_senseless_options_are_refused(options, text, capsys):
     with pytest.raises(SystemExit):
         editing.parse(options)
     assert text in capsys.readouterr().err
+
+
+def test_without_models_those_of_the_demo_are_measured():
+    args = editing.parse([])
+    assert (args.tokenizer, args.vae) == ("runs/demo/tokenizer", None)
+    assert editing.parse(["--vae=a", "--flowar=b"]).tokenizer is None
