@@ -78,19 +78,19 @@ COLUMNS = {
 }
 
 
-def config_of(arm: Arm, seed: int, steps: int, codes: pathlib.Path) -> ConfigDict:
+def config_of(arm: Arm, seed: int, steps: int, batch_size: int, codes: pathlib.Path) -> ConfigDict:
     """The configuration of a training."""
     own = {"data.source": f"codes:{codes}", "model.num_classes": 10, "loss.correction": 0.0}
-    return digit_figures.config(f"generator:{arm.variant}", seed, steps, {**own, **arm.fields})
+    fields = {**own, "batch_size": batch_size, **arm.fields}
+    return digit_figures.config(f"generator:{arm.variant}", seed, steps, fields)
 
 
-def train_arm(arm: Arm, seed: int, steps: int, codes: pathlib.Path, out: str) -> api.Generator:
+def train_arm(arm: Arm, config: ConfigDict, out: str) -> api.Generator:
     """The trained generator of an arm."""
-    config = config_of(arm, seed, steps, codes)
     if config.model.causal_num is None:
         train(config, out)
     else:  # Another order of steps than the tokenizer's, which a run refuses by itself.
-        iterator = data.make_iterator(config.data, batch_size=config.batch_size, seed=seed)
+        iterator = data.make_iterator(config.data, batch_size=config.batch_size, seed=config.seed)
         train(config, out, make_task(config), iterator)
     return api.load_generator(out)
 
@@ -155,7 +155,8 @@ def run(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
             folder = out / f"seed{seed}" / name
             path = folder / "figures.json"
             if not path.exists():
-                generator = train_arm(arm, seed, args.steps, out / "codes", str(folder))
+                config = config_of(arm, seed, args.steps, args.batch_size, out / "codes")
+                generator = train_arm(arm, config, str(folder))
                 found = {
                     arm.title + row: measure(
                         generator, tokenizer, figures, args.samples, settings, seed
@@ -197,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", default="runs/flow_tokens", help="folder (default: %(default)s)")
     add("--seeds", type=int, default=3, help="runs of each arm (default: %(default)s)")
     add("--steps", type=int, default=550, help="of each generator (default: %(default)s)")
+    add("--batch_size", type=int, default=64, help="of each generator (default: %(default)s)")
     add("--samples", type=int, default=1000, help="of each row (default: %(default)s)")
     args = parser.parse_args(argv)
     rows = table(run(args))
