@@ -102,20 +102,9 @@ CHOICES = {
         default="demo-detailflow",
     ),
 }
-SHOWN = (
-    *(
-        "train",
-        "extract",
-        "extract-codes",
-        "extract-latents",
-        "generate",
-        "edit",
-        "vary",
-        "upscale",
-    ),
-    *("app", "evaluate", "convert", "push", "weights", "classes", "prepare", "compile-pod"),
-    "demo",
-)
+_NAMED = [name for name in COMMANDS if not name.startswith("demo-")]
+SHOWN = (_NAMED[0], "extract", *_NAMED[1:], "demo")
+"""What `detailflow --help` lists, in this order."""
 
 
 def help_text() -> str:

@@ -2,10 +2,10 @@
 
 from collections.abc import Collection
 
-from detailflow_jax.runtime.errors import UserError
+from detailflow_jax.runtime import errors
 
 
-class CheckpointError(UserError, ValueError):
+class CheckpointError(errors.CheckpointError, ValueError):
     """A checkpoint that cannot be read or written as asked.
 
     Args:

@@ -72,8 +72,7 @@ def load(
 
     Raises:
       ConfigError: `weights`, `step` or an override that cannot be, or a folder without a config.
-      CheckpointError: nothing to load there, or another network; the text says what to do. It is
-        that of `convert.errors` for published files, that of `runtime.errors` for runs.
+      CheckpointError: nothing to load there, or another network; the text says what to do.
     """
     if weights not in (None, "model", "ema"):
         raise ConfigError(f"weights={weights!r}; expected 'model', 'ema' or None")

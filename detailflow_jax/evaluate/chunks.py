@@ -52,7 +52,7 @@ class ChunkFolder:
         definition = json.loads(json.dumps({**definition, "total": total, "chunk": CHUNK}))
         file = path / "definition.json"
         if files.exists(file):
-            _check_same(path, json.loads(files.read_bytes(file)), definition)
+            _check_same(path, files.read_json(file), definition)
         write_atomically(file, json.dumps(definition, indent=2).encode())
 
     def fill(self, make: Make, kinds: Sequence[str], description: str, step: int) -> None:

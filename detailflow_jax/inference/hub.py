@@ -50,32 +50,19 @@ def push(
     model: "Model",
     repo: str,
     *,
-    workdir: str | os.PathLike[str] | None = None,
-    results: Sequence[str | os.PathLike[str]] = (),
-    picture: str | os.PathLike[str] | None = None,
-    licence: str | None = None,
-    pytorch: bool = False,
     private: bool = False,
     revision: str | None = None,
     message: str = "",
+    **about: Any,
 ) -> str:
-    """Uploads a model in one commit; see `Model.push_to_hub`, whose arguments these are."""
+    """Uploads a model in one commit; see `Model.push_to_hub`. `about` goes to `write`."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     _check_name(repo)
     with tempfile.TemporaryDirectory(prefix="detailflow-") as scratch:
         folder = Path(scratch) / "model"
-        write(
-            model,
-            folder,
-            repo,
-            workdir=workdir,
-            results=results,
-            picture=picture,
-            licence=licence,
-            pytorch=pytorch,
-        )
+        write(model, folder, repo, **about)
         try:
             api = hub.HfApi()
             api.create_repo(repo, private=private, exist_ok=True)

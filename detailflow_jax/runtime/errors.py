@@ -43,7 +43,7 @@ class ReadError(DataError):
 
 
 class CheckpointError(UserError, RuntimeError):
-    """Checkpoints of a run that cannot be written or read."""
+    """Checkpoints that cannot be written or read; of published ones see `convert.errors`."""
 
 
 class WriteError(CheckpointError):
