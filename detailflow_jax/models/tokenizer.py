@@ -55,6 +55,11 @@ class TokenizerConfig:
 
     def __post_init__(self):
         masks.check_groups(self.num_tokens, self.group_size, self.causal)
+        if self.image_size % self.decoder.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is no multiple of the decoder's "
+                f"patch_size={self.decoder.patch_size}"
+            )
         if not 0 <= self.repa_layer <= self.decoder.depth:
             raise ValueError(
                 f"repa_layer={self.repa_layer} is not one of the {self.decoder.depth} decoder "

@@ -334,6 +334,10 @@ def test_flowar_trains_on_latents_that_were_extracted(saved, loaded, tmp_path, n
         ({"scaling_factor": 0}, "scale_factor=0; expected float above 0"),
         ({"latents_mean": [0, 0, 0, 0]}, "only one of latents_mean and latents_std"),
         ({"latents_mean": [0.0], "latents_std": [1.0]}, r"latents_mean=\[0\.0\]; expected 4 numb"),
+        *(
+            ({name: x, "latents_mean": [0] * 4, "latents_std": [1] * 4}, f"{name}=.* one number")
+            for name, x in (("scaling_factor", "x"), ("scaling_factor", [1]), ("shift_factor", "x"))
+        ),
         (
             {"latents_mean": [0, 0, 0, 0], "latents_std": [1, 1, 0, 1]},
             r"latents_std=.*one per latent channel, above 0",

@@ -204,6 +204,7 @@ def test_overrides_that_cannot_be(tmp_path, name, overrides, message):
         ("tokenizer_a", {"codebook_embed_dim": "8"}, "codebook_embed_dim='8'.*say 8"),
         ("tokenizer_a", {"enc_patch_size": 16}, "enc_patch_size=16.*say 8"),
         ("tokenizer_a", {"encoder_model": "siglip2_base"}, "'siglip2_base', 12 layers.*say 3"),
+        ("tokenizer_a", {"max_image_size": 17}, "image_size=17 is no multiple of the decoder's"),
         ("tokenizer_a", {"causal_encoder": "no"}, "causal_encoder='no'; expected true or false"),
         ("tokenizer_a", {"causal_decoder": True}, "causal_decoder=True"),
         ("tokenizer_a", {"group_size": [4]}, r"group_size=\[4\]; expected int"),
@@ -227,6 +228,13 @@ def test_contradictions_name_both_values(tmp_path, name, change, message):
     heads = TOKENIZER_HEADS if tokenizer else {}
     with pytest.raises(CheckpointError, match=message):
         (df.load_tokenizer if tokenizer else df.load_generator)(path, **heads)
+
+
+def test_a_name_of_sizes_that_is_no_name_is_passed_over(tmp_path):
+    _, settings = recorded("tokenizer_a")
+    config = settings | {"encoder_model": ["siglip2"]}
+    path = published(tmp_path / "x", "tokenizer_a", config=config)
+    assert df.load_tokenizer(path, **TOKENIZER_HEADS).config.encoder.depth == 3
 
 
 def test_override_comes_before_the_configuration(generator_folder):

@@ -97,7 +97,7 @@ def infer_trunk(
     layers = f"{_under(name)}encoder.layers."
     rows, width = s.size(table, 0), s.size(table, 1)
     num_heads = num_heads or HEADS.get(width)
-    if not isinstance(num_heads, int) or num_heads < 1 or width % num_heads:
+    if type(num_heads) is not int or num_heads < 1 or width % num_heads:
         raise CheckpointError(
             f"{s.source}: {name} has width {width} and {num_heads} heads",
             expected=f"{override}=..., a divisor of the width; shapes do not tell it",

@@ -105,7 +105,7 @@ def _trunk(part: str, s: Settings) -> ViTConfig:
     )
     s.check(f"{part[:3]}_patch_size", config.patch_size)
     model, pretrained = (s.published.get(k) for k in (f"{part}_model", f"{part[:3]}_pretrained"))
-    if model in _LAYERS and _LAYERS[model] != config.depth:
+    if isinstance(model, str) and _LAYERS.get(model, config.depth) != config.depth:
         s.contradict(f"{part}_model", f"{model!r}, {_LAYERS[model]} layers", config.depth)
     if model == "siglip2_base" and isinstance(pretrained, bool):
         width = (_PRETRAINED if pretrained else _FROM_SCRATCH).width

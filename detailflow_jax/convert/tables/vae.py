@@ -294,6 +294,13 @@ def _scaling(s: Settings) -> None:
 def _by_channel(s: Settings, mean: Any, std: Any) -> dict[str, Any]:
     """Returns what diffusers' latents_mean and latents_std are as scaling_factor, shift_factor."""
     count = s.fields["latent_channels"]
+    factor, shift = s.published.get("scaling_factor") or 1, s.published.get("shift_factor") or 0
+    for name, value in (("scaling_factor", factor), ("shift_factor", shift)):
+        if not isinstance(value, int | float):
+            raise CheckpointError(
+                f"{s.source}: its configuration says {name}={value!r:.99}",
+                expected="one number, beside latents_mean and latents_std",
+            )
     for name, value in (("latents_mean", mean), ("latents_std", std)):
         numbers = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
         if not numbers or len(value) != count or (value is std and min(value) <= 0):
@@ -302,7 +309,6 @@ def _by_channel(s: Settings, mean: Any, std: Any) -> dict[str, Any]:
                 expected=f"{count} numbers, one per latent channel"
                 + (", above 0" if value is std else ""),
             )
-    factor, shift = s.published.get("scaling_factor") or 1, s.published.get("shift_factor") or 0
     return {
         "scaling_factor": [factor / x for x in std],
         "shift_factor": [shift + x for x in mean],
