@@ -58,13 +58,15 @@ def _settle(config: ConfigDict, fact: Fact, origins: dict[str, str]) -> None:
     elif field == "model.num_classes" and given > value:
         return  # Published weights for 1,000 classes may be trained on with images of ten.
     elif _plain(given) != _plain(value):
-        where = f"of {origins[field]}" if field in origins else "in the configuration"
+        where = f"according to {origins[field]}" if field in origins else "in the configuration"
         remedy = (
             "use data and an autoencoder that belong together"
             if field in origins
             else f"set --config.{field}={value}, or train on what has {given}"
         )
-        raise ConfigError(f"config.{field} is {given} {where}, but {value} of {origin}: {remedy}")
+        raise ConfigError(
+            f"config.{field} is {given} {where}, but {value} according to {origin}: {remedy}"
+        )
 
 
 def _plain(value: Any) -> Any:

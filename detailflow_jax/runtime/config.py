@@ -51,8 +51,11 @@ MAY_DIFFER = (
     "data.worker_buffer",
 )
 # What a config.json holds under these names, if it has them.
-_SECTIONS = ("data", "ema", "losses", "model")
-_KINDS = {"task": str, "encoded_by": str, "class_names": list, **dict.fromkeys(_SECTIONS, dict)}
+_KINDS = {
+    **dict.fromkeys(("task", "encoded_by"), (str, "text")),
+    **dict.fromkeys(("data", "ema", "losses", "model"), (dict, "a section of fields")),
+    "class_names": (list, "a list of texts"),
+}
 # Fields that name places: another one may hold the same, as its fingerprint tells.
 MAY_MOVE = {
     **dict.fromkeys(("data.source", "data.data_dir"), "data"),
@@ -360,11 +363,10 @@ def from_json(fields: Mapping[str, Any], path: str | os.PathLike) -> ConfigDict:
     Raises:
         ConfigError: the fields at `path` are not those of a configuration.
     """
-    for name, kind in _KINDS.items():
-        if not isinstance(fields.get(name, kind()), kind):
-            raise ConfigError(f"{path}: {name} is {fields[name]!r:.99}, expected {kind.__name__}")
-    if not all(isinstance(name, str) for name in fields.get("class_names", ())):
-        raise ConfigError(f"{path}: class_names are {fields['class_names']!r:.99}, expected texts")
+    for name, (kind, expected) in _KINDS.items():
+        value = fields.get(name, kind())
+        if not isinstance(value, kind) or (kind is list and any(type(x) is not str for x in value)):
+            raise ConfigError(f"{path}: {name} is {value!r:.99}, expected {expected}")
     try:
         return ConfigDict(_with_tuples(upgrade.upgraded(dict(fields)))).lock()
     except ValueError as error:  # Such as a dot in a name.

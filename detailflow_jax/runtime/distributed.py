@@ -217,7 +217,7 @@ def _check(said: Mapping[str, Any], source: str) -> None:
         raise ConfigError(f"num_processes={count}: expected at least 1")
     if missing := [name for name in names if name not in said]:
         raise ConfigError(
-            f"the {source} does not tell {' and '.join(missing)}: give all of "
+            f"{' and '.join(missing)} missing, while others are given ({source}): give all of "
             + ", ".join(f"--{name} (or JAX_{name.upper()})" for name in names)
         )
     if not 0 <= index < count:

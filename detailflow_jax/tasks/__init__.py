@@ -111,8 +111,10 @@ def from_section(kind: Callable[..., T], fields: Mapping[str, Any], section: str
                 f"{', '.join(near_names(name, known) or known)}"
             )
         if value is not None and not _fits(value, hints[name], known[name].default):
-            kind_name = getattr(hints[name], "__name__", hints[name])
-            raise ConfigError(f"{section}.{name} is {value!r:.99}, expected {kind_name}")
+            expected = getattr(hints[name], "__name__", hints[name])
+            if hints[name] is int:
+                expected = f"a whole number from {_least(known[name].default)} to {_MOST}"
+            raise ConfigError(f"{section}.{name} is {value!r:.99}, expected {expected}")
     try:
         return kind(**{name: value for name, value in fields.items() if value is not None})
     except ValueError as error:
@@ -127,10 +129,14 @@ def _fits(value: Any, hint: Any, usual: Any = None) -> bool:
     if origin in (tuple, list, Sequence):
         return isinstance(value, list | tuple) and all(_fits(x, options[0]) for x in value)
     if hint is int:
-        least = 1 if type(usual) is int and usual > 0 else 0
-        return type(value) is int and least <= value <= _MOST
+        return type(value) is int and _least(usual) <= value <= _MOST
     kind = (int, float) if hint is float else hint
     return not isinstance(hint, type) or isinstance(value, kind)
+
+
+def _least(usual: Any) -> int:
+    """The least value of a size; 0 only where that is the default, or None is."""
+    return int(type(usual) is int and usual > 0)
 
 
 def with_size(model: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

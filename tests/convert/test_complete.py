@@ -102,7 +102,7 @@ def test_a_contradiction_ends_before_the_first_step(codes, tmp_path, capsys, fie
     assert train.main([*wrong, *workdir]) == 2
     error = capsys.readouterr().err
     assert f"config.model.{field} is {value} in the configuration" in error
-    assert f"but {SIZES[field]} of the codes in {codes}" in error
+    assert f"but {SIZES[field]} according to the codes in {codes}" in error
     assert f"--config.model.{field}={SIZES[field]}" in error
     assert not (tmp_path / "run" / "config.json").exists()
 
@@ -161,10 +161,19 @@ def test_flowar_takes_its_sizes_from_the_latents_and_the_autoencoder(latents, va
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.num_classes=2", "num_classes is 2 in the configuration, but 3 of the latents in"),
-        ("model.channels=4", r"channels is 4 .*, but 3 of the latents in .* \(6 x 6 x 3\)"),
-        ("model.scales=(1,2,4)", r"scales is \(1, 2, 4\) .*, but \(1, 2, 4, 6\) of the latents"),
-        ("vae.channels=8", "vae.channels is 8 .*, but 4 of the autoencoder"),
+        (
+            "model.num_classes=2",
+            "num_classes is 2 in the configuration, but 3 according to the latents in",
+        ),
+        (
+            "model.channels=4",
+            r"channels is 4 .*, but 3 according to the latents in .* \(6 x 6 x 3\)",
+        ),
+        (
+            "model.scales=(1,2,4)",
+            r"scales is \(1, 2, 4\) .*, but \(1, 2, 4, 6\) according to the latents",
+        ),
+        ("vae.channels=8", "vae.channels is 8 .*, but 4 according to the autoencoder"),
     ],
 )
 def test_flowar_is_checked(latents, vae, override, message):
@@ -177,7 +186,7 @@ def test_without_latents_the_images_and_the_autoencoder_tell(vae):
     config = complete(flowar("x", vae, *source))
     assert (config.model.num_classes, config.model.channels) == (10, 3)
     assert config.model.scales == (1, 2, 4, 8)
-    with pytest.raises(ConfigError, match=r"num_classes is 9 .*, but 10 of the images"):
+    with pytest.raises(ConfigError, match=r"num_classes is 9 .*, but 10 according to the images"):
         complete(flowar("x", vae, *source, "--config.model.num_classes=9"))
 
 

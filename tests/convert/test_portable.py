@@ -37,20 +37,20 @@ def test_there_and_back(folder, params):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("task", ["generator"], "task is .*expected str"),
+        ("task", ["generator"], "task is .*expected text"),
         ("model", {"zzz": 1}, "zzz is no field"),
         ("model", {"a.b": 1}, "is not a configuration"),
-        ("model", {"width": "16"}, "width is '16', expected int"),
-        ("model", {"width": 16.0}, r"width is 16\.0, expected int"),
-        ("model", {"width": 0}, "width is 0, expected int"),
-        ("model", {"depth": -1}, "depth is -1, expected int"),
+        ("model", {"width": "16"}, "width is '16', expected a whole number from 1 to"),
+        ("model", {"width": 16.0}, r"width is 16\.0, expected a whole"),
+        ("model", {"width": 0}, "width is 0, expected a whole number from 1"),
+        ("model", {"depth": -1}, "depth is -1, expected a whole number"),
         ("model", {"num_heads": 3}, "width=16 is no multiple of 4 x num_heads=3"),
-        ("model", {"num_tokens": 10**9}, "num_tokens is 1000000000, expected int"),
+        ("model", {"num_tokens": 10**9}, "num_tokens is 1000000000, expected a whole number"),
         ("model", {"causal_num": "4"}, "causal_num is '4', expected int | None"),
         ("model", {"head": 5}, "head is 5, expected str"),
         ("model", {"scan": "yes"}, "scan is 'yes', expected bool"),
-        ("class_names", 7, "class_names is 7, expected list"),
-        ("encoded_by", [1], "encoded_by is .*expected str"),
+        ("class_names", 7, "class_names is 7, expected a list"),
+        ("encoded_by", [1], "encoded_by is .*expected text"),
     ],
 )
 def test_a_configuration_that_cannot_be(folder, name, value, message):
@@ -66,8 +66,8 @@ def test_a_run_without_a_network(tmp_path):
     path = tmp_path / "config.json"
     for content, message in (
         ({"task": "generator"}, "has no section model"),
-        ({"task": "generator", "model": None}, "model is None, expected dict"),
-        ({"task": "generator", "model": {}, "losses": 5}, "losses is 5, expected dict"),
+        ({"task": "generator", "model": None}, "model is None, expected a section"),
+        ({"task": "generator", "model": {}, "losses": 5}, "losses is 5, expected a section"),
     ):
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match=message):
