@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -80,13 +81,24 @@ def load(
     kept = _kept.get(key) if _kept is not None else None
     if kept and all(getattr(kept.config, name, None) == x for name, x in overrides.items()):
         return kept
-    portable_config = portable.find(path)
-    if portable_config is not None:
-        found = _load_portable(kind, path, portable_config, weights, step, overrides)
-    elif is_workdir(path):
-        found = _load_run(kind, path, weights, step, overrides)
-    elif step is not None:
+    written = portable.find(path)
+    if step is not None and (written is not None or not is_workdir(path)):
         raise ConfigError(f"step={step} is for the workdir of a run, which {path} is not")
+    if written is not None:
+        stored = from_json(written, f"{path}/config.json")
+        found = _load_own(kind, path, stored, overrides, lambda: portable.read_params(path))
+        if weights:
+            notice = f"{path}: holds one set of weights; weights={weights!r} takes it too"
+            found.notices.append(notice)
+    elif is_workdir(path):
+        run = read_config(path)
+        read = functools.partial(restore_params, path, ema=weights != "model", step=step)
+        found = _load_own(kind, path, run, overrides, lambda: (read(), []))
+        averages = bool(run.get("ema", {}).get("decay"))
+        if averages and weights != "model":
+            found = dataclasses.replace(found, taken="ema")
+        elif weights == "ema":
+            found.notices.append(f"{path}: the run keeps no 'ema' weights; reading 'model'")
     else:
         found = published.read(
             kind, path, weights=weights, scan=scan, overrides=overrides, **options
@@ -96,58 +108,25 @@ def load(
     return found
 
 
-def _load_run(
+def _load_own(
     kind: str | None,
     path: str | os.PathLike[str],
-    weights: Weights | None,
-    step: int | None,
+    stored: ConfigDict,
     overrides: Mapping[str, Any],
+    read: Callable[[], tuple[dict[str, Any], list[str]]],
 ) -> Loaded:
-    run = read_config(path)
-    of = _trained(kind, run.get("task"), path)
-    notices, averages = [], bool(run.get("ema", {}).get("decay"))
-    if weights == "ema" and not averages:
-        notices.append(f"{path}: the run keeps no 'ema' weights; reading 'model'")
-    config = _configured(of, run, overrides, path)
-    params = restore_params(path, ema=weights != "model", step=step)
+    """A network that was trained here, of the configuration `stored` and of what `read` gives."""
+    of = _trained(kind, stored.get("task"), path)
+    config = _configured(of, stored, overrides, path)
+    params, notices = read()
     scan = getattr(config, "scan", False)
     remedy = "Leave out the override of a size, or check config.json there."
     check_shapes(params, of.abstract(config, scan=scan), str(path), remedy)
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
-    taken = "ema" if averages and weights != "model" else "model"
+    made = str(stored.get("encoded_by") or "")
     report = mapping.Report()
-    made = str(run.get("encoded_by") or "")
-    return Loaded(of.name, config, params, report, notices, str(path), tuple(dtypes), taken, made)
-
-
-def _load_portable(
-    kind: str | None,
-    path: str | os.PathLike[str],
-    written: Mapping[str, Any],
-    weights: Weights | None,
-    step: int | None,
-    overrides: Mapping[str, Any],
-) -> Loaded:
-    if step is not None:
-        raise ConfigError(f"step={step} is for the workdir of a run, which {path} is not")
-    stored = from_json(written, f"{path}/config.json")
-    of = _trained(kind, stored.get("task"), path)
-    config = _configured(of, stored, overrides, path)
-    params, notices = portable.read_params(path)
-    scan = getattr(config, "scan", False)
-    check_shapes(params, of.abstract(config, scan=scan), str(path), "Download both files again.")
-    if weights:
-        notices.append(f"{path}: holds one set of weights; weights={weights!r} takes it too")
     return Loaded(
-        of.name,
-        config,
-        params,
-        mapping.Report(),
-        notices,
-        str(path),
-        ("float32",),
-        weights or "model",
-        str(stored.get("encoded_by") or ""),
+        of.name, config, params, report, notices, str(path), tuple(dtypes), encoded_by=made
     )
 
 
