@@ -144,7 +144,7 @@ class NpzImages:
                 )
             with archive.open("arr_0.npy") as member:
                 shape, dtype = _read_header(member)
-        if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or not shape[0]:
+        if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or 0 in shape:
             raise EvaluationError(
                 f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3] with N > 0; "
                 "images in [-1, 1] become uint8 by clip(127.5 * x + 128, 0, 255)"

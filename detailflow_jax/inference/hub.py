@@ -154,16 +154,13 @@ def _card(
 
 def _rows(path: str | os.PathLike[str]) -> str:
     """A results.json of `detailflow evaluate` as a table."""
-    try:
-        found = json.loads(files.read_bytes(files.path(path)))
-        rows, reference = found["rows"], found.get("reference") or {}
-        names = [name for name in rows[0] if not isinstance(rows[0][name], dict | list)]
-        lines = [[_shown(row[name]) for name in names] for row in rows]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: {type(error).__name__}: {error}; expected a results.json that `detailflow "
-            "evaluate` wrote"
-        ) from error
+    found = files.read_json(files.path(path))
+    rows, reference = found.get("rows"), found.get("reference") or {}
+    is_table = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+    if not is_table or not isinstance(reference, dict):
+        raise ConfigError(f"{path}: expected a results.json that `detailflow evaluate` wrote")
+    names = [name for name, value in rows[0].items() if not isinstance(value, dict | list)]
+    lines = [[_shown(row.get(name)) for name in names] for row in rows]
     against = f"Against {reference['name']}:\n\n" if reference.get("name") else ""
     return against + _table(names, lines)
 
@@ -180,7 +177,7 @@ def _scores(workdir: str | os.PathLike[str] | None) -> list[str]:
     last = {k.removeprefix("score/"): v for k, v in scored[-1].items() if k.startswith("score/")}
     rows = [[name, _shown(value)] for name, value in last.items()]
     return [
-        f"During training, at step {scored[-1]['step']}:\n\n" + _table(["score", "value"], rows)
+        f"During training, at step {scored[-1].get('step')}:\n\n" + _table(["score", "value"], rows)
     ]
 
 

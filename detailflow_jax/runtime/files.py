@@ -294,9 +294,12 @@ def read_json_lines(place: PathLike) -> list[dict[str, Any]]:
     found = []
     for line in read_bytes(place).splitlines():
         try:
-            found.append(json.loads(line))
+            value = json.loads(line)
         except ValueError:  # Its writer was killed.
             break
+        if not isinstance(value, dict):
+            break
+        found.append(value)
     return found
 
 

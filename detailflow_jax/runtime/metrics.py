@@ -218,7 +218,7 @@ class MetricWriter:
 def _keep_lines_until(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in read_json_lines(path) if line["step"] <= step]
+    kept = [line for line in read_json_lines(path) if line.get("step", 0) <= step]
     write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
 

@@ -153,6 +153,7 @@ WRONG = {
     "NaN images": (with_nan, r"arr_0 is float32 \[60, 16, 16, 3\], expected uint8"),
     "float images": (lambda p: np.savez(p, images() / 255), "float64.*expected uint8"),
     "grey": (lambda p: np.savez(p, images()[..., 0]), r"uint8 \[60, 16, 16\], expected"),
+    "no pixels": (lambda p: np.savez(p, images()[:, :0]), r"uint8 \[60, 0, 16, 3\], expected"),
     "other names": (lambda p: np.savez(p, a=1, b=2), "holds a, b: expected mu with sigma"),
     "half": (lambda p: np.savez(p, mu=np.zeros(12)), "expected mu with sigma"),
     "NaN statistics": (damaged_statistics, "mu holds NaN"),

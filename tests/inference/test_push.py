@@ -101,9 +101,17 @@ def test_what_cannot_be_sent(there, tmp_path, monkeypatch):
     for name in ("vae", "hf:owner/vae", "owner/a/b", "owner/ä"):
         with pytest.raises(ConfigError, match="is no name of a repository; expected OWNER/NAME"):
             model.push_to_hub(name)
-    (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"x\.json: KeyError.*expected a results\.json"):
-        model.push_to_hub("owner/vae", results=[str(tmp_path / "x.json")])
+    for content in (
+        "",
+        "[]",
+        "{}",
+        '{"rows": []}',
+        '{"rows": [5]}',
+        '{"rows": [{}], "reference": 5}',
+    ):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"x\.json.* expected (a results\.json|.*JSON)"):
+            model.push_to_hub("owner/vae", results=[str(tmp_path / "x.json")])
     with pytest.raises(ConfigError, match=r"x\.json: expected a PNG"):
         model.push_to_hub("owner/vae", picture=str(tmp_path / "x.json"))
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
