@@ -3,9 +3,9 @@
     python benchmarks/flow_tokens.py --out runs/flow_tokens
 
 One tokenizer, one set of codes, and for every seed five generators of the same transformer, all
-trained for equally many steps: with logits and one token a step; with logits and groups of four,
-with and without correction pairs; with a flow head and the same groups, with and without. What is
-measured of the samples:
+trained for equally many steps with Muon: with logits and one token a step; with logits and groups
+of four, with and without correction pairs; with a flow head and the same groups, with and without.
+What is measured of the samples:
 
     classifier   share that a classifier of real digits assigns to the label asked for
     distance     Fréchet distance to all real digits in the classifier's features (8x8 grey values)
@@ -81,6 +81,7 @@ COLUMNS = {
 def config_of(arm: Arm, seed: int, steps: int, batch_size: int, codes: pathlib.Path) -> ConfigDict:
     """The configuration of a training."""
     own = {"data.source": f"codes:{codes}", "model.num_classes": 10, "loss.correction": 0.0}
+    own |= {"optim.kind": "muon", "optim.lr": 2e-3, "optim.final": 0.0}  # for short runs
     fields = {**own, "batch_size": batch_size, **arm.fields}
     return digit_figures.config(f"generator:{arm.variant}", seed, steps, fields)
 
