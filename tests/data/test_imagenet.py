@@ -11,7 +11,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tarfile
 
 import jax
 import jax.numpy as jnp
@@ -34,37 +33,11 @@ from detailflow_jax.data.prepare import main as prepare
 from detailflow_jax.inference import extract_codes
 from detailflow_jax.models import siglip
 from detailflow_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from pixels import photographs
+from imagenet_tars import encoded, photo, write_tars
 from random_weights import TRUNK, random_like
 
-PHOTOS = [Image.fromarray(photo) for photo in photographs()]
-SIZES = [(500, 375), (333, 500), (120, 90), (640, 426), (64, 200)]
 TRUNCATED, CMYK, PNG = "n01443537_3.JPEG", "n01739381_1309.JPEG", "n02105855_2933.JPEG"
 STRAY_CMYK, STRAY_PNG = "n01440764_7.JPEG", "n01443537_8.JPEG"  # That the builder knows nothing of.
-
-
-def photo(seed):
-    """A cut of a photograph, of another size each time."""
-    rng = np.random.default_rng(seed)
-    x, y = rng.integers(0, 200), rng.integers(0, 100)
-    cut = PHOTOS[seed % 2].crop((x, y, x + 400, y + 300))
-    return cut.resize(SIZES[seed % len(SIZES)], Image.Resampling.LANCZOS)
-
-
-def encoded(image, kind="JPEG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def tar_of(files):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return file.getvalue()
 
 
 def training_files():
@@ -88,15 +61,6 @@ def validation_files(count=4):
     exif[0x0112] = 6  # A stored orientation, which ImageNet's users have always ignored.
     names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, count + 1)]
     return {name: encoded(photo(40 + i), exif=exif) for i, name in enumerate(names)}
-
-
-def write_tars(data_dir, training, validation):
-    manual = pathlib.Path(data_dir, "downloads", "manual")
-    manual.mkdir(parents=True, exist_ok=True)
-    inner = {f"{synset}.tar": tar_of(files) for synset, files in training.items()}
-    (manual / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
-    (manual / "ILSVRC2012_img_val.tar").write_bytes(tar_of(validation))
-    return manual
 
 
 KILLED_EVER_LATER = """

@@ -29,12 +29,19 @@ def randomize(model):
     return model.eval()
 
 
-def write(root):
-    """(their vision model, {name: what it was saved in under `root`})."""
-    from transformers import Siglip2Config, Siglip2Model, Siglip2VisionConfig, Siglip2VisionModel
+def vision_model(size=SIZE):
+    """Their vision model, with random weights."""
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
     torch.manual_seed(0)
-    vision = randomize(Siglip2VisionModel(Siglip2VisionConfig(**vision_settings(SIZE))))
+    return randomize(Siglip2VisionModel(Siglip2VisionConfig(**vision_settings(size))))
+
+
+def write(root):
+    """(their vision model, {name: what it was saved in under `root`})."""
+    from transformers import Siglip2Config, Siglip2Model
+
+    vision = vision_model()
     vision.save_pretrained(root / "vision")
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
             "num_attention_heads": 2, "vocab_size": 20, "projection_size": 16}  # fmt: skip
