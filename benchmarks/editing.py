@@ -3,18 +3,19 @@
     make demo && python benchmarks/editing.py
     python benchmarks/editing.py --vae runs/demo-flowar/vae --flowar runs/demo-flowar/flowar
 
-    upscaling   PSNR, and share read as themselves, of digits reduced to a size that tokens decode
-                to and then enlarged: by bicubic interpolation, by the models, and by the models
-                from as many tokens of the whole digit; beside them the reconstruction
+    reading     PSNR, and share read as themselves, of digits reduced to a size that tokens decode
+                to, as the tokenizer reads them (the tokens they are worth, enlarged), beside
+                bicubic interpolation, as many tokens of the whole digit, and its reconstruction
+    upscaling   the same of their tokens, or those of the whole digit, with what the generator adds
     variations  how many digits are read as themselves, and as the next digit, after the first n
                 tokens were kept and the others sampled as the next digit
     edits       how many digits are read as the next one after their middle, or all but their
                 border, was painted anew as it, and how far pixels outside of the mask are from the
                 reconstruction (of 2)
 
-The first two are of --tokenizer and --generator, the last of --vae and --flowar. The classifier is
-fitted on the training split of the same digits. Writes editing.json and a picture of each into
---out.
+The first is of --tokenizer, the next two of --generator beside it, the last of --vae and --flowar.
+The classifier is fitted on the training split of the same digits. Writes editing.json and a picture
+of each into --out.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import numpy as np
 import detailflow_jax as df
 from detailflow_jax.evaluate import digits
 from detailflow_jax.evaluate.reconstruction import mean_psnr
+from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import interpolation
 from detailflow_jax.runtime import pictures
@@ -35,7 +37,6 @@ from detailflow_jax.runtime.files import write_atomically
 
 SAMPLING = {"cfg_scale": 3.0, "temperature": 0.5}
 SHOWN = 10
-PAIRS = (("tokenizer", "generator"), ("vae", "flowar"))
 
 
 def reduced(images: np.ndarray, side: int) -> np.ndarray:
@@ -52,25 +53,44 @@ def bicubic(images: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(pixels.to_uint8(large))
 
 
-def upscaling(tokenizer, generator, images, labels, judge, seed):
-    """{way: PSNR and share read as themselves}, and rows of pictures by caption."""
-    side, resolutions = images.shape[1], tokenizer.config.resolutions
-    sizes = sorted({resolutions.decoded_size(n) for n in _counts(tokenizer)})
-    models, whole = (tokenizer, generator), tokenizer.decode(tokenizer.encode(images))
-    rows = {"digit": images, "reconstruction": df.to_uint8(whole)}
-    for size in sizes[:-1]:
-        small, n = reduced(images, size), resolutions.best_count(size)
-        made = df.upscale(*models, small, labels, seed, **SAMPLING)
-        best = df.vary(*models, images, labels, n, seed, **SAMPLING)
-        rows[f"bicubic from {size} px"] = bicubic(small, side)
-        rows[f"upscaled from {size} px"] = df.to_uint8(made)
-        rows[f"from {n} tokens of the digit"] = df.to_uint8(best)
-    figures = {
+def small_sizes(tokenizer, images):
+    """(side, tokens, digits reduced to it) of every size below the full one."""
+    resolutions = tokenizer.config.resolutions
+    sizes = {resolutions.decoded_size(n) for n in _counts(tokenizer)}
+    for size in sorted(sizes - {images.shape[1]}):
+        yield size, resolutions.best_count(size), reduced(images, size)
+
+
+def _restored(judge, images, labels, rows):
+    """{way: PSNR and share read as themselves} of all rows but the digits."""
+    return {
         way: {"psnr": mean_psnr(made, images), "itself": judge.accuracy(made, labels)}
         for way, made in rows.items()
         if way != "digit"
     }
-    return figures, rows
+
+
+def reading(tokenizer, images, labels, judge):
+    """Figures of small digits as the tokenizer reads them, nothing added; rows by caption."""
+    codes = tokenizer.encode(images)
+    rows = {"digit": images, "reconstruction": df.to_uint8(tokenizer.decode(codes))}
+    for size, n, small in small_sizes(tokenizer, images):
+        rows[f"bicubic from {size} px"] = bicubic(small, images.shape[1])
+        ways = {f"{n} tokens of {size} px": tokenizer.encode(small), f"{n} of the digit": codes}
+        for way, found in ways.items():
+            rows[way] = df.to_uint8(decode_enlarged(tokenizer, found, n))
+    return _restored(judge, images, labels, rows), rows
+
+
+def upscaling(tokenizer, generator, images, labels, judge, seed):
+    """Figures of small digits with the tokens that the generator adds; rows by caption."""
+    models, rows = (tokenizer, generator), {"digit": images}
+    for size, n, small in small_sizes(tokenizer, images):
+        made = df.upscale(*models, small, labels, seed, **SAMPLING)
+        best = df.vary(*models, images, labels, n, seed, **SAMPLING)
+        rows[f"upscaled from {size} px"] = df.to_uint8(made)
+        rows[f"from {n} tokens of the digit"] = df.to_uint8(best)
+    return _restored(judge, images, labels, rows), rows
 
 
 def variations(tokenizer, generator, images, labels, judge, seed):
@@ -123,16 +143,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     for kind in ("tokenizer", "generator", "vae", "flowar"):
-        demo = "runs/demo" if kind in PAIRS[0] else "runs/demo-flowar"
+        demo = "runs/demo-flowar" if kind in ("vae", "flowar") else "runs/demo"
         add(f"--{kind}", help=f"such as {demo}/{kind}")
     add("--source", default="mnist", help="digits, mnist or digits (default: %(default)s)")
     add("--count", type=int, default=500, help="held-out digits (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--out", default="runs/editing", help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
-    for first, second in PAIRS:
-        if bool(getattr(args, first)) != bool(getattr(args, second)):
-            parser.error(f"--{first} and --{second} go together")
+    if bool(args.vae) != bool(args.flowar):
+        parser.error("--vae and --flowar go together")
+    if args.generator and not args.tokenizer:
+        parser.error("--generator needs --tokenizer")
     if not args.tokenizer and not args.vae:
         args.tokenizer, args.generator = "runs/demo/tokenizer", "runs/demo/generator"
     if args.count < SHOWN:
@@ -151,8 +172,11 @@ def measure(args: argparse.Namespace) -> dict[str, tuple]:
     """{part: (figures, rows of pictures)} of the models that there are."""
     judge, parts = digits.Judge(f"{args.source}:train"), {}
     if args.tokenizer:
-        tokenizer, generator = df.load_tokenizer(args.tokenizer), df.load_generator(args.generator)
+        tokenizer = df.load_tokenizer(args.tokenizer)
         shown = held_out(args, tokenizer.config.image_size)
+        parts["reading"] = reading(tokenizer, *shown, judge)
+    if args.generator:
+        generator = df.load_generator(args.generator)
         for part in (upscaling, variations):
             parts[part.__name__] = part(tokenizer, generator, *shown, judge, args.seed)
     if args.flowar:

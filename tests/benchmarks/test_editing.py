@@ -25,7 +25,7 @@ def test_reduced_images_are_area_averages_and_grow_back_to_their_size():
     ("options", "text"),
     [
         (["--vae=runs/vae"], "--vae and --flowar go together"),
-        (["--generator=runs/gen"], "--tokenizer and --generator go together"),
+        (["--generator=runs/gen"], "--generator needs --tokenizer"),
         (["--count=3"], "at least 10"),
     ],
 )
