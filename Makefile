@@ -8,7 +8,7 @@ UNIT = tests/ops tests/models tests/inference tests/runtime tests/test_floors.py
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help setup demo demo-flowar app check test test-full lint docs clean
+.PHONY: help setup demo demo-flowar demo-photos app check test test-full lint docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,6 +37,9 @@ demo: $(VENV)/.ready ## train, sample and report on handwritten digits: runs/dem
 
 demo-flowar: $(VENV)/.ready ## the same with FlowAR: runs/demo-flowar/report.html
 	$(PY) -m detailflow_jax.demo.flowar --out runs/demo-flowar
+
+demo-photos: $(VENV)/.ready ## tokenizer and autoencoder on photographs: runs/demo-photos/report.html
+	$(PY) -m detailflow_jax.demo.photos --out runs/demo-photos
 
 app: $(VENV)/.ready ## the demos' models in the browser: http://127.0.0.1:7860
 	$(PY) -m pip install --quiet -e '.[app]'

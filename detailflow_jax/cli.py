@@ -85,6 +85,7 @@ COMMANDS = {
     "compile-pod": Command("pod.command", "compile a program for a TPU pod, without a TPU"),
     "demo-detailflow": Command("demo.__main__", "DetailFlow on handwritten digits"),
     "demo-flowar": Command("demo.flowar", "FlowAR on handwritten digits"),
+    "demo-photos": Command("demo.photos", "tokenizer and autoencoder on patches of photographs"),
     "demo-adversarial": Command("demo.adversarial", "a discriminator on handwritten digits"),
 }
 CHOICES = {
@@ -93,10 +94,11 @@ CHOICES = {
         {"--tokenizer": "extract-codes", "--vae": "extract-latents"},
     ),
     "demo": Choice(
-        "both systems on handwritten digits: demo [flowar|adversarial]",
+        "both systems on handwritten digits: demo [flowar|photos|adversarial]",
         {
             "detailflow": "demo-detailflow",
             "flowar": "demo-flowar",
+            "photos": "demo-photos",
             "adversarial": "demo-adversarial",
         },
         default="demo-detailflow",

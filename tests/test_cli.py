@@ -24,6 +24,7 @@ HELP = {
     "compile-pod": "compile-pod",
     "demo": "demo",
     "demo flowar": "demo flowar",
+    "demo photos": "demo photos",
     "demo adversarial": "demo adversarial",
 }
 

@@ -174,6 +174,7 @@ def write_report(
     figures: dict,
     grids: Mapping[str, Grid],
     sections: Mapping[str, Sequence[str]],
+    images: str = "images of digits",
 ) -> None:
     """Writes figures.json, the pictures as PNG, and report.html, each atomically.
 
@@ -183,6 +184,7 @@ def write_report(
       figures: what figures.json holds, the seconds included.
       grids: name of a PNG -> picture.
       sections: of the page: heading -> HTML parts; what to do next comes after the seconds.
+      images: what everything was learned from.
     """
     for name, grid in grids.items():
         pictures.save_png(out / f"{name}.png", grid.picture())
@@ -190,10 +192,8 @@ def write_report(
     parts = dict(sections)
     steps = {name: parts.pop(name) for name in (NEXT,) if name in parts}
     parts |= {"Seconds": [report.table_html(seconds_table(seconds))]} | steps
-    lead = (
-        "Trained, sampled and measured on this machine in "
-        f"{max(1, round(sum(seconds.values()) / 60))} minutes, from nothing but images of digits."
-    )
+    minutes = max(1, round(sum(seconds.values()) / 60))
+    lead = f"Trained and measured on this machine in {minutes} minutes, from nothing but {images}."
     page = report.page(title, lead, parts)
     write_atomically(out / "report.html", page.encode())
     write_atomically(out / "figures.json", json.dumps(figures, indent=2).encode())
@@ -205,12 +205,10 @@ def main(
     default: str,
     run: Callable[[pathlib.Path], dict],
     table: Callable[[dict], Rows],
+    description: str = "Train, sample and report on handwritten digits, in minutes on a CPU.",
 ) -> int:
     """The command line of a demo: runs it, prints its table, and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog=program_name(command),
-        description="Train, sample and report on handwritten digits, in minutes on a CPU.",
-    )
+    parser = argparse.ArgumentParser(prog=program_name(command), description=description)
     parser.add_argument("--out", default=default, help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
     try:

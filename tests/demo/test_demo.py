@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from detailflow_jax.demo import __main__ as detailflow
-from detailflow_jax.demo import flowar, stages
+from detailflow_jax.demo import flowar, photos, stages
 from detailflow_jax.evaluate import digits
 from detailflow_jax.runtime.config import load_config
 
@@ -44,7 +44,7 @@ def test_judge_is_right_on_held_out_digits(source, least):
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("demo", [detailflow, flowar])
+@pytest.mark.parametrize("demo", [detailflow, flowar, photos])
 def test_whole_demo(demo, tmp_path, monkeypatch, capsys):
     def short(path, overrides=()):
         return load_config(f"{path}:runlocal", [*overrides, "--config.tensorboard=False"])
@@ -52,11 +52,16 @@ def test_whole_demo(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "load_config", short)
     assert demo.main(["--out", str(tmp_path)]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert {"accuracy", "reconstructed_accuracy", "classifier_accuracy"} <= set(figures)
-    assert figures["classifier_accuracy"] > 0.97
+    first, picture = "Digits that it wrote", "samples.png"
+    if demo is photos:
+        first, picture = "From fewer and more tokens", "patches.png"
+        assert list(figures["psnr_by_tokens"]) == ["4", "8", "12", "16", "20", "24", "28", "32"]
+    else:
+        assert {"accuracy", "reconstructed_accuracy", "classifier_accuracy"} <= set(figures)
+        assert figures["classifier_accuracy"] > 0.97
     page = (tmp_path / "report.html").read_text()
-    for heading in ("Digits that it wrote", "Figures", "Seconds", stages.NEXT):
+    for heading in (first, "Figures", "Seconds", stages.NEXT):
         assert f"<h2>{heading}</h2>" in page
     assert page.index("Figures</h2>") < page.index("Seconds</h2>") < page.index(stages.NEXT)
-    assert (tmp_path / "samples.png").exists()
+    assert (tmp_path / picture).exists()
     assert "report:" in capsys.readouterr().out

@@ -1,9 +1,11 @@
-"""The variants for own images on one machine fit together at every size."""
+"""The variants for own images on one machine, and those of the embedded photographs."""
 
 import jax
+import numpy as np
 import pytest
 
-from detailflow_jax import tasks
+import small_tasks
+from detailflow_jax import data, tasks
 from detailflow_jax.models.tokenizer import TokenizerConfig
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.errors import ConfigError
@@ -53,3 +55,29 @@ def test_sizes_that_cannot_be(name):
 def test_a_try_out_says_so(name):
     assert load_config(f"configs/{name}.py:small:runlocal").try_out
     assert not load_config(f"configs/{name}.py:digits").try_out
+
+
+TRUNK = {"width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "narrow"),
+    [
+        ("tokenizer", {"encoder": TRUNK, "decoder": TRUNK}),
+        ("vae", {"channels": 4, "multipliers": (1, 2), "norm_groups": 2}),
+    ],
+)
+def test_a_step_on_patches_of_photographs(name, narrow):
+    config = load_config(f"configs/{name}.py:photos")
+    config.model.update(narrow)
+    config.optim.warmup_steps = 0  # Its first step has no rate.
+    source = data.make_source(config.data.source)
+    images = np.stack([source[i]["image"] for i in range(4)])
+    assert images.shape == (4, config.data.image_size, config.data.image_size, 3)
+    task = tasks.make_task(config)
+    step, state = jax.jit(task.train_step, static_argnames="variant"), small_tasks.start(task)
+    variant, plan = task.plan(0)
+    after, metrics = step(state, {"image": images}, plan, variant=variant)
+    assert np.isfinite(metrics["loss"]) and metrics["loss/mse"] > 0
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, after.params)
+    assert all(any(jax.tree.leaves(moved[part])) for part in ("encoder", "decoder"))
