@@ -10,7 +10,9 @@ steps the devices are idle, and that time belongs to what the host is doing then
         state, metrics = program(state, batch, plan)
     clock.watch(metrics["loss"], flops)
 
-Reading the next batch while a step runs therefore takes no time; waiting for a batch does.
+Reading the next batch while a step runs therefore takes no time; waiting for a batch does. `watch`
+waits while the loop is `AHEAD` steps ahead of the devices: a run that is asked to leave has to
+finish all steps that were dispatched before it can save, within its grace period.
 
 The seconds add up over all parts of a run. Steps that a killed run did after its last checkpoint
 are "lost", for they are done again, and the time from its last log line to the next start is
@@ -35,6 +37,9 @@ from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.runtime.flops import peak
 
 FILE = "clock.json"
+AHEAD = (
+    3  # Steps dispatched and not done: two keep the devices busy, one more hides the host's jitter.
+)
 STEPS, LOST, RESTART, START, OTHER = "steps", "lost", "restart", "start", "other"
 PREFIX = "perf/"
 """Names of the figures in metrics.jsonl begin with it: they differ from run to run."""
@@ -52,7 +57,7 @@ class Clock:
         self._began = self._settled = self._dispatched = time.perf_counter()
         # What the host does from a time on; the first of them covers `_settled`.
         self._changes = collections.deque([(self._began, START)])
-        self._running: queue.Queue = queue.Queue()
+        self._running: queue.Queue = queue.Queue(AHEAD - 1)  # Besides the one waited for.
         self._thread = threading.Thread(target=self._wait, name="clock", daemon=True)
         self._durations: list[float] = []  # of the steps since the last report
         self._flops = 0
@@ -63,8 +68,9 @@ class Clock:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._running.put(None)
-        self._thread.join(timeout=1)  # The devices may hang.
+        with contextlib.suppress(queue.Full):  # The devices may hang.
+            self._running.put(None, timeout=1)
+            self._thread.join(timeout=1)
 
     # ------------------------------------------------------------------------- from the loop
 
@@ -88,6 +94,8 @@ class Clock:
 
     def watch(self, loss: jax.Array, flops: int) -> None:
         """Notes when the dispatched step ends, which is when its loss is there.
+
+        Waits while `AHEAD` steps are not done yet.
 
         Args:
           loss: of the step; it must not be donated.

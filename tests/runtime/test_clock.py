@@ -2,6 +2,7 @@
 
 import collections
 import json
+import threading
 import time
 
 import jax
@@ -132,3 +133,36 @@ def test_a_damaged_account_stops_no_run(tmp_path, caplog):
     clock.go_on(tmp_path, {"steps": 8.0})
     assert clock.seconds == {"steps": 8.0}
     assert clocks.FILE in caplog.text
+
+
+class Hanging:
+    """The loss of a step that ends when it is told to."""
+
+    def __init__(self, done: threading.Event):
+        self.block_until_ready = done.wait
+
+
+def test_the_loop_does_not_run_far_ahead_of_the_devices():
+    done, dispatched = threading.Event(), []
+    with Clock() as clock:
+
+        def loop():
+            for step in range(10):
+                clock.watch(Hanging(done), FLOPS)
+                dispatched.append(step)
+
+        thread = threading.Thread(target=loop)
+        thread.start()
+        thread.join(0.5)
+        assert len(dispatched) == clocks.AHEAD
+        done.set()
+        thread.join(10)
+        assert len(dispatched) == 10
+
+
+def test_a_clock_ends_where_the_devices_hang():
+    never = threading.Event()
+    with Clock() as clock:
+        for _ in range(clocks.AHEAD):
+            clock.watch(Hanging(never), FLOPS)
+    assert not never.is_set()
