@@ -244,11 +244,14 @@ class Transformer(nn.Module):
           labels: class of each sample; `num_classes` is the null class (`layers.drop_labels`).
         """
         c = self.config
+        # One look-up: its gradient passes between the devices once.
+        read = max(c.causal, c.num_tokens - c.group_size)
+        embedded = self.embed_codes(codes[:, :read])
         parts = [
             self.embed_class(labels),
-            self.embed_codes(codes[:, : c.causal]),
+            embedded[:, : c.causal],
             self.embed_special(len(codes)),
-            self.embed_codes(codes[:, c.causal : c.num_tokens - c.group_size]),
+            embedded[:, c.causal :],
         ]
         # If every token is causal (c = N), the sequence ends with z_{N-1}, before the specials.
         x = jnp.concatenate(parts, axis=1)[:, : c.num_tokens]

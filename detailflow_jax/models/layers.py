@@ -235,7 +235,9 @@ class Attention(nn.Module):
         key = project("k_proj", read, self.num_kv_heads)
         value = project("v_proj", read, self.num_kv_heads)
         if rope is not None:
-            query, key = rotary.rotate(query, rope), rotary.rotate(key, rope)
+            on_tpu = compiler.platform() == "tpu"
+            rotate = rotary.rotate_by_product if on_tpu else rotary.rotate
+            query, key = rotate(query, rope), rotate(key, rope)
         dropping = self.dropout > 0 and self.has_rng("dropout")
         drop = nn.Dropout(self.dropout, deterministic=False) if dropping else None
         by = self.implementation

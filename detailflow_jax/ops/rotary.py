@@ -69,3 +69,18 @@ def rotate(x: Float[Array, "B T H h"], table: Float[Array, "T F 2"]) -> Float[Ar
     cos, sin = table[:, None, :, 0], table[:, None, :, 1]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_by_product(
+    x: Float[Array, "B T H h"], table: Float[Array, "T F 2"]
+) -> Float[Array, "B T H h"]:
+    """As `rotate`; faster on a TPU, where an array of pairs fills 2 of 128 lanes.
+
+    Each number meets the other one of its pair by a product with zeros, ones and minus ones, which
+    is exact.
+    """
+    cos, sin = (jnp.repeat(table[:, None, :, i], 2, axis=-1) for i in range(2))
+    swap = jnp.asarray(np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]]), x.dtype)
+    exact = "highest" if x.dtype == jnp.float32 else None
+    other = jnp.matmul(x, swap, precision=exact, preferred_element_type=jnp.float32)
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)

@@ -23,8 +23,13 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
         # float32 result once per shard: of FlowAR-S's traffic on 16 chips that was half.
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
     },
+    "TPU v5 lite": {  # v5e
+        # Without it gathers over a whole slice become all-reduces of arrays that are mostly zero,
+        # twice the bytes, for which the core waits; docs/launch.md has figures.
+        "xla_tpu_prefer_async_allgather_to_allreduce": "true",
+    },
 }
-"""{platform: {option: value}}, each with what it changed here."""
+"""{platform, or kind of device: {option: value}}, each with what it changed here."""
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
@@ -64,14 +69,14 @@ def check_cache() -> None:
 
 
 def options(device: jax.Device) -> dict[str, str]:
-    """The options of a device's platform, changed by the variable `DETAILFLOW_XLA_OPTIONS`.
+    """The options of a device, changed by the variable `DETAILFLOW_XLA_OPTIONS`.
 
     The variable holds `name=value` separated by commas; `name=` leaves an option out.
 
     Raises:
       ConfigError: the variable is not of this form.
     """
-    chosen = dict(OPTIONS.get(device.platform, {}))
+    chosen = {**OPTIONS.get(device.platform, {}), **OPTIONS.get(device.device_kind, {})}
     for item in filter(None, os.environ.get(VARIABLE, "").split(",")):
         name, equals, value = item.strip().partition("=")
         if not (name and equals):

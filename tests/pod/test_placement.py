@@ -9,7 +9,7 @@ import pytest
 
 from detailflow_jax.models import layers
 from detailflow_jax.ops import scales as grids
-from detailflow_jax.pod import hlo, programs, topologies
+from detailflow_jax.pod import collectives, hlo, programs, topologies
 from detailflow_jax.runtime import compiler, sharding
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.errors import ConfigError
@@ -91,15 +91,55 @@ def test_fused_attention_writes_no_scores():
     assert scores("plain") and not scores("auto")
 
 
+def first_device(slice_name: str) -> jax.Device:
+    return topologies.devices(topologies.find(slice_name))[0]
+
+
+def test_options_of_the_compiler_are_of_the_kind_of_chip():
+    every, v5e = compiler.OPTIONS["tpu"], compiler.OPTIONS["TPU v5 lite"]
+    assert compiler.options(first_device("v5e-4")) == {**every, **v5e}
+    assert compiler.options(first_device("v5p-8")) == every  # "TPU v5"
+    assert compiler.options(jax.devices("cpu")[0]) == {}
+
+
 def test_options_of_the_compiler_can_be_changed(monkeypatch):
-    [device, *_] = topologies.devices(topologies.find("v5e-4"))
+    device = first_device("v5p-8")
     [name] = compiler.OPTIONS["tpu"]
-    assert compiler.options(device) == compiler.OPTIONS["tpu"]
     monkeypatch.setenv(compiler.VARIABLE, f"{name}=,xla_other=true")
     assert compiler.options(device) == {"xla_other": "true"}
     monkeypatch.setenv(compiler.VARIABLE, "xla_other")
     with pytest.raises(ConfigError, match="cannot read 'xla_other'"):
         compiler.options(device)
+
+
+def test_an_option_changes_the_program(monkeypatch):
+    """Over a whole v5e-256 gathers become all-reduces, unless an option of its table is set."""
+    topology = topologies.find("v5e-256")
+    mesh = sharding.make_mesh({"fsdp": 256}, topologies.devices(topology))
+
+    def abstract(dtype, *shape_and_axes):
+        shape, axes = zip(*shape_and_axes, strict=True)
+        placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    kernels = abstract(jnp.float32, (2, None), (1024, "fsdp"), (1024, None))
+    rows = abstract(jnp.bfloat16, (1024, sharding.BATCH), (1024, None))
+
+    def step(kernels, rows, variant):
+        product = lambda x, kernel: (jnp.tanh(x @ kernel.astype(x.dtype)), None)  # noqa: E731
+        return kernels, jax.lax.scan(product, rows, kernels)[0]
+
+    def gathers() -> int:
+        with sharding.use(mesh):
+            traced = sharding.jit_step(step, kernels).trace(kernels, rows, variant=None)
+            text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+        module = hlo.parse(text)
+        found = collectives.find(module, hlo.executions(module), topology.chips)
+        return sum(each.kind == "all-gather" for each in found)
+
+    assert gathers()
+    monkeypatch.setenv(compiler.VARIABLE, f"{next(iter(compiler.OPTIONS['TPU v5 lite']))}=")
+    assert not gathers()
 
 
 def test_an_unknown_option_is_not_passed_over(monkeypatch):
