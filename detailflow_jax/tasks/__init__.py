@@ -113,8 +113,8 @@ def from_section(kind: Callable[..., T], fields: Mapping[str, Any], section: str
         if value is not None and not _fits(value, hints[name], known[name].default):
             expected = getattr(hints[name], "__name__", hints[name])
             if hints[name] is int:
-                expected = f"a whole number from {_least(known[name].default)} to {_MOST}"
-            raise ConfigError(f"{section}.{name} is {value!r:.99}, expected {expected}")
+                expected = f"at least {_least(known[name].default)}, a whole number up to {_MOST}"
+            raise ConfigError(f"{section}.{name}={value!r:.99}; expected {expected}")
     try:
         return kind(**{name: value for name, value in fields.items() if value is not None})
     except ValueError as error:
