@@ -190,6 +190,9 @@ def _leave_with_parent(prefix: str) -> None:
     os._exit(1)
 
 
+_unlinking = threading.Lock()  # Grain's threads remove batches too.
+
+
 class _NamedMemory(shared_memory.SharedMemory):
     """Shared memory whose name tells who made it, so that others can remove it first."""
 
@@ -201,8 +204,14 @@ class _NamedMemory(shared_memory.SharedMemory):
         super().__init__(name, create, size)
 
     def unlink(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            super().unlink()
+        with _unlinking:
+            try:
+                super().unlink()
+            except FileNotFoundError:
+                # The tracker, which is told of every opening, may have heard of this one after it
+                # heard of the removal: at the end it would warn of a leak.
+                resource_tracker.register(self._name, "shared_memory")
+                resource_tracker.unregister(self._name, "shared_memory")
 
 
 # ------------------------------------------------------------------------------------ in the parent
