@@ -134,20 +134,21 @@ prefix:
 |decoder of detailflow_64, 768 tokens, 12 heads|32|8.3 GB|1.6 GB|18.9 ms|10.1 ms|
 |patches of an encoder, 256 tokens, 12 heads|16|0.03 GB|0.03 GB|0.8 ms|0.7 ms|
 
-**Rotary turns without arrays of pairs, and one look-up of the codes: GPT-L, batch 512, v5p-128,
-2x32x1.** Cycles 18.4 -> 17.2 ms, least step 22.5 -> 21.1 ms. All rows below are from before it, and
-those of v5e from before `xla_tpu_prefer_async_allgather_to_allreduce` (docs/launch.md).
+**Rotary turns without arrays of pairs, and one look-up of the codes: GPT-L, batch 512.** On
+v5p-128, 2x32x1: cycles 18.4 -> 17.2 ms, least step 22.5 -> 21.1 ms. On v5e-256, 2x128x1, together
+with `xla_tpu_prefer_async_allgather_to_allreduce` (docs/launch.md): cycles 13.5 -> 11.2 ms, least
+step 21.6 -> 19.2 ms. All rows of the tables below are from before it.
 
 **ZeRO-1: GPT-L, batch 512.** The kernels of the blocks are gathered once per step in bfloat16 and
 their gradients scattered; otherwise each layer's are gathered forward and backward. It sends less,
 but its arrays are whole on each chip and nothing runs beside its gathers: 1% faster on one slice,
-at least 12% slower on the other. So there is no such option.
+26% slower on the other. So there is no such option.
 
 |slice, mesh|kernels gathered|sent|cycles|waiting|least step|HBM peak|
 |-|-|-|-|-|-|-|
 |v5p-128, 2x32x1|per layer|1.92 GB|17.2 ms|3.97 ms|21.1 ms|2.2 GiB|
 |v5p-128, 2x32x1|once|1.32 GB|18.2 ms|2.78 ms|20.9 ms|2.7 GiB|
-|v5e-256, 2x128x1|per layer, rotary turns by pairs|1.98 GB|13.5 ms|8.10 ms|21.6 ms|0.6 GiB|
+|v5e-256, 2x128x1|per layer|1.94 GB|11.2 ms|7.91 ms|19.2 ms|0.5 GiB|
 |v5e-256, 2x128x1|once|1.33 GB|15.4 ms|8.72 ms|24.1 ms|1.1 GiB|
 
 **Float32 arrays in memory, GPT-L, v5e-256, 2x128x1.** Cross entropy, the average and the optimizer
