@@ -87,7 +87,7 @@ def test_models_that_do_not_belong_together(runs, flowar, capsys):
         df.check_pair(df.load_vae(runs / "vae"), df.load_vae(runs / "vae"))
     assert train_flowar(runs, runs / "wrong", "--config.vae.scale_factor=0.5") == 2
     error = capsys.readouterr().err
-    assert "config.vae.scale_factor is 0.5 in the configuration, but 0.95 of" in error
+    assert "config.vae.scale_factor is 0.5 in the configuration, but 0.95 according to" in error
     assert train_flowar(runs, runs / "small", "--config.model.scales=(1,2,4)") == 2
     error = capsys.readouterr().err
     assert "config.model.scales is (1, 2, 4)" in error and "(8 x 8 x 4)" in error
