@@ -4,7 +4,7 @@ Variants:
   kl16     ImageNet at 256 px: 16 x 16 latents of 16 channels
   small    own images at 64 px (or `image_size=128`) on one machine, without weights of other
            networks: 8 x 8 (16 x 16) latents of 8 channels
-  mnist    5,000 digits of MNIST, the demo, minutes on a CPU: 7 x 7 latents of 4 channels
+  mnist    5,000 digits of MNIST, minutes on a CPU: 7 x 7 latents of 4 channels
   digits   scikit-learn's smaller digits, minutes on a CPU: 8 x 8 latents of 4 channels
   photos   patches of ten photographs, minutes on a CPU: 8 x 8 latents of 4 channels
 

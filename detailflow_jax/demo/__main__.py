@@ -137,9 +137,7 @@ def page(
                     f"--per_class 8 {options} --num_tokens "
                     f"{','.join(map(str, counts))} --out runs/samples",
                     "The other system, FlowAR:": "make demo-flowar",
-                    "Your own images, one folder per class:": "detailflow train --config "
-                    "configs/tokenizer.py:small:image_size=64 --workdir runs/tok "
-                    "--config.data.source=folder:photos",
+                    **stages.OWN_IMAGES,
                 }
             )
         ],

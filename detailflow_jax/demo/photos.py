@@ -101,9 +101,7 @@ def page(
                     "Patches as tokens, to train a generator on:": "detailflow extract --tokenizer "
                     f"{out}/tokenizer --source photos:train --out runs/codes",
                     "Both systems on digits:": "make demo demo-flowar",
-                    "Your own images, one folder per class:": "detailflow train --config "
-                    "configs/tokenizer.py:small:image_size=64 --workdir runs/tok "
-                    "--config.data.source=folder:photos",
+                    **stages.OWN_IMAGES,
                 }
             )
         ],

@@ -22,6 +22,11 @@ LABELS = np.repeat(np.arange(10), SAMPLES_PER_CLASS)
 NAMES = tuple("0123456789")
 SHOWN_PER_CLASS = 6
 NEXT = "What to do next"
+OWN_IMAGES = {
+    "Your own images, one folder per class:": "detailflow train --config "
+    "configs/tokenizer.py:small:image_size=64 --workdir runs/tok "
+    "--config.data.source=folder:photos"
+}
 
 Rows = list[tuple[str, str]]
 

@@ -229,7 +229,10 @@ def sample(
     if n > c.causal:
         carry = program.opening(labels, carry)
     first = c.causal // c.group_size + 1
-    group = lambda i, carry: program.group(i * c.group_size, carry)  # noqa: E731
+
+    def group(i, carry):
+        return program.group(i * c.group_size, carry)
+
     carry = jax.lax.fori_loop(first, max(n // c.group_size, first), group, carry)
     return carry[0][:, :n]
 

@@ -37,9 +37,7 @@ from detailflow_jax.runtime.files import write_atomically
 from detailflow_jax.runtime.flops import peak
 
 FILE = "clock.json"
-AHEAD = (
-    3  # Steps dispatched and not done: two keep the devices busy, one more hides the host's jitter.
-)
+AHEAD = 3  # Steps dispatched and not done.
 STEPS, LOST, RESTART, START, OTHER = "steps", "lost", "restart", "start", "other"
 PREFIX = "perf/"
 """Names of the figures in metrics.jsonl begin with it: they differ from run to run."""
