@@ -39,8 +39,8 @@ example: launch/local.sh --config configs/tokenizer.py:digits --workdir runs/tok
 Ctrl-C or SIGTERM reaches the command, which saves and leaves; it is then not started again.
 
 exit code: the command's. Of several processes, that of the first that failed, after which the
-others are stopped; $PREEMPTED only if all left preempted. 2 is a wrong command line, here or of the
-command, and is never started again."
+others are stopped; $PREEMPTED only if all left preempted; 2 if any left with it. 2 is a wrong
+command line, here or of the command, and is never started again."
 
 processes=
 log_dir=
@@ -162,6 +162,8 @@ start_writer() {
 
 # Process $1 left with $2: tells the others what follows for them.
 left_with() {
+  # Who waits for a process that leaves with 2 may be gone before it.
+  if (($2 == 2)) && [[ -n $failed ]]; then failed=2; fi
   if (($2 == 0)) || [[ -n $failed ]]; then return; fi
   if (($2 == PREEMPTED)); then
     # The others agreed to leave as well, or were not told: then they would wait for ever.
@@ -183,7 +185,7 @@ clean_up() {
   rm -rf "$scratch"
 }
 
-# Sets `code` to that of the first process that failed; PREEMPTED where all left so.
+# Sets `code` to that of the first process that failed, or 2; PREEMPTED where all left so.
 run_several() {
   local i port failed='' deadline='' zeros=0 writers=()
   port=$(free_port)

@@ -64,6 +64,13 @@ class BucketError(FileError):
     """A bucket that does not answer; the same command may succeed when it is started again."""
 
 
+class ProcessLost(UserError, RuntimeError):
+    """Another process of the run left or died; the same command may succeed when started again."""
+
+    exit_code = 1
+    label = "failed"
+
+
 class Diverged(UserError, RuntimeError):
     """The loss or the state is no longer finite; the text says at which step."""
 

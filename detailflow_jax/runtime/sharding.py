@@ -21,7 +21,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from detailflow_jax.runtime import compiler
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, ProcessLost
 
 PyTree = Any
 
@@ -278,10 +278,21 @@ def sync_processes(name: str) -> None:
     """Waits until all processes of the run are here; nothing where there is one.
 
     It asks the coordinator, not the devices: their collectives give up after seconds.
+
+    Raises:
+        ProcessLost: another one is gone, so it will not come.
     """
-    if jax.process_count() > 1:
-        barrier = ocp.multihost.get_barrier_sync_fn()
+    if jax.process_count() == 1:
+        return
+    barrier = ocp.multihost.get_barrier_sync_fn()
+    try:
         barrier(key=f"detailflow_{name}_{next(_barriers)}", timeout_ms=1000 * _WAIT)
+    except jax.errors.JaxRuntimeError as error:
+        [reason, *_] = str(error).splitlines()
+        raise ProcessLost(
+            f"another process of this run is gone, and this one waited for it ({reason}); "
+            "the log of that process says why"
+        ) from error
 
 
 def gather_processes(x: np.ndarray) -> np.ndarray:

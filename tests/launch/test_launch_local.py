@@ -78,6 +78,11 @@ def test_exit_code_of_all(codes, left_with):
     launch("-n", "2", "--max-restarts", "0", script=script, code=left_with)
 
 
+def test_one_wrong_command_line_outranks_the_failures_that_it_causes():
+    script = "trap 'exit 2' TERM; ((JAX_PROCESS_ID)) && exit 1; while :; do sleep 0.1; done"
+    launch("-n", "2", "--max-failures", "5", script=script, code=2)
+
+
 def test_one_that_was_not_told_of_the_preemption_is_stopped():
     script = "((JAX_PROCESS_ID)) || exit 143; sleep 100"
     told = launch("-n", "2", "--grace", "0", "--max-restarts", "0", script=script, code=137)

@@ -216,6 +216,21 @@ if place.process_id == 1:
 distributed.leave(0)
 """
 
+ONE_IS_GONE = """
+import os, time
+from detailflow_jax.runtime import distributed, errors, sharding
+
+place = distributed.start()
+sharding.sync_processes("both are here")
+if place.process_id == 0:
+    time.sleep(0.5)  # The other one waits already.
+    os._exit(2)
+try:
+    sharding.sync_processes("never")
+except errors.UserError as error:
+    distributed.leave(error.report())
+"""
+
 TOO_LATE = """
 import jax, sys
 from detailflow_jax.runtime import distributed
@@ -240,6 +255,18 @@ def test_two_processes_reduce_over_loopback_and_one_fails(monkeypatch):
     assert said <= set(done.stdout.splitlines())
     command = [ROOT / "launch" / "local.sh", "--cpu-devices", "1", "--"]
     subprocess.run([*command, "python", "-c", TOO_LATE], check=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_who_waits_for_a_process_that_is_gone_says_so_in_a_line():
+    command = [ROOT / "launch" / "local.sh", "-n", "2", "--cpu-devices", "1", "--"]
+    done = subprocess.run(
+        [*command, "python", "-c", ONE_IS_GONE], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("[1] failed: ")]
+    assert "another process of this run is gone" in line
+    assert "Traceback" not in done.stdout
 
 
 @pytest.mark.slow
