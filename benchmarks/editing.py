@@ -9,9 +9,10 @@
     upscaling   the same of their tokens, or those of the whole digit, with what the generator adds
     variations  how many digits are read as themselves, and as the next digit, after the first n
                 tokens were kept and the others sampled as the next digit
-    edits       how many digits are read as the next one after their middle, or all but their
-                border, was painted anew as it, and how far pixels outside of the mask are from the
-                reconstruction (of 2)
+    edits       how many digits are read as themselves and as the next one before and after
+                inpainting (their middle was black), outpainting (their border was cut off), and
+                class edits (their middle, or all but their border, anew as the next digit); and
+                how far pixels outside of the mask are from the reconstruction (of 2)
 
 The first is of --tokenizer, the next two of --generator beside it, the last of --vae and --flowar.
 The classifier is fitted on the training split of the same digits. Writes editing.json and a picture
@@ -29,6 +30,7 @@ import numpy as np
 import detailflow_jax as df
 from detailflow_jax.evaluate import digits
 from detailflow_jax.evaluate.reconstruction import mean_psnr
+from detailflow_jax.inference.editing import on_canvas
 from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import interpolation
@@ -37,6 +39,7 @@ from detailflow_jax.runtime.files import write_atomically
 
 SAMPLING = {"cfg_scale": 3.0, "temperature": 0.5}
 SHOWN = 10
+GREY = 128  # of what is painted anew, in the pictures
 
 
 def reduced(images: np.ndarray, side: int) -> np.ndarray:
@@ -105,19 +108,44 @@ def variations(tokenizer, generator, images, labels, judge, seed):
 
 
 def edits(vae, flowar, images, labels, judge, seed):
-    """{mask: shares read as themselves and as the next digit, largest difference outside}, rows."""
-    asked, side = (labels + 1) % 10, images.shape[1]
-    whole = vae.decode(vae.encode(images))
-    rows = {"digit": images, "reconstruction": df.to_uint8(whole)}
+    """{edit: shares read before and after, largest difference outside}, and rows of pictures."""
+    asked = (labels + 1) % 10
+    rows = {"digit": images, "reconstruction": df.to_uint8(vae.decode(vae.encode(images)))}
     figures = {"reconstruction": _read(judge, rows["reconstruction"], labels, asked)}
-    for name, border in (("middle anew", side // 4), ("all but the border anew", side // 8)):
-        mask = np.zeros((side, side), bool)
-        mask[border:-border, border:-border] = True
-        made = df.edit(vae, flowar, images, mask, asked, seed)
-        rows[name] = df.to_uint8(made)
-        outside = float(np.abs(made - whole)[:, ~mask].max())
-        figures[name] = _read(judge, rows[name], labels, asked) | {"outside": outside}
+    for name, (given, mask, classes) in tasks(images, labels, asked).items():
+        made = df.edit(vae, flowar, given, mask, classes, seed)
+        outside = np.abs(made - vae.decode(vae.encode(given)))[:, ~mask].max()
+        rows[f"{name}: given"] = np.where(mask[..., None], np.uint8(GREY), given)
+        rows[f"{name}: made"] = made = df.to_uint8(made)
+        figures[name] = {
+            "before": _read(judge, given, labels, asked),
+            "after": _read(judge, made, labels, asked),
+            "outside": float(outside),
+        }
     return figures, rows
+
+
+def tasks(images, labels, asked):
+    """{edit: images, mask bool [R, R], classes of the new part}.
+
+    What is to be filled in is not in the images: a VAE sees some pixels beyond those of a latent.
+    """
+    side = images.shape[1]
+    cut = side // 4
+    middle, most = _middle(side, cut), _middle(side, side // 8)
+    black = np.where(middle[..., None], np.uint8(0), images)
+    return {
+        "inpaint": (black, middle, labels),
+        "outpaint": (*on_canvas(images[:, cut:-cut, cut:-cut], side), labels),
+        "middle as next": (images, middle, asked),
+        "all but border as next": (images, most, asked),
+    }
+
+
+def _middle(side: int, border: int) -> np.ndarray:
+    mask = np.zeros((side, side), bool)
+    mask[border:-border, border:-border] = True
+    return mask
 
 
 def _counts(tokenizer) -> list[int]:

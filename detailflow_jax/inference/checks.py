@@ -35,7 +35,7 @@ def check_images(images: np.ndarray, channels: int, stride: int = 1) -> None:
     if images.shape[1] % stride or images.shape[2] % stride:
         raise InputError(
             f"images are {images.shape[1]} x {images.shape[2]}, expected sides that are multiples "
-            f"of the autoencoder's stride {stride}"
+            f"of {stride} px"
         )
 
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where.add_argument(
         "--box", type=box, help="the new part as left,top,right,bottom, shares of the side"
     )
-    where.add_argument("--outpaint", type=share, help="share of the side that the image takes")
+    where.add_argument("--outpaint", type=inner, help="share of the side that the image takes")
     parser.add_argument("--num_steps", type=int, default=25, help="flow steps")
     return image_command.run(run, parser.parse_args(argv))
 
@@ -53,14 +53,18 @@ def images_and_mask(
 ) -> tuple[UInt8[np.ndarray, "b R R 3"], Bool[np.ndarray, "R R"]]:
     """The images at `side` px, and where they are to be new."""
     if args.outpaint is not None:
-        small = image_command.read_images(args.image, max(1, round(args.outpaint * side)))
-        return editing.on_canvas(small, side)
+        inside = min(max(1, round(args.outpaint * side)), side - 1)
+        return editing.on_canvas(image_command.read_images(args.image, inside), side)
     images = image_command.read_images(args.image, side)
     if args.mask:
         return images, _mask(args.mask, args.image, side)
     left, top, right, bottom = (round(edge * side) for edge in args.box)
     mask = np.zeros((side, side), bool)
     mask[top:bottom, left:right] = True
+    if not mask.any():
+        raise InputError(
+            f"--box {args.box} holds no pixel of the {side} x {side}; give a larger one"
+        )
     return images, mask
 
 
@@ -85,6 +89,14 @@ def share(text: str) -> float:
     return value
 
 
+def inner(text: str) -> float:
+    """A number in (0, 1)."""
+    value = share(text)
+    if value in (0, 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a share above 0 and below 1")
+    return value
+
+
 def _mask(path: str, images: Sequence[str], side: int) -> np.ndarray:
     """The mask, cut as the images are; its pixels stay black or white."""
     mask = image_command.picture(path)
@@ -93,4 +105,10 @@ def _mask(path: str, images: Sequence[str], side: int) -> np.ndarray:
         if size != mask.size:
             raise InputError(f"{path} is {mask.size} px and {image} {size}: expected equal sizes")
     white = np.asarray(mask.pixels.convert("L").point(lambda grey: 255 * (grey >= WHITE)))
-    return center_crop(np.repeat(white[..., None], 3, axis=2), side)[..., 0] >= 1
+    new = center_crop(np.repeat(white[..., None], 3, axis=2), side)[..., 0] >= 1
+    if not new.any():
+        raise InputError(
+            f"{path}: the mask is empty: it has to be white where the image is to be new, in the "
+            "middle square, which is used"
+        )
+    return new

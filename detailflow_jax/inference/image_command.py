@@ -64,15 +64,13 @@ def picture(path: str) -> Picture:
         raise InputError(f"{error}: expected an image file") from error
 
 
-def read_images(paths: Sequence[str], side: int | None) -> UInt8[np.ndarray, "B side side 3"]:
-    """Image files, their centre at `side` px; with None at the size of the first one.
+def read_images(paths: Sequence[str], side: int) -> UInt8[np.ndarray, "B {side} {side} 3"]:
+    """Image files, their centre at `side` px.
 
     Raises:
       InputError: a file that is no image.
     """
-    found = [picture(path) for path in paths]
-    side = min(found[0].size) if side is None else side
-    return np.stack([center_crop(image, side) for image in found])
+    return np.stack([center_crop(picture(path), side) for path in paths])
 
 
 def repeated(

@@ -206,7 +206,7 @@ class Tokenizer(Model):
           ValueError, TypeError: another shape or type.
         """
         images = np.asarray(images)
-        check_images(images, channels=3)
+        check_images(images, 3, self.config.encoder.patch_size)
         return self.run(programs.encode, batch_size, images)
 
     def decode(

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "upscale", "Make small images larger.", "tokenizer", "generator"
     )
     parser.add_argument(
-        "--size", type=int, help="side in pixels to start from; default that of the first image"
+        "--size", type=int, help="side in pixels to start from; default that of the smallest image"
     )
     return image_command.run(run, parser.parse_args(argv))
 
@@ -38,8 +38,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_small(args: argparse.Namespace, tokenizer: api.Tokenizer) -> UInt8[np.ndarray, "b s s 3"]:
-    """The images, reduced to the largest size, up to theirs, that tokens stand for."""
-    side = args.size or image_command.read_images(args.image[:1], None).shape[1]
+    """The images, reduced to the largest size, up to --size, that tokens stand for.
+
+    Raises:
+      InputError: no such size, or an image that is smaller than --size.
+    """
+    smallest = min(min(image_command.picture(path).size) for path in args.image)
+    side = smallest if args.size is None else args.size
+    if side > smallest:
+        raise InputError(
+            f"--size {side}: the smallest image has {smallest} px, expected at most that"
+        )
     return image_command.read_images(args.image, start_side(tokenizer, side))
 
 

@@ -130,6 +130,8 @@ def test_what_cannot_be_used_is_refused(tok, gen, vae, flow):
         df.edit(vae, flow, IMAGES[..., :1], HOLE, LABELS)
     stranger = copy.copy(flow)
     stranger.encoded_by = "f" * 32
+    with pytest.raises(df.InputError, match="14 x 16, expected sides that are multiples of "):
+        df.vary(tok, gen, IMAGES[:, :14], LABELS, keep=4)
     with pytest.raises(df.InputError, match="do not belong together"):
         df.edit(vae, stranger, IMAGES, HOLE, LABELS)
     with pytest.raises(df.InputError, match=r"keep=9, expected 0\.\.8"):
@@ -155,6 +157,10 @@ def folder(tmp_path_factory, tok, gen, vae, flow):
     pictures.save_png(root / "small.png", IMAGES[1, ::2, ::2])
     pictures.save_png(root / "mask.png", np.repeat(255 * HOLE[..., None], 3, 2).astype(np.uint8))
     (root / "text.png").write_text("no image")
+    wide, aside = np.zeros((2, SIDE, 3 * SIDE, 3), np.uint8)
+    aside[:, :4] = 255  # The middle square, which is used, is not white.
+    pictures.save_png(root / "wide.png", wide)
+    pictures.save_png(root / "aside.png", aside)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_tokenizer", "load_generator", "load_vae", "load_flowar"):
             patch.setattr(api, name, functools.cache(getattr(api, name)))  # Loaded once.
@@ -213,12 +219,16 @@ def test_vary_and_upscale_write_their_results(call, tmp_path):
     ("command", "words", "found"),
     [
         (edit, "--image cat.png --mask small.png", "expected equal sizes"),
+        (edit, "--image wide.png --mask aside.png", "aside.png: the mask is empty"),
+        (edit, "--image cat.png --box 0.5,0.5,0.51,0.6", "holds no pixel of the 16 x 16"),
         (edit, "--image text.png --box 0,0,1,1", "text.png"),
         (edit, "--image none.png --box 0,0,1,1", "none.png"),
         (edit, "--image cat.png --box 0,0,1,1 --label 7", "out of range, expected 0..2"),
         (vary, "--image cat.png --keep 3 --label 0,1", "expected one class"),
         (upscale, "--image cat.png", "16 px is no less than the 16 px"),
         (upscale, "--image cat.png --size 4", "4 px is too small for one token"),
+        (upscale, "--image cat.png small.png --size 12", "the smallest image has 8 px"),
+        (upscale, "--image small.png --size 0", "0 px is too small for one token"),
     ],
 )
 def test_a_command_says_what_is_wrong_in_one_line(call, command, words, found, capsys, tmp_path):
@@ -233,6 +243,7 @@ def test_a_command_says_what_is_wrong_in_one_line(call, command, words, found, c
         (edit, "--box 0,0,2,1", "'2': expected a share between 0 and 1"),
         (edit, "--box 0,0,1", "expected left,top,right,bottom"),
         (edit, "--outpaint x", "'x': expected a share"),
+        (edit, "--outpaint 1", "'1': expected a share above 0 and below 1"),
         (edit, "--mask a.png --box 0,0,1,1", "not allowed with argument"),
         (edit, "", "one of the arguments --mask --box --outpaint is required"),
         (vary, "--keep 3 --count 0", "expected a number of at least 1"),
