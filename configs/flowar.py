@@ -3,7 +3,7 @@
 Variants:
   flowar_s, flowar_b, flowar_l, flowar_h   the published recipe on ImageNet at 256 px
   small                                    latents of the small autoencoder, on one machine
-  digits                                   latents of the digits autoencoder, minutes on a CPU
+  mnist, digits                            latents of these autoencoders, minutes on a CPU
 
 They train on latents that `detailflow extract` wrote, or on images with a frozen autoencoder:
 `--config.data.source=tfds:imagenet2012 --config.vae.path=kl16.ckpt`.
@@ -33,14 +33,14 @@ def get_config(arg: str = "digits") -> ConfigDict:
     """The configuration of a variant; see the module's docstring for `arg`."""
     variant, options = decode_variant(
         arg,
-        [*SIZES, "small", "digits"],
+        [*SIZES, "small", "mnist", "digits"],
         latents="",
         vae="",
         runlocal=False,
         batch_size=0,
         epochs=0.0,
     )
-    makers = {"small": _small, "digits": _digits}
+    makers = {"small": _small, "mnist": _mnist, "digits": _digits}
     config = makers[variant](options) if variant in makers else _published(variant, options)
     if options.vae:
         config.vae.path = options.vae
@@ -147,6 +147,18 @@ def _digits(options: ConfigDict) -> ConfigDict:
     config.optim.update(lr=2e-3, warmup_steps=50, final=0.05)
     config.ema.update(decay=0.99, warmup=True)
     watch(config, log_every=50, figures_every=500, checkpoint_every=500)
+    return config
+
+
+def _mnist(options: ConfigDict) -> ConfigDict:
+    """A small FlowAR for the 7 x 7 x 4 latents of the MNIST autoencoder."""
+    config = _digits(options)
+    config.total_steps = int((options.epochs or 3.2) * 4000 // config.batch_size)
+    config.data.image_size = 28
+    config.model.update(width=128, head_width=128)
+    config.model.update(attention_dropout=0.0, projection_dropout=0.0)  # Too short to overfit.
+    config.optim.update(kind="muon", lr=2e-3, final=0.0)
+    watch(config, log_every=50, figures_every=0, checkpoint_every=100)
     return config
 
 
