@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from detailflow_jax.data.errors import printable
-from detailflow_jax.data.folders import composed
+from detailflow_jax.data.folders import as_typed
 from detailflow_jax.data.shard_source import manifest_names
 from detailflow_jax.data.sources import SOURCE_KINDS, make_source
 from detailflow_jax.runtime import files
@@ -60,15 +60,15 @@ def parse_labels(text: str, names: Sequence[str] = ()) -> list[int]:
     Raises:
         ConfigError: a name that is not one of them; the text suggests the closest names.
     """
-    known = {composed(name).strip(): label for label, name in reversed([*enumerate(names)])}
+    known = {as_typed(name): label for label, name in reversed([*enumerate(names)])}
     labels, parts = [], text.split(",")
     most = 1 + max((name.count(",") for name in names), default=0)
     while parts:
         # The longest first: a name may have commas in it.
         starts = [",".join(parts[:count]).strip() for count in range(most, 0, -1)]
-        name = next((x for x in starts if composed(x) in known and not _NUMBERS.fullmatch(x)), None)
+        name = next((x for x in starts if as_typed(x) in known and not _NUMBERS.fullmatch(x)), None)
         if name is not None:
-            labels.append(known[composed(name)])
+            labels.append(known[as_typed(name)])
             del parts[: name.count(",") + 1]
             continue
         part = parts.pop(0).strip()

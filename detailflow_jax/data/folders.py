@@ -7,6 +7,7 @@ add by themselves, are left out with one notice.
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -120,6 +121,7 @@ def class_folders(root: str) -> dict[str, list[str]]:
         )
     if not listing.folders:
         raise NotFoundError(f"{root} is empty: expected one subfolder per class")
+    check_distinct(listing.folders, root)
     classes = {}
     for name in _in_order(root, listing.folders):
         where = os.path.join(root, name)
@@ -171,8 +173,8 @@ def _in_order(root: str, names: Sequence[str]) -> list[str]:
         return ordered
     try:
         lines = files.read_bytes(path).decode("utf-8-sig").splitlines()
-        there = {composed(name): name for name in names}
-        listed = [there.get(composed(line), line) for line in map(str.strip, lines) if line]
+        there = {as_typed(name): name for name in names}
+        listed = [there.get(as_typed(line), line.strip()) for line in lines if line.strip()]
     except BucketError:
         raise
     except (OSError, UnicodeDecodeError) as error:
@@ -191,9 +193,16 @@ def _in_order(root: str, names: Sequence[str]) -> list[str]:
     return listed
 
 
-def composed(name: str) -> str:
-    """Returns a name with its accents in one form; some systems write them as characters."""
-    return unicodedata.normalize("NFC", name)
+def as_typed(name: str) -> str:
+    """Returns a name as people type it: with its accents in one form, no space at its ends."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def check_distinct(names: Sequence[str], where: str | os.PathLike[str]) -> None:
+    """Raises ConfigError if two class names are typed the same."""
+    twice = [name for name, count in Counter(map(as_typed, names)).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{where}: two classes have the name {twice[0]!r}: rename one of them")
 
 
 def natural_order(names: Sequence[str]) -> list[str]:

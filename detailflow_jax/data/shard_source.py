@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import grain
 import numpy as np
 
+from detailflow_jax.data.folders import check_distinct
 from detailflow_jax.data.shards import FORMAT_VERSION, ShardLayout, num_records
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.copies import copy_here
@@ -184,11 +185,12 @@ def manifest_names(manifest: Mapping[str, Any], path: str | os.PathLike[str]) ->
     """Returns the class names in a manifest.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has none, or one of them twice.
     """
     names = manifest.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{path}: class_names are {names!r:.99}, expected a list of texts")
+    check_distinct(names, path)
     return tuple(names)
 
 

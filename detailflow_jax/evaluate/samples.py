@@ -143,11 +143,12 @@ class NpzImages:
                     "[N, H, W, 3], as the guided-diffusion evaluator reads it"
                 )
             with archive.open("arr_0.npy") as member:
-                shape, dtype = _read_header(member)
+                shape, dtype, self._in_memory = _read_header(member)
         if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or 0 in shape:
             raise EvaluationError(
-                f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3] with N > 0; "
-                "images in [-1, 1] become uint8 by clip(127.5 * x + 128, 0, 255)"
+                f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3] with N > 0: "
+                "channels go last by moveaxis(x, 1, -1); images become uint8 from [-1, 1] by "
+                "clip(127.5 * x + 128, 0, 255), from [0, 1] by clip(255 * x, 0, 255)"
             )
         self._length, self.shape = shape[0], tuple(shape[1:])
         self._member, self._next = None, 0
@@ -163,6 +164,8 @@ class NpzImages:
         """
         size = int(np.prod(self.shape))
         with readable(self.name):
+            if self._in_memory:
+                return self._whole[start:stop]
             # One stream for all calls: to find a place, a member is read from its beginning.
             if self._member is None or start < self._next:
                 archive = zipfile.ZipFile(files.open_file(self.name))
@@ -181,20 +184,25 @@ class NpzImages:
         return Part(self.read(start, stop), np.arange(start, stop, dtype=np.int32), [])
 
     @functools.cached_property
+    def _whole(self) -> np.ndarray:
+        """All images, of a file in Fortran order: there, an image's pixels lie far apart."""
+        with files.open_file(self.name) as file, np.load(file) as arrays:
+            return np.ascontiguousarray(arrays["arr_0"])
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the whole file."""
         return hash_file(self.name)
 
 
-def _read_header(member) -> tuple[tuple[int, ...], np.dtype]:
+def _read_header(member) -> tuple[tuple[int, ...], np.dtype, bool]:
+    """Shape and type of an `.npy`, and whether it is in Fortran order."""
     version = np.lib.format.read_magic(member)
     read = getattr(np.lib.format, f"read_array_header_{version[0]}_0", None)
     if read is None:
         raise ValueError(f"npy version {version}")
     shape, fortran_order, dtype = read(member)
-    if fortran_order and len(shape) > 1:
-        raise ValueError("arr_0 is in Fortran order")
-    return shape, dtype
+    return shape, dtype, fortran_order
 
 
 class PictureSource(Source):

@@ -104,6 +104,7 @@ def test_a_manifest_has_class_names(tmp_path):
         ("manifest.json", "{}", "class_names are None"),
         ("manifest.json", "{", "expected JSON"),
         ("manifest.json", '{"class_names": [1]}', "expected a list of texts"),
+        ("manifest.json", '{"class_names": ["a", "b", "a"]}', "two classes have the name 'a'"),
         ("config.json", "{", "expected JSON"),
         ("config.json", '{"class_names": 7}', "class_names is 7, expected a list"),
         ("config.json", '{"class_names": [7]}', "expected a list of texts"),

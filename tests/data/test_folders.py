@@ -135,6 +135,16 @@ def test_classes_txt_gives_the_order(tmp_path, warnings):
     add(tmp_path, "cafe\u0301/1.png")  # As macOS writes it.
     listed.write_text("10\ncaf\u00e9\n1\n2\n", encoding="utf-8")
     assert list(class_folders(str(tmp_path))) == ["10", "cafe\u0301", "1", "2"]
+    add(tmp_path, "end /1.png")
+    listed.write_text("10\ncaf\u00e9\n1\n2\nend\n \n", encoding="utf-8")
+    assert list(class_folders(str(tmp_path)))[-1] == "end "
     listed.write_bytes(b"\xff\xfe1\x00")
     with pytest.raises(ValueError, match="expected UTF-8"):
+        class_folders(str(tmp_path))
+
+
+@pytest.mark.parametrize("twins", [("caf\u00e9", "cafe\u0301"), ("dog", "dog ")])
+def test_classes_that_are_typed_the_same_are_told_apart_by_nobody(tmp_path, twins):
+    add(tmp_path, *(f"{name}/1.png" for name in twins))
+    with pytest.raises(ConfigError, match=r"two classes have the name '(caf\u00e9|dog)'"):
         class_folders(str(tmp_path))

@@ -29,7 +29,8 @@ def test_npz_has_the_published_layout_both_ways(tmp_path):
         np.testing.assert_array_equal(file["arr_0"], data)
     np.savez(tmp_path / "theirs.npz", data)
     np.savez_compressed(tmp_path / "packed.npz", data, np.arange(5))
-    for name in ("ours", "theirs", "packed"):
+    np.savez(tmp_path / "columns.npz", np.asfortranarray(data))
+    for name in ("ours", "theirs", "packed", "columns"):
         found = NpzImages(tmp_path / f"{name}.npz")
         assert len(found) == 5 and found.shape == (SIZE, SIZE, 3)
         np.testing.assert_array_equal(found.read(1, 4), data[1:4])
@@ -152,6 +153,11 @@ WRONG = {
     "cut inside": (cut_inside, "arr_0 ends within images"),
     "NaN images": (with_nan, r"arr_0 is float32 \[60, 16, 16, 3\], expected uint8"),
     "float images": (lambda p: np.savez(p, images() / 255), "float64.*expected uint8"),
+    "channels first": (
+        lambda p: np.savez(p, np.moveaxis(images(), -1, 1)),
+        r"uint8 \[60, 3, 16, 16\].*channels go last by moveaxis",
+    ),
+    "16 bits": (lambda p: np.savez(p, images().astype(np.uint16)), "arr_0 is uint16"),
     "grey": (lambda p: np.savez(p, images()[..., 0]), r"uint8 \[60, 16, 16\], expected"),
     "no pixels": (lambda p: np.savez(p, images()[:, :0]), r"uint8 \[60, 0, 16, 3\], expected"),
     "other names": (lambda p: np.savez(p, a=1, b=2), "holds a, b: expected mu with sigma"),
