@@ -20,6 +20,10 @@ _HUB = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/@]+))?(?:/(?P<file>.+))?"
 )
 
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)(?:/(?:resolve|blob)/([^/?]+)/([^?]+))?"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
@@ -60,20 +64,26 @@ def open_folder(
     try:
         path = epath.Path(files.path(text))
     except ConfigError as error:
+        page = _HUB_PAGE.match(text)
+        inside = f"@{page[2]}/{page[3]}" if page and page[3] else ""
         raise CheckpointError(
-            f"{text}: an address of an unknown kind",
+            f"{text!r}: an address of an unknown kind",
             expected="a local path, gs://BUCKET/PATH or hf:OWNER/NAME",
-            remedy="Download the file and pass its path.",
+            remedy=f"Write hf:{page[1]}{inside}."
+            if page
+            else "Download the file and pass its path.",
         ) from error
     with _reaching(text):
         is_folder = path.is_dir()
         missing = not is_folder and not path.exists()
     if missing:
-        hub = f" For the hub, write hf:{text}." if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
+        hint = f" For the hub, write hf:{text}." if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
+        if os.path.islink(path):
+            hint = f" It is a link to {os.readlink(path)}, which is not there."
         raise CheckpointError(
             f"{text}: there is no such {'object' if files.is_remote(text) else 'file or folder'}",
             expected="a checkpoint file or its folder",
-            remedy=f"Check the path.{hub}",
+            remedy=f"Check the path.{hint}",
         )
     root, name = (path, None) if is_folder else _split(path)
     if not files.is_remote(text):

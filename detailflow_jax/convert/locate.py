@@ -7,7 +7,7 @@ It is chosen in this order:
    diffusers has for the same: `diffusion_pytorch_model.safetensors` or `.bin`, whole or in shards
 3. the only other `*.safetensors` or `*.safetensors.index.json`
 4. the only file in `checkpoints/`, as the published folders have it
-5. the only `.pt`, `.pth`, `.ckpt` or `.bin` in the folder itself
+5. the only `.pt`, `.pth`, `.ckpt`, `.bin` or `.pth.tar` in the folder itself
 6. shards without an index, if all of them are there
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.folders import Folder
 
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar")
 INDEX_SUFFIX = ".index.json"
 _FIRST = (
     "model.safetensors",
@@ -32,13 +32,23 @@ _FIRST = (
         for index in ("", INDEX_SUFFIX)
     ),
 )
-_PIPELINE = "model_index.json"
-"""What a folder of diffusers' pipelines has, whose parts are folders of their own."""
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
-# What trainers leave beside the weights under the same suffixes.
+# What trainers and file systems leave beside the weights under the same suffixes.
 _NOT_WEIGHTS = re.compile(
-    r"(^|/)(optimizer|scheduler|rng_state\w*|training_args|scaler|\w*optim_states)\.\w+$"
+    r"(^|/)(\.|((optimizer|scheduler|sampler|dl_state_dict)(_\d+)?|rng_state\w*|training_args|"
+    r"scaler|opt\d+|\w*optim_states|zero_pp_rank_\w+)\.\w+$)"
 )
+# What a folder without weights of its own has -> what to do.
+_REMEDIES = {
+    r"^model_index\.json$": "This is a pipeline: name its folder vae.",
+    r"^latest$": "DeepSpeed's file `latest` names the folder that holds them.",
+    r"^zero_pp_rank_": "These are parts for each process: DeepSpeed's zero_to_fp32.py, in the "
+    "folder above, makes one file of them.",
+    r"\.distcp$": "These are parts for each process: `python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER x.pt` makes one file of them.",
+    r"^data\.pkl$": "A file of torch.save was unpacked: download it again and leave it packed.",
+    _SHARD.pattern: "Download the missing shards.",
+}
 # No configuration or index is near this; a file that is would only fill the memory.
 _MAX_TEXT_BYTES = 64 << 20
 
@@ -77,9 +87,14 @@ def choose_weights(names: Sequence[str], where: str) -> str:
         f"{where}: holds no weights ({_listed(names)})",
         expected="model.safetensors, an index of shards, checkpoints/*.pt, or one .safetensors, "
         ".pt, .pth, .ckpt or .bin file",
-        remedy="This is a pipeline: name its folder vae."
-        if _PIPELINE in names
-        else "Name the folder or the file that holds them.",
+        remedy=next(
+            (
+                remedy
+                for pattern, remedy in _REMEDIES.items()
+                if any(re.search(pattern, name) for name in names)
+            ),
+            "Name the folder or the file that holds them.",
+        ),
     )
 
 
@@ -99,7 +114,7 @@ def read_mapping(path: Path, where: str, parse: Callable[[str], Any]) -> dict[st
     try:
         if path.stat().st_size > _MAX_TEXT_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
-        content = parse(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict | None):
             raise ValueError(f"it holds a {type(content).__name__}")
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -111,17 +126,38 @@ def read_mapping(path: Path, where: str, parse: Callable[[str], Any]) -> dict[st
     return content or {}
 
 
+def parse_yaml(text: str) -> Any:
+    """Returns what YAML text holds, with tuples and namespaces of `yaml.dump` as plain values.
+
+    Raises:
+        yaml.YAMLError: no YAML, or it names other objects of Python.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Builds nothing that a file names."""
+
+    tag = "tag:yaml.org,2002:python/"
+    Loader.add_constructor(
+        f"{tag}tuple", lambda loader, node: loader.construct_sequence(node, True)
+    )
+    Loader.add_multi_constructor(
+        f"{tag}object:", lambda loader, _, node: loader.construct_mapping(node, True)
+    )
+    return yaml.load(text, Loader)
+
+
 def _candidates(names: Sequence[str]) -> list[str]:
     suffixes = (*TORCH_SUFFIXES, ".safetensors", f".safetensors{INDEX_SUFFIX}")
     return [
         n for n in names
-        if n.endswith(suffixes) and not _SHARD.search(n) and not _NOT_WEIGHTS.search(n)
+        if n.lower().endswith(suffixes) and not _SHARD.search(n) and not _NOT_WEIGHTS.search(n)
     ]  # fmt: skip
 
 
 def _listed(names: Sequence[str], limit: int = 10) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(sorted(names)[:limit]) + more) or "it is empty"
+    return (", ".join(sorted(names)[:limit]) + more) or "no files are in it"
 
 
 def find(

@@ -241,9 +241,11 @@ def _check_tensor(tensor: _Tensor, array: Any, flat: Mapping[str, Any], source: 
             expected=f"{expected}",
             remedy="Is this a checkpoint of another size, or damaged?",
         )
-    if array.dtype.kind in "cOSU":
+    if array.dtype.kind in "biucOSU":
         raise CheckpointError(
-            f"{source}: tensor {tensor.name!r} is {array.dtype}", expected="real numbers"
+            f"{source}: tensor {tensor.name!r} is {array.dtype}",
+            expected="real numbers of floating point",
+            remedy="Quantised weights are restored where they were quantised.",
         )
 
 

@@ -1,10 +1,11 @@
 """Published checkpoints as networks of this project: configuration, parameters and a report."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,15 +104,17 @@ def read(
     notices = [notice for file in files for notice in file.notices]
     network = check(name, tensors, source, str(published.get("_class_name") or ""))
     config, options = None, {"classes": classes}
-    if params is None:
-        config, more = network.infer(tensors, published, overrides or {}, source)
-        notices += more
-        scan = getattr(config, "scan", True) if scan is None else scan
-        params, init = network.abstract(config, scan=scan), network.initialize(config, scan=scan)
-        options = {"resize": False, "allow_unused": allow_unused, "progress": progress}
-        if allow_missing:
-            options["initial"] = lambda: jax.jit(init)(jax.random.key(0))
-    done = place(network, tensors, params, source, **options)
+    with _said(notices, files[0].taken):
+        if params is None:
+            config, more = network.infer(tensors, published, overrides or {}, source)
+            notices += more
+            scan = getattr(config, "scan", True) if scan is None else scan
+            params = network.abstract(config, scan=scan)
+            options = {"resize": False, "allow_unused": allow_unused, "progress": progress}
+            if allow_missing:
+                init = network.initialize(config, scan=scan)
+                options["initial"] = lambda: jax.jit(init)(jax.random.key(0))
+        done = place(network, tensors, params, source, **options)
     return dataclasses.replace(
         done,
         config=config,
@@ -119,6 +122,17 @@ def read(
         taken=files[0].taken,
         encoded_by=str(published.get("encoded_by") or ""),
     )
+
+
+@contextlib.contextmanager
+def _said(notices: Sequence[str], taken: Weights) -> Iterator[None]:
+    """Adds to an error what the user should know of the weights that do not fit."""
+    try:
+        yield
+    except CheckpointError as error:
+        others = "These are the 'ema' weights; weights='model' reads the others."
+        more = [others] if taken == "ema" else []
+        raise CheckpointError(" ".join([str(error), *more, *notices])) from error
 
 
 def place(

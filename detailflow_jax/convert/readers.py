@@ -20,7 +20,7 @@ import numpy as np
 from detailflow_jax.convert import select
 from detailflow_jax.convert.errors import CheckpointError, some
 from detailflow_jax.convert.folders import Folder, open_folder
-from detailflow_jax.convert.locate import find, read_mapping
+from detailflow_jax.convert.locate import find, parse_yaml, read_mapping
 from detailflow_jax.convert.pickled import read_tensors, strided_view
 from detailflow_jax.convert.select import Preference, Recognise, Weights
 from detailflow_jax.convert.torch_file import (
@@ -31,7 +31,8 @@ from detailflow_jax.convert.torch_file import (
 )
 
 # Where a training checkpoint keeps its settings, the first one present being read.
-_ARGUMENTS = ("args", "hyper_parameters", "hparams", "config")
+_ARGUMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "model_args")
+_ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")
 _SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64,
@@ -147,7 +148,11 @@ def _read_file(path: Path, name: str) -> _File:
         tree = open_torch(raw, path, name)
         top = dict(items_of(tree) or ())
         settings = next((top[key] for key in _ARGUMENTS if items_of(top.get(key))), None)
-        return _File(size, select.entries(tree), _plain_arguments(settings), select.listed(tree))
+        sections = dict(items_of(settings) or ())
+        plain: dict[str, Any] = {}
+        for section in (*(sections.get(key) for key in (*_ARGUMENTS, "model")), settings):
+            plain |= _plain_arguments(section)
+        return _File(size, select.entries(tree), plain, select.listed(tree))
     found, remedy = _foreign(head)
     raise CheckpointError(
         f"{name}: {found}", expected="a file of torch.save or of safetensors", remedy=remedy
@@ -156,7 +161,7 @@ def _read_file(path: Path, name: str) -> _File:
 
 def _foreign(head: bytes) -> tuple[str, str]:
     """What a file that is no checkpoint seems to be, and what to do about it."""
-    text = head.lstrip().lower()
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not head:
         return "is empty", "Download or copy it again."
     if head.startswith(b"version https://git-lfs"):
@@ -166,9 +171,12 @@ def _foreign(head: bytes) -> tuple[str, str]:
         )
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, probably an error or a login page", "Download the file itself."
-    if head[257:262] == b"ustar" or head.startswith(b"\x1f\x8b"):
-        return "a tar or gzip archive", "Unpack it; load a PyTorch file older than 0.2 in PyTorch."
-    return f"begins with {head[:16]!r}", "Check that it is the checkpoint, and download it again."
+    if head[257:262] == b"ustar" or head.startswith(_ARCHIVES):
+        remedy = "Unpack it; load a PyTorch file older than 0.2 in PyTorch."
+        return "an archive, as of tar or gzip", remedy
+    if not head.strip(b"\0"):
+        return "begins with zeros, as an unfinished download does", "Download or copy it again."
+    return f"begins with {head[:60]!r}", "Check that it is the checkpoint, and download it again."
 
 
 def _plain_arguments(settings: Any) -> dict[str, Any]:
@@ -221,10 +229,8 @@ def _read_safetensors(raw: np.ndarray, path: Path, name: str) -> dict[str, np.nd
 
 def _read_config(folder: Folder, notices: list[str]) -> dict[str, Any]:
     """`config.json` over `config.yaml`, with a notice where they differ."""
-    import yaml
-
     config: dict[str, Any] = {}
-    for name, parse in (("config.yaml", yaml.safe_load), ("config.json", json.loads)):
+    for name, parse in (("config.yaml", parse_yaml), ("config.json", json.loads)):
         if name not in folder.names:
             continue
         where = folder.label(name)

@@ -23,7 +23,10 @@ Recognise = Callable[[Collection[str]], int | None]
 
 # Keys under which checkpoints keep the trained weights, the first one present being read.
 _MODEL_KEYS = ("model", "module", "state_dict")
-_AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])|EMA|shadow|averag|(?<![a-z])swa(?![a-z])")
+# Not exp_avg, which is Adam's.
+_AVERAGE = re.compile(
+    r"(?<![a-z])(emas?|swa|(?<!exp_)avg)(?![a-z])|EMA|Ema(?![a-z])|shadow|[Aa]verag|polyak"
+)
 _DISCRIMINATOR = re.compile(r"disc(riminator)?s?$")
 _COUNTERS = {"n_averaged", "num_updates", "decay", "initted", "step"}  # beside an average
 # What torch.compile, FSDP, checkpointing and adapters put into names, such as "_orig_mod",

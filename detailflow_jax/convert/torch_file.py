@@ -310,7 +310,7 @@ def _open_zip(raw: np.ndarray, path: Path, name: str) -> Any:
         raise CheckpointError(
             f"{name}: a zip archive with {len(pickles)} members NAME/data.pkl ({some(members)})",
             expected="one, as torch.save writes",
-            remedy="Name a file that torch.save wrote.",
+            remedy="Unpack it, or name a file that torch.save wrote.",
         )
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in members:
@@ -339,7 +339,8 @@ def _members(raw: np.ndarray, path: Path, name: str) -> dict[str, np.ndarray]:
                 start = at + 30 + sum(struct.unpack("<HH", raw[at + 26 : at + 30].tobytes()))
                 for problem, found in {
                     "a name that leads elsewhere": {"..", ""} & set(member.split("/")),
-                    "it is compressed": info.compress_type or info.compress_size != size,
+                    "it is compressed; unpack the archive, or save again": info.compress_type
+                    or info.compress_size != size,
                     "it is cut": start + size > len(raw),
                     "it is there twice": member in members,
                 }.items():

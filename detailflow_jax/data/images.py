@@ -124,7 +124,8 @@ def decode_picture(
                 break
     reason = f"{type(first).__name__}: {str(first) or 'the file is damaged'}"
     if isinstance(first, Image.UnidentifiedImageError):
-        reason = f"not an image of {', '.join(_formats())}, or its header is damaged"
+        begins = f"it begins with {data[:40]!r}" if data else "the file is empty"
+        reason = f"not an image of {', '.join(_formats())}, or its header is damaged: {begins}"
         if data[4:8] == b"ftyp" and "HEIF" not in _formats():
             reason += "; HEIC needs the package pillow-heif: pip install pillow-heif"
     raise UnreadableImage(name, reason) from first

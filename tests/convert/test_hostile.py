@@ -232,7 +232,7 @@ def test_zip_archives_that_torch_does_not_write(tmp_path, monkeypatch):
     refused(path, "'x/data/0': it is there twice")
     for name in ("../x/data/1", "/etc/passwd", "x/../../y"):
         refused(write_zip(path, [*good.items(), (name, b"")]), "leads elsewhere")
-    refused(write_zip(path, good.items(), zipfile.ZIP_DEFLATED), "compressed")
+    refused(write_zip(path, good.items(), zipfile.ZIP_DEFLATED), "compressed; unpack the archive")
     bomb = [("x/data.pkl", pickled({"w": [0] * 10**6})), *good.items()]
     refused(write_zip(path, bomb[:1], zipfile.ZIP_DEFLATED), "compressed")
     monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 1 << 16)
@@ -255,7 +255,8 @@ def test_files_of_another_kind(tmp_path):
         for content, found in {
             b"": "is empty", pointer: "Git LFS pointer.*git lfs pull",
             b"<!DOCTYPE html><html>": "a web page", b"just some text": "begins with b'just some",
-            b"\x1f\x8b" + bytes(50): "gzip", bytes(300): "begins with",
+            b"\x1f\x8b" + bytes(50): "gzip", b"7z\xbc\xaf": "an archive", bytes(300): "zeros",
+            b"\xef\xbb\xbf<html>": "a web page", b'{"error": "Invalid name"}': "Invalid name",
             pickle.dumps({"w": [1.0]}): "a pickle, but not one of torch.save",
             pickle.dumps(3, 4)[:-1]: "damaged",
         }.items():  # fmt: skip

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -83,10 +84,18 @@ def test_folder_and_file_give_the_same(tmp_path):
         (["README.md", "optimizer.pt", "training_args.bin", "x.ckpt"], "x.ckpt"),
         (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
          "mp_rank_00_model_states.pt"),
+        (["a.pt", "._a.pt", "opt000100.pt", "sampler_1.bin", "dl_state_dict.bin"], "a.pt"),
+        (["checkpoints/1.PT", "checkpoints/._1.PT"], "checkpoints/1.PT"),
+        (["model_best.pth.tar", "log.txt"], "model_best.pth.tar"),
+        ([".metadata", "__0_0.distcp"], "dcp_to_torch FOLDER x.pt"),
+        (["latest", "zero_to_fp32.py"], "file `latest` names the folder"),
+        (["zero_pp_rank_0_mp_rank_00_model_states.pt"], "zero_to_fp32.py"),
+        (["data.pkl", "version"], "was unpacked"),
+        (["model-00001-of-00002.safetensors"], "Download the missing shards"),
         (["a.pt", "b.pth"], "several checkpoints: a.pt, b.pth"),
         (["checkpoints/1.pt", "checkpoints/2.pt"], "several checkpoints"),
         (["README.md"], r"holds no weights \(README.md\)"),
-        ([], "it is empty"),
+        ([], "no files are in it"),
     ],
 )  # fmt: skip
 def test_choice_in_a_folder(names, chosen):
@@ -185,3 +194,31 @@ def test_a_folder_of_another_kind(tmp_path):
     Path(tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(CheckpointError, match=r"holds no weights \(notes.txt\).*expected"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", '\ufeff{"dim": 8, "betas": [1, 2]}'),
+        ("config.yaml", "dim: 8\nbetas: !!python/tuple [1, 2]"),
+        ("config.yaml", "!!python/object:argparse.Namespace {dim: 8, betas: [1, 2]}"),
+    ],
+)
+def test_settings_as_editors_and_yaml_dump_write_them(tmp_path, name, text):
+    torch.save(ONE, tmp_path / "x.pt")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_checkpoint(tmp_path).config == {"dim": 8, "betas": [1, 2]}
+
+
+def test_paths_that_lead_elsewhere_say_where(tmp_path):
+    (tmp_path / "x.pt").symlink_to("blobs/1")
+    page = "https://huggingface.co/owner/name"
+    for path, message in (
+        (tmp_path / "x.pt", "It is a link to blobs/1, which is not there"),
+        (f"{page}/resolve/main/a/x.pt?download=true", "Write hf:owner/name@main/a/x.pt."),
+        (page, "Write hf:owner/name."),
+        ("https://example.org/x.pt", "Download the file"),
+        ("", "'': an address"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            read_checkpoint(path)

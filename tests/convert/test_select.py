@@ -195,6 +195,18 @@ def test_every_form_has_both_sets(tmp_path, form):
     assert found.taken == "model" and not found.report.unused
 
 
+@pytest.mark.parametrize(
+    ("key", "shift"),
+    [
+        *dict.fromkeys(("modelEma", "emas", "polyak", "avg_model", "MovingAverage"), 1).items(),
+        *dict.fromkeys(("exp_avg", "online_copy"), 0).items(),
+    ],
+)
+def test_which_keys_hold_an_average(tmp_path, key, shift):
+    torch.save({"model": MODEL, key: AVERAGE}, tmp_path / "x.pt")
+    assert shift_of(tmp_path / "x.pt") == shift
+
+
 @pytest.mark.parametrize("prefix", ["model.", "module.ema_model.", "state_dict.net."])
 def test_safetensors_and_their_shards(tmp_path, prefix):
     state = prefixed(prefix, MODEL)
@@ -229,7 +241,7 @@ def test_types_and_tied_storages(tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("kind", ["dataclass", "namespace", "dict", "numpy", "ConfigDict"])
-@pytest.mark.parametrize("key", ["args", "hyper_parameters", "config"])
+@pytest.mark.parametrize("key", ["args", "hyper_parameters", "config", "cfg"])
 def test_settings_of_any_type(tmp_path, key, kind, protocol):
     plain = {"dim": 64, "n_head": 4, "block_size": 32, "out": pathlib.Path("x")}
     args = {
@@ -284,3 +296,28 @@ def test_a_part_of_a_sharded_tensor_is_no_tensor(tmp_path):
     torch.save({"model": state}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="no weights in it"):
         df.load_generator(tmp_path / "x.pt", num_heads=4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"config": {"args": {}}}, {"hyper_parameters": {"model": {}}}]
+)
+def test_settings_in_sections(tmp_path, settings):
+    ((section,),) = (inner.values() for inner in settings.values())
+    section.update(n_head=4, block_size=32)
+    torch.save({"model": MODEL, **settings}, tmp_path / "x.pt")
+    assert df.load_generator(tmp_path / "x.pt").config.num_heads == 4
+
+
+def test_an_error_says_what_the_weights_are(tmp_path):
+    name = "layers.0.attention.wo.weight"
+    half = {k: x for k, x in AVERAGE.items() if k != name}
+    meta = MODEL | {name: MODEL[name].to("meta")}
+    whole = {k: (x * 50).to(torch.int8) for k, x in MODEL.items()}
+    for content, message in (
+        ({"model": MODEL, "ema": half}, "'ema' weights; weights='model' reads the others"),
+        ({"model": meta}, f"1 entries are no tensors: {name}"),
+        ({"model": whole}, r"is int8; expected real numbers of floating point\. Quantised"),
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match=message):
+            df.load_generator(tmp_path / "x.pt", num_heads=4, num_tokens=32)

@@ -116,6 +116,9 @@ def test_text_is_not_an_image():
     for text in (b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
         with pytest.raises(UnreadableImage, match=r"note.jpg: not an image of JPEG"):
             decode_image(text, "note.jpg")
+    for data, found in ((b"", "the file is empty"), (b"version https://git-lfs", "git-lfs")):
+        with pytest.raises(UnreadableImage, match=found):
+            decode_image(data, "note.jpg")
 
 
 def test_digits_hold_out_a_fixed_stratified_fifth():
