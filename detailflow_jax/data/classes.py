@@ -83,7 +83,7 @@ def parse_labels(text: str, names: Sequence[str] = ()) -> list[int]:
         elif names:
             raise ConfigError(
                 f"cannot read labels {text!r}: there is no class {part!r} among {shown(names)}; "
-                + closest_names(part, names)
+                + closest_names(part, [*map(printable, names)])
             )
         else:
             raise ConfigError(

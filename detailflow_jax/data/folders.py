@@ -109,8 +109,9 @@ def class_folders(root: str) -> dict[str, list[str]]:
             a `classes.txt` that does not list the subfolders.
     """
     if not root or not files.is_dir(root):
+        packed = ", but a file, which may have to be unpacked" * bool(root and files.exists(root))
         raise NotFoundError(
-            f"no image folder {root!r}: expected folder:PATH with one subfolder per class"
+            f"no image folder {root!r}{packed}: expected folder:PATH with one subfolder per class"
         )
     listing = list_folder(root)
     left_out = [os.path.join(root, name) for name in listing.left_out]
@@ -119,8 +120,15 @@ def class_folders(root: str) -> dict[str, list[str]]:
             f"{root} holds images outside of a class folder (such as {listing.images[0]}): "
             "move them into one subfolder per class"
         )
+    for path in (os.path.join(root, name) for name in listing.others):
+        if os.path.islink(path) and not os.path.exists(path):
+            raise ConfigError(
+                f"{path} is a link to {os.readlink(path)}, which is not there: mount or copy that "
+                "class folder, or remove the link"
+            )
     if not listing.folders:
-        raise NotFoundError(f"{root} is empty: expected one subfolder per class")
+        found = f"holds no folders but {listing.others[0]}" if listing.others else "is empty"
+        raise NotFoundError(f"{root} {found}: expected one subfolder per class")
     check_distinct(listing.folders, root)
     classes = {}
     for name in _in_order(root, listing.folders):
@@ -141,9 +149,10 @@ def _check_class(where: str, folder: Folder) -> None:
             f"folder:{where}"
         )
     if not folder.images:
+        others = f", but files such as {folder.others[0]}" if folder.others else ""
         raise ConfigError(
-            f"class folder {where} holds no images: add images or remove the folder "
-            "(read are JPEG, PNG, WebP, AVIF, HEIC, BMP, GIF, TIFF, PPM and JPEG 2000 files)"
+            f"class folder {where} holds no images{others}: add images or remove the folder "
+            "(read, by suffix, are JPEG, PNG, WebP, AVIF, HEIC, BMP, GIF, TIFF, PPM and JPEG 2000)"
         )
     if folder.others:
         logging.warning(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from detailflow_jax.data.errors import UnreadableImage, printable, report_skipped
 from detailflow_jax.data.folders import find_images
@@ -177,7 +178,15 @@ class NpzImages:
             if len(data) != (stop - start) * size:
                 raise EOFError(f"arr_0 ends within images {start} to {stop}")
         self._next = stop
-        return np.frombuffer(data, np.uint8).reshape(-1, *self.shape)
+        images = np.frombuffer(data, np.uint8).reshape(-1, *self.shape)
+        if start == 0 and images.max(initial=0) <= 1:
+            logging.warning(
+                "%s: no pixel of the first %d images is above 1; images in [0, 1] become uint8 by "
+                "clip(255 * x, 0, 255)",
+                self.name,
+                stop,
+            )
+        return images
 
     def read_part(self, start: int, stop: int) -> Part:
         """Images start .. stop - 1, all of them readable."""

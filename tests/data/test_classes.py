@@ -59,6 +59,8 @@ def test_ranges_that_are_none(text):
 def test_unknown_labels_suggest_names():
     with pytest.raises(ConfigError, match=r"no class 'dgo'.*closest names: dog"):
         parse_labels("cat,dgo", NAMES)
+    with pytest.raises(ConfigError, match=r"closest names: new\\nline"):
+        parse_labels("new line", ["new\nline"])
     for text in ("dog", "", "1,,2", "1-", "²"):
         with pytest.raises(ConfigError, match="expected numbers as in 0-9"):
             parse_labels(text)

@@ -80,6 +80,30 @@ def test_a_broken_or_circular_link_is_one_unreadable_image(tmp_path):
             source[index]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"cat.zip": b"PK"}, r"holds no folders but cat\.zip: expected one subfolder"),
+        ({"cat/1": b"\xff\xd8"}, "cat holds no images, but files such as 1: .*by suffix"),
+    ],
+)
+def test_what_is_there_instead_of_images_is_named(tmp_path, content, message):
+    for name, data in content.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises((ConfigError, FileNotFoundError), match=message):
+        class_folders(str(tmp_path))
+
+
+def test_a_packed_set_and_a_class_that_is_not_mounted(tmp_path):
+    add(tmp_path, "set/cat/1.png", "set.zip")
+    with pytest.raises(FileNotFoundError, match=r"set\.zip', but a file, which may have to be unp"):
+        make_source(f"folder:{tmp_path}/set.zip")
+    (tmp_path / "set" / "dog").symlink_to("/mnt/nas/dog")
+    with pytest.raises(ConfigError, match="dog is a link to /mnt/nas/dog, which is not there"):
+        make_source(f"folder:{tmp_path}/set")
+
+
 def test_folders_may_be_deeper_than_python_nests_calls(monkeypatch):
     def listed(path):
         return Folder(["d"] if path.count("/d") < 1000 else [], ["1.png"], [], [])

@@ -39,6 +39,13 @@ def test_npz_has_the_published_layout_both_ways(tmp_path):
     assert not (tmp_path / "short.npz").exists()
 
 
+def test_images_that_lost_their_range_are_told(tmp_path, caplog):
+    for scale in (255, 1):
+        np.savez(tmp_path / "x.npz", (images(5) / 255 * scale).astype(np.uint8))
+        NpzImages(tmp_path / "x.npz").read(0, 5)
+        assert ("no pixel of the first 5 images is above 1" in caplog.text) == (scale == 1)
+
+
 def test_pictures_are_read_in_order_and_cropped(tmp_path):
     data = images(3)
     save_pictures(tmp_path, data, "b/{}.png")
