@@ -102,7 +102,9 @@ def select(
     other = "model" if wanted == "ema" else "ema"
     notices = []
     if not sets[wanted] and sets[other]:
-        notices.append(f"{source}: holds no {wanted!r} weights; reading {other!r}")
+        lost = next((p for p in names if wanted == "ema" and _AVERAGE.search(p)), None)
+        more = f" (those under {lost.rpartition('.')[0]!r} are of no network known)" if lost else ""
+        notices.append(f"{source}: holds no {wanted!r} weights{more}; reading {other!r}")
         wanted = other
     if not sets[wanted]:
         raise CheckpointError(
@@ -211,10 +213,11 @@ def _recognised(names: Collection[str], recognise: Recognise) -> list[_Group]:
 def _renamed(group: _Group, known: list[_Group]) -> _Group:
     """An average with the names of a known group.
 
-    Latent-diffusion's names lost their dots; torch_ema's is a list in the order of the parameters.
+    Some lost their dots, as latent-diffusion's, or have "_" instead; torch_ema's is a list in the
+    order of the parameters.
     """
     bares = [bare for g in known[:1] for bare in g.names]
-    named = {bare.replace(".", ""): bare for bare in bares}
+    named = {bare.replace(".", dot): bare for bare in bares for dot in ("", "_")}
     if len(group.names) == len(bares):
         named |= {str(i): bare for i, bare in enumerate(bares)}
     pairs = {named[bare]: path for bare, path in group.names.items() if bare in named}

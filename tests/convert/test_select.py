@@ -143,6 +143,9 @@ FORMS = {
     },
     "no dots, no key": MODEL | prefixed("model_ema.", LITEMA)
     | {"model_ema.decay": torch.tensor(0.9), "epoch": torch.tensor(3)},
+    "underscores": {
+        "model": MODEL, "ema": {"shadow": {k.replace(".", "_"): x for k, x in AVERAGE.items()}},
+    },
     "list of parameters": {
         "model": MODEL, "ema": {"decay": 0.9, "shadow_params": list(AVERAGE.values())},
     },
@@ -205,6 +208,13 @@ def test_every_form_has_both_sets(tmp_path, form):
 def test_which_keys_hold_an_average(tmp_path, key, shift):
     torch.save({"model": MODEL, key: AVERAGE}, tmp_path / "x.pt")
     assert shift_of(tmp_path / "x.pt") == shift
+
+
+def test_an_average_that_is_not_known_is_told(tmp_path):
+    few = dict.fromkeys(("a", "b"), torch.ones(1))
+    torch.save({"model": MODEL, "ema": {"shadow": few}}, tmp_path / "x.pt")
+    found = load("generator", tmp_path / "x.pt", overrides={"num_heads": 4, "num_tokens": 32})
+    assert "(those under 'ema.shadow' are of no network known); reading 'm" in found.notices[0]
 
 
 @pytest.mark.parametrize("prefix", ["model.", "module.ema_model.", "state_dict.net."])
