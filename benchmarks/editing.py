@@ -5,8 +5,10 @@
 
     reading     PSNR, and share read as themselves, of digits reduced to a size that tokens decode
                 to, as the tokenizer reads them (the tokens they are worth, enlarged), beside
-                bicubic interpolation, as many tokens of the whole digit, and its reconstruction
-    upscaling   the same of their tokens, or those of the whole digit, with what the generator adds
+                bicubic interpolation, as many tokens of the whole digit, its reconstruction, and
+                their tokens with the others of the whole digit; how many of their tokens are its
+    upscaling   the same of what the generator adds to their tokens, to those of the digit enlarged
+                before, and to those of the whole digit
     variations  how many digits are read as themselves, and as the next digit, after the first n
                 tokens were kept and the others sampled as the next digit
     edits       how many digits are read as themselves and as the next one before and after
@@ -75,24 +77,33 @@ def _restored(judge, images, labels, rows):
 
 def reading(tokenizer, images, labels, judge):
     """Figures of small digits as the tokenizer reads them, nothing added; rows by caption."""
-    codes = tokenizer.encode(images)
+    codes, same = tokenizer.encode(images), {}
     rows = {"digit": images, "reconstruction": df.to_uint8(tokenizer.decode(codes))}
     for size, n, small in small_sizes(tokenizer, images):
         rows[f"bicubic from {size} px"] = bicubic(small, images.shape[1])
-        ways = {f"{n} tokens of {size} px": tokenizer.encode(small), f"{n} of the digit": codes}
-        for way, found in ways.items():
+        own = tokenizer.encode(small)[:, :n]
+        same[f"{n} tokens of {size} px"] = float(np.mean(own == codes[:, :n]))
+        for way, found in {f"{n} tokens of {size} px": own, f"{n} of the digit": codes}.items():
             rows[way] = df.to_uint8(decode_enlarged(tokenizer, found, n))
-    return _restored(judge, images, labels, rows), rows
+        mixed = np.concatenate([own, codes[:, n:]], axis=1)
+        rows[f"{n} of {size} px, others of it"] = df.to_uint8(tokenizer.decode(mixed))
+    return _restored(judge, images, labels, rows) | {"same tokens": same}, rows
 
 
 def upscaling(tokenizer, generator, images, labels, judge, seed):
     """Figures of small digits with the tokens that the generator adds; rows by caption."""
     models, rows = (tokenizer, generator), {"digit": images}
+
+    def vary(given, n):
+        return df.vary(*models, given, labels, n, seed, **SAMPLING)
+
     for size, n, small in small_sizes(tokenizer, images):
-        made = df.upscale(*models, small, labels, seed, **SAMPLING)
-        best = df.vary(*models, images, labels, n, seed, **SAMPLING)
-        rows[f"upscaled from {size} px"] = df.to_uint8(made)
-        rows[f"from {n} tokens of the digit"] = df.to_uint8(best)
+        ways = {
+            f"upscaled from {size} px": df.upscale(*models, small, labels, seed, **SAMPLING),
+            f"from {n} of it enlarged": vary(bicubic(small, images.shape[1]), n),
+            f"from {n} of the digit": vary(images, n),
+        }
+        rows |= {way: df.to_uint8(made) for way, made in ways.items()}
     return _restored(judge, images, labels, rows), rows
 
 
@@ -207,6 +218,8 @@ def measure(args: argparse.Namespace) -> dict[str, tuple]:
         generator = df.load_generator(args.generator)
         for part in (upscaling, variations):
             parts[part.__name__] = part(tokenizer, generator, *shown, judge, args.seed)
+        figures, rows = parts["upscaling"]
+        parts["upscaling"] = figures, parts["reading"][1] | rows  # in one picture
     if args.flowar:
         vae, flowar = df.load_vae(args.vae), df.load_flowar(args.flowar)
         shown = held_out(args, flowar.config.latent_side * vae.config.stride)
