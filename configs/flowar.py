@@ -153,11 +153,10 @@ def _digits(options: ConfigDict) -> ConfigDict:
 def _mnist(options: ConfigDict) -> ConfigDict:
     """A small FlowAR for the 7 x 7 x 4 latents of the MNIST autoencoder."""
     config = _digits(options)
-    config.total_steps = int((options.epochs or 3.2) * 4000 // config.batch_size)
+    config.total_steps = int((options.epochs or 6) * 4000 // config.batch_size)
     config.data.image_size = 28
-    config.model.update(width=128, head_width=128)
     config.model.update(attention_dropout=0.0, projection_dropout=0.0)  # Too short to overfit.
-    config.optim.update(kind="muon", lr=2e-3, final=0.0)
+    config.optim.update(kind="muon", lr=3e-3, final=0.0)
     watch(config, log_every=50, figures_every=0, checkpoint_every=100)
     return config
 

@@ -25,9 +25,9 @@ from detailflow_jax.runtime import platforms
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.train import train
 
-DIGITS = "digits"
+DIGITS = "mnist"
 """The set that is learned, a source and a variant of the configurations."""
-SAMPLING = {"cfg_scale": 2.4, "num_steps": 25, "guidance_high": 0.9}
+SAMPLING = {"cfg_scale": 4.0, "num_steps": 15, "guidance_high": 1.0}
 
 
 def run(out: pathlib.Path) -> dict:
@@ -94,6 +94,7 @@ def page(
     """The sections of the page."""
     curves = functools.partial(stages.curves, runs)
     sides = ", ".join(map(str, scales))
+    options = " ".join(f"--{name} {value}" for name, value in SAMPLING.items())
     return {
         "Digits that it wrote": drawn["samples"].section(stages.judged_text(figures)),
         "What a scale adds": drawn["scales"].section(
@@ -114,7 +115,7 @@ def page(
             report.commands_html(
                 {
                     "More digits:": f"detailflow generate --vae {out}/vae --flowar {out}/flowar "
-                    "--labels 3,7 --per_class 8 --cfg_scale 2.4 --num_steps 25 --out runs/samples",
+                    f"--labels 3,7 --per_class 8 {options} --out runs/samples",
                     "The other system, DetailFlow:": "make demo",
                     "Your own images, one folder per class:": "detailflow train --config "
                     "configs/vae.py:small:image_size=64 --workdir runs/vae "
