@@ -115,7 +115,7 @@ def _load_own(
     overrides: Mapping[str, Any],
     read: Callable[[], tuple[dict[str, Any], list[str]]],
 ) -> Loaded:
-    """A network that was trained here, of the configuration `stored` and of what `read` gives."""
+    """A network of a run: its configuration is `stored`, `read` gives parameters and notices."""
     of = _trained(kind, stored.get("task"), path)
     config = _configured(of, stored, overrides, path)
     params, notices = read()

@@ -76,7 +76,7 @@ class _Tensor:
 
 @dataclasses.dataclass
 class Report:
-    """What became of every name: lists of published names."""
+    """Published names by what was done with them."""
 
     loaded: list[str] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)

@@ -158,7 +158,7 @@ class _Group:
 
     @property
     def label(self) -> Weights:
-        """What the prefix says that the tensors are."""
+        """Which set of weights the tensors are, by their prefix."""
         parts = self.prefix.split(".")
         if any(_DISCRIMINATOR.fullmatch(part) for part in parts):
             return "discriminator"

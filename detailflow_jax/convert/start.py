@@ -244,7 +244,7 @@ def _placed(current: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, 
 
 
 def _told(read: Loaded) -> dict[str, Any]:
-    """The parameters, after what there is to say about them is in the log."""
+    """The parameters; logs the notices about them first."""
     for notice in read.notices:
         logging.warning("%s", notice)
     loaded, skipped = len(read.report.loaded), len(read.report.skipped)

@@ -10,8 +10,8 @@ images.py       image files to RGB pictures
 transforms.py   crops for training and for encoding
 pipeline.py     batches as a pure function of (seed, step), with Grain
 workers.py      processes that make them
-shards.py       writing what is derived from a data set, restartably
-shard_source.py reading it
+shards.py       writes codes or latents of a data set; resumes
+shard_source.py reads them
 classes.py      the class names of images and of models, a command
 codes.py        records of codes, for the generator
 latents.py      records of latents, for FlowAR

@@ -221,11 +221,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Prepare an image-classification dataset of TFDS as ArrayRecord files, once, "
         "for training with --config.data.source=tfds:NAME. Run the same command again after an "
         "interruption; a finished dataset is left as it is.",
-        epilog="ImageNet: register at image-net.org, put ILSVRC2012_img_train.tar and "
-        "ILSVRC2012_img_val.tar into DATA_DIR/downloads/manual and run with --dataset "
-        f"{IMAGENET}. Other datasets are downloaded: --dataset cifar10, oxford_flowers102, "
-        "food101, imagenette/320px-v2, ... Exit codes: 0 prepared; 2 it cannot be, the text says "
-        "what to do.",
+        epilog=f"""\
+ImageNet: register at image-net.org, put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into
+DATA_DIR/downloads/manual and run with --dataset {IMAGENET}. Other datasets are downloaded:
+--dataset cifar10, oxford_flowers102, food101, imagenette/320px-v2, ...
+
+exit codes: 0 prepared; 2 it cannot be, the text says what to do.""",
     )
     add, switch = parser.add_argument, {"action": "store_true"}
     add("--dataset", default=IMAGENET, metavar="NAME", help="name in TFDS (default: %(default)s)")

@@ -179,11 +179,11 @@ def write_shard(
 def write_manifest(
     directory: str, layout: ShardLayout, notes: Mapping[str, Any] | None = None
 ) -> dict:
-    """Closes the extraction: checks that every shard is there and writes manifest.json.
+    """Ends the extraction: checks that every shard is there and writes manifest.json.
 
-    Returns the manifest: layout.json and num_records, unreadable, shards (file, num_records,
-    num_bytes), and `notes`, on which the records do not depend. Writing it again gives the same
-    bytes. Raises ConfigError if shards are missing.
+    Returns the manifest. It has the fields of layout.json, then num_records, unreadable, shards
+    (file, num_records, num_bytes), and `notes`: facts that do not change the records. Writing it
+    again gives the same bytes. Raises ConfigError if shards are missing.
     """
     paths = [os.path.join(directory, layout.file_name(k)) for k in range(layout.num_shards)]
     there = set(files.names(directory))

@@ -121,8 +121,8 @@ class WorkerIterator(grain.DatasetIterator):
         self._stop()
         if self._restarts == RESTARTS:
             raise ReadError(
-                f"the worker processes of the data ended {RESTARTS + 1} times: {error} Is memory, "
-                "or that of /dev/shm, too small? Fewer --config.data.num_workers need less"
+                f"the worker processes of the data ended {RESTARTS + 1} times: {error} If "
+                "memory or /dev/shm is too small, lower --config.data.num_workers"
             ) from error
         self._restarts += 1
         logging.warning(

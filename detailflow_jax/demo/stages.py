@@ -1,6 +1,5 @@
 """What the demos share: stages that resume, the digits, the report, and the command line."""
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -12,7 +11,7 @@ import numpy as np
 
 from detailflow_jax.evaluate import digits, report
 from detailflow_jax.runtime import extras, files, pictures
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.errors import UserError
 from detailflow_jax.runtime.files import write_atomically
 
@@ -213,8 +212,9 @@ def main(
     description: str = "Train, sample and report on handwritten digits, in minutes on a CPU.",
 ) -> int:
     """The command line of a demo: runs it, prints its table, and returns the exit code."""
-    parser = argparse.ArgumentParser(prog=program_name(command), description=description)
-    parser.add_argument("--out", default=default, help="folder (default: %(default)s)")
+    others = "other demos: detailflow demo flowar, photos or adversarial; each has its own help"
+    parser = make_parser(command, description, others if command == "demo" else "")
+    parser.add_argument("--out", default=default, help="folder")
     args = parser.parse_args(argv)
     try:
         out = files.local_path(args.out, "--out")

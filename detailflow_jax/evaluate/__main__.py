@@ -142,7 +142,7 @@ def _add_reconstruction(command: argparse.ArgumentParser) -> None:
     )
     add("--noise_top", type=int, default=50, help="noise picks from this many closest codes")
     add("--seed", type=int, default=0, help="of the noise")
-    lpips = "LPIPS in one file, or VGG16 and vgg.pth; default as above"
+    lpips = "LPIPS in one file, or VGG16 and vgg.pth; default as for --inception"
     add("--lpips", nargs="+", metavar="FILE", help=lpips)
     add(
         "--features",
@@ -212,7 +212,7 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
 def load_features(
     args: argparse.Namespace, image_size: int, decoder: Any
 ) -> tuple[features.FeatureExtractor, references.Reference]:
-    """What the arguments compare images by, and the reference's features."""
+    """The feature extractor that the arguments name, and the reference's features."""
     if args.features == "encoder":
         extractor = encoder_extractor(decoder, args.batch_size)
     elif args.features == "pixels":

@@ -121,7 +121,7 @@ class Scorer:
         return measure
 
     def _load_extractor(self, decoder: Loaded | None) -> FeatureExtractor:
-        """What `config.score.network` names."""
+        """The extractor that `config.score.network` names."""
         s = self.config.score
         name = s.get("network", "inception")
         if name == "pixels":
@@ -181,7 +181,7 @@ class Scorer:
         return measure
 
     def _load_decoder(self) -> Loaded:
-        """What makes images of samples."""
+        """The tokenizer or VAE that makes images of samples."""
         kind, path = DECODERS[self.config.task], self.config.score.decoder
         if not path:
             raise EvaluationError(

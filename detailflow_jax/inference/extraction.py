@@ -1,4 +1,4 @@
-"""One pass over a data set that stores what a network makes of every image, restartably.
+"""Runs a network over a data set and stores its output for every image.
 
 Several processes share the shards between them; each works with its own devices.
 
@@ -80,7 +80,7 @@ class Extraction:
     def encode(
         self, views: Views, positions: Int[np.ndarray, " M"]
     ) -> Shaped[np.ndarray, "M n_views ..."]:
-        """What is stored of the images at these positions of the source."""
+        """The records to store for the images at these positions of the source."""
         if self.mirrored:
             views = np.concatenate([views, views[:, :, :, ::-1]], axis=1)
         count = len(views)

@@ -30,18 +30,15 @@ Results = Float32[np.ndarray, "B R R c"]
 
 def parser_of(name: str, description: str, decoder: str, model: str) -> argparse.ArgumentParser:
     """A parser with the arguments that all of these commands have."""
-    parser = make_parser(
-        name,
-        description=description,
-    )
-    add = parser.add_argument
+    parser = make_parser(name, description)
+    add, guidance = parser.add_argument, 2.4 if model == "flowar" else 1.5
     add(f"--{decoder}", required=True, help=f"what df.load_{decoder} takes, such as a workdir")
     add(f"--{model}", required=True, help=f"what df.load_{model} takes, such as a workdir")
     add("--image", required=True, nargs="+", metavar="FILE", help="images, cut to a square")
-    add("--label", help="class of the new part, a number or a name; without it: no class")
+    add("--label", help="class of the results, a number or a name; without it: no class")
     add("--count", type=_count, default=4, help="results per image")
     add("--seed", type=int, default=0, help="result i depends on the seed and i alone")
-    add("--cfg_scale", type=float, help="guidance >= 1 (default: 1.5, FlowAR 2.4)")
+    add("--cfg_scale", type=float, help=f"guidance >= 1 (default: {guidance})")
     add("--out", required=True, help="folder, also gs://..., for the results")
     return parser
 

@@ -33,8 +33,8 @@ class Sampling:
         latents float32 [B, S, S, C].
       guidance: of every token, [N], or of every scale, [K]. An argument of `run`, so that another
         guidance scale does not compile again.
-      note: what is sampled, for people.
-      stream: as `run`, but the codes so far, group by group; None of latents.
+      note: what is sampled, as the log says it.
+      stream: as `run`, but gives the codes so far after each group; None for latents.
     """
 
     run: Callable[..., Array]
@@ -92,7 +92,7 @@ def sample_codes(
     given = published_rules(temperature, 0 if top_k >= c.codebook_size else top_k, top_p, greedy)
     if rules is not None and given != published_rules():
         raise InputError(
-            "rules replace temperature, top_k, top_p and greedy; give them as rules as well"
+            "rules replace temperature, top_k, top_p and greedy; pass these as rules too"
         )
     chosen = given if rules is None else as_rules(rules)
     options = sampler.SamplingOptions(num_tokens, guided=cfg_scale != 1.0)

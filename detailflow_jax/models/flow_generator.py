@@ -73,9 +73,10 @@ class FlowGenerator(Transformer):
         semantics: Tokens,
         start: Int[Array, ""] | int | None = None,
     ) -> Vectors:
-        """The head's velocity at the tokens of one draw, from `start` on; or at all N (None).
+        """The head's velocity at the tokens of the draw that begins at `start`.
 
-        With all of them, tokens of different draws do not see each other (`config.draws`).
+        Without `start`, at all N tokens; then those of different draws do not see each other
+        (`config.draws`).
         """
         rope = self.config.flow_head_rope()
         if start is None:

@@ -223,7 +223,7 @@ class Transformer(nn.Module):
         raise NotImplementedError
 
     def read_out(self, x: Tokens) -> Float[Array, "B T _"]:
-        """What tokens are drawn from, of the blocks' output; float32."""
+        """The blocks' output as logits, or as semantics of a flow head; float32."""
         raise NotImplementedError
 
     def embed_special(self, batch: int) -> Float[Array, "{batch} g_minus_1 D"]:

@@ -110,8 +110,8 @@ def choose(
 ) -> str:
     """The implementation for these arrays: "plain", "splash" or "cudnn".
 
-    A fused kernel is taken where it can compute what is asked for; by "auto" only in half
-    precision, and where it was seen to save memory traffic (docs/tpu_pods.md).
+    A fused kernel is used if it can compute this attention. "auto" uses one only in half
+    precision, and only where measurements showed less memory traffic (docs/tpu_pods.md).
 
     Args:
       asked: one of `IMPLEMENTATIONS`.

@@ -21,7 +21,7 @@ SAMPLES = 50_000  # how many images a published evaluation generates
 
 
 def heading(program: Program, config: ConfigDict, topology: Topology) -> dict[str, Any]:
-    """What was to be compiled, and for what."""
+    """The program, its task and the pod that it is compiled for."""
     return {
         "what": program.name,
         "task": config.task,

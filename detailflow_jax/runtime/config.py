@@ -240,7 +240,7 @@ def choose(name: str, options: Mapping[str, T], what: str) -> T:
 
     Args:
         name: the option wanted.
-        options: what there is, by name.
+        options: all options by name.
         what: what the error calls an option, such as "generator size".
 
     Raises:
@@ -324,9 +324,10 @@ def write_config(
     Args:
         config: of the run.
         workdir: made if missing.
-        class_names: those of the labels, where they are known; written as one more field.
-        encoded_by: fingerprint of the encoder that made the codes or latents; the same.
-        fingerprints: of the "data" and the frozen "weights", which may then move; the same.
+        class_names: of the labels, if known. This and the next two become fields of the file.
+        encoded_by: fingerprint of the encoder that made the codes or latents.
+        fingerprints: of the "data" and the frozen "weights". A later run compares these, so the
+            files may move.
 
     Raises:
         ConfigError: the workdir cannot be made or written.

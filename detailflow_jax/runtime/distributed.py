@@ -45,10 +45,10 @@ TIMEOUT = 600  # Seconds: the hosts of a pod are not ready at the same moment.
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """This process's place: process `process_id` of `num_processes`, as `source` says.
+    """This process is number `process_id` of `num_processes`; `source` names where that was found.
 
-    None is left to JAX to find. `local_devices` are the host's GPUs that this process takes: () for
-    all of them, None for what JAX takes.
+    JAX finds what is None. `local_devices` are the GPUs of the host that this process uses: () for
+    all of them, None for JAX's own choice.
     """
 
     source: str
@@ -61,7 +61,8 @@ class Cluster:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags whose values `start` takes; needed only if nothing else says it."""
     group = parser.add_argument_group(
-        "several processes", "not needed on TPU pods, in Slurm or in Kubernetes, which tell"
+        "several processes",
+        "not needed on TPU pods, in Slurm or in Kubernetes, where they are found by themselves",
     )
     group.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num_processes", type=int, metavar="N", help="processes in all")

@@ -142,7 +142,7 @@ class Feed:
 
 
 def _in_a_thread(function: Callable[[], Any]) -> Future:
-    """Runs a function in a thread that does not keep the program from its end."""
+    """Runs a function in a daemon thread, for which the program does not wait at its exit."""
     future = Future()
 
     def run() -> None:

@@ -22,17 +22,17 @@ class TooLarge(ConfigError):
 
 
 def check(program: jax.stages.Compiled, config: ConfigDict) -> str:
-    """Compares what a compiled step needs with what there is.
+    """Compares the memory that a compiled step needs with that of the device.
 
     Args:
       program: the step; its first argument is the state.
       config: of the run, for the advice.
 
     Returns:
-      what the log says of it, empty if the backend does not tell.
+      a line for the log, empty if the backend does not tell.
 
     Raises:
-      TooLarge: it needs more than there is.
+      TooLarge: it needs more than the device has.
     """
     stats = program.memory_analysis()
     if stats is None:

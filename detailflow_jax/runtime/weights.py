@@ -139,7 +139,7 @@ RECIPES = {
             "kl16",
             "latents of images",
             "config.vae.path",
-            "train one with configs/vae.py, or on latents that are there (latents:DIR)",
+            "train one with configs/vae.py, or use latents extracted before (latents:DIR)",
             automatic=False,
         ),
     ),
@@ -149,7 +149,7 @@ RECIPES = {
         Need("lpips", "LPIPS", "--lpips", "--without lpips"),
     ),
 }
-"""What needs what; `generator` needs nothing."""
+"""Recipe -> the weights that it needs."""
 
 
 def fields_of(names: Sequence[str]) -> list[str]:

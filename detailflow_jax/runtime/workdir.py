@@ -57,9 +57,9 @@ class Workdir:
 
 @contextlib.contextmanager
 def open_workdir(place: files.PathLike) -> Iterator[Workdir]:
-    """Makes and holds a workdir, and gives a folder for the files that are appended to.
+    """Makes and locks a workdir, and gives a folder for the files that are appended to.
 
-    Only process 0 of a run holds it and writes there.
+    Only process 0 of a run locks it and writes there.
 
     Raises:
         ConfigError: another process holds it, or it cannot be made.

@@ -94,7 +94,7 @@ class Run:
         return program
 
     def next_batch(self, step: int, state: TrainState) -> dict[str, jax.Array]:
-        """Returns the next batch, not taken yet; saves the state of `step` where none comes.
+        """Returns the next batch and leaves it in the queue; saves the state if there is none.
 
         Raises:
             Preempted: asked to leave while waiting for it.

@@ -191,7 +191,7 @@ def _task_and_data(
 
 
 class _Origin(NamedTuple):
-    """What a run's data and frozen weights are, in the order of `write_config`."""
+    """Identifies a run's data and frozen weights; fields in the order of `write_config`."""
 
     class_names: Sequence[str]
     encoded_by: str

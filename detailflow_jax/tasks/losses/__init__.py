@@ -140,7 +140,7 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a term is made for.
+    """What a loss term knows when it is made.
 
     Attributes:
       config: the whole configuration.
@@ -210,7 +210,7 @@ class Loss(abc.ABC):
         return jnp.ones(())
 
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """What the term trains itself, by its name in `TrainState.extra`."""
+        """State of the term's own networks: name in `TrainState.extra` -> initial value."""
         del key
         return {}
 
