@@ -1,4 +1,4 @@
-"""The commands that docs/reproduce.md gives for a pod, from tokenizer to scores, in a bucket.
+"""The commands that docs/reproduce.md gives for a pod, from images to scores, in a bucket.
 
 They are taken from the page, with small networks and few images. Launchers, hosts' script, commands
 and bucket are real; gcloud is a stand-in, which makes a pod of two hosts out of this machine. Each
@@ -19,15 +19,19 @@ import pytest
 
 import bucket_server
 import children
+import detailflow_jax as df
 import siglip_files
+from convert_models import random_params
 from detailflow_jax.data.prepare import main as prepare
 from detailflow_jax.models import siglip
+from detailflow_jax.models.vae import VAEConfig
 from imagenet_tars import encoded, photo, write_tars
 from launch_standins import StandIns
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIZE = 64
 SIGLIP = siglip.ViTConfig(width=96, depth=2, num_heads=4, mlp_dim=192)  # As `runlocal` has it.
+VAE = VAEConfig(channels=32, multipliers=(1, 2, 2), res_blocks=1)
 CODES = "--config.model.num_tokens=32 --config.model.codebook_size=256 --config.total_steps=2"
 TOKENIZER = f"{CODES} --config.model.image_size={SIZE} --config.data.image_size={SIZE}"
 TOKENIZER += " --config.batch_size=4 --config.full_probability=1.0"  # One size, one program.
@@ -38,6 +42,9 @@ SMALLER = {
     ":detailflow_16:size=": ":detailflow_16:runlocal,size=",
     "--config.teacher.path=$S": f"--config.teacher.path=$S {TOKENIZER}",
     ",codes=$B/codes-16": f",codes=$B/codes-16 {CODES}",
+    "--vae $V": f"--vae $V --image_size {SIZE}",
+    ":flowar_s:latents=$B/latents": ":flowar_s:runlocal,latents=$B/latents --config.total_steps=2",
+    "--num_steps 25": "--num_steps 2",
     "--num_samples 50000": "--num_samples 16 --batch_size 8 --features pixels",
 }
 """What stands on the page -> what is run; the size of the networks, and places."""
@@ -85,14 +92,15 @@ MAX_FAILURES=0
 """.replace("BUCKET", bucket_server.BUCKET)
 
 
-def commands(mount: pathlib.Path) -> str:
-    """The shell block of the page's section, made small."""
+def commands(mount: pathlib.Path, system: str) -> str:
+    """Of the shell block of the page's section, the variables and a system's steps, made small."""
     page = (ROOT / "docs" / "reproduce.md").read_text()
     block = re.search(r"## The same on a pod\n.*?```sh\n(.*?)```", page, re.DOTALL)[1]
     for there, here in SMALLER.items():
         assert there in block, f"docs/reproduce.md no longer says {there!r}"
         block = block.replace(there, here.replace("MOUNT", os.fspath(mount)))
-    return block
+    variables, *steps = re.split(r"^# (\w+)$", block, flags=re.MULTILINE)
+    return variables + dict(zip(steps[::2], steps[1::2], strict=True))[system]
 
 
 def fill(bucket: bucket_server.Bucket, folder: pathlib.Path, mount: pathlib.Path) -> None:
@@ -106,6 +114,8 @@ def fill(bucket: bucket_server.Bucket, folder: pathlib.Path, mount: pathlib.Path
     assert prepare([f"--data_dir={mount / 'tfds'}", "--partial"]) == 0
     siglip_files.vision_model(SIGLIP).save_pretrained(folder / "siglip")
     bucket.put(folder / "siglip", "weights/siglip2-so400m-patch16-naflex")
+    df.save_pytorch(df.VAE(VAE, random_params("vae", VAE, scan=False)), folder / "kl16.ckpt")
+    bucket.write("weights/kl16.ckpt", (folder / "kl16.ckpt").read_bytes())
     images = np.random.default_rng(0).integers(0, 256, (20, SIZE, SIZE, 3), np.uint8)
     np.savez(folder / "reference.npz", images)
     bucket.write("VIRTUAL_imagenet256_labeled.npz", (folder / "reference.npz").read_bytes())
@@ -120,8 +130,27 @@ def kill_hosts(home: pathlib.Path) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_the_commands_of_the_page_lead_to_scores(tmp_path):
-    mount = tmp_path / "mnt"
-    pod = StandIns(tmp_path, answers=GCLOUD)
+    with bucket_server.shared() as bucket:
+        run_on_pod(bucket, tmp_path, "DetailFlow")
+        manifest = json.loads(bucket.read("runs/codes-16/manifest.json"))
+        assert (manifest["num_records"], manifest["num_crops"]) == (8, 10)
+        check(bucket, runs=("tok-16", "gen-16"), scores="scores-16", scales=[1.3, 1.45, 1.6])
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_those_of_flowar_too(tmp_path):
+    with bucket_server.shared() as bucket:
+        run_on_pod(bucket, tmp_path, "FlowAR")
+        manifest = json.loads(bucket.read("runs/latents/manifest.json"))
+        assert (manifest["num_records"], manifest["latent_shape"]) == (8, [16, 16, 16])
+        check(bucket, runs=("flowar-s",), scores="scores-s", scales=[4.3])
+
+
+def run_on_pod(bucket: bucket_server.Bucket, folder: pathlib.Path, system: str) -> None:
+    """Runs the page's steps of a system."""
+    mount = folder / "mnt"
+    pod = StandIns(folder, answers=GCLOUD)
     for room in ("configs", "detailflow_jax"):
         shutil.copytree(ROOT / room, pod.repo / room, ignore=shutil.ignore_patterns("__pycache__"))
     (pod.repo / "launch" / "settings.sh").write_text(SETTINGS)
@@ -133,29 +162,32 @@ def test_the_commands_of_the_page_lead_to_scores(tmp_path):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiles faster.
         "XLA_FLAGS": children.xla_flags("--xla_force_host_platform_device_count=2"),
     }
-    with bucket_server.shared() as bucket:
-        fill(bucket, tmp_path, mount)
-        try:
-            child = subprocess.Popen(
-                ["bash", "-euo", "pipefail", "-c", commands(mount)],
-                cwd=pod.repo,
-                env=environment | bucket.variables,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            printed = children.finish(child, timeout=1700)
-        finally:
-            kill_hosts(pod.home)
-        hosts = sorted(pod.home.rglob("output"))
-        assert child.returncode == 0, printed + "\n".join(x.read_text() for x in hosts)
-        names = bucket.names("runs/")
-        manifest = json.loads(bucket.read("runs/codes-16/manifest.json"))
-        assert (manifest["num_records"], manifest["num_crops"]) == (8, 10)
-        rows = json.loads(bucket.read("runs/scores-16/results.json"))["rows"]
-        assert [row["cfg_scale"] for row in rows] == [1.3, 1.45, 1.6]
-        for run in ("tok-16", "gen-16"):
-            assert f"runs/{run}/checkpoints/2/commit_success.txt" in names
-            assert any(name.startswith(f"runs/{run}.launch/compiled/") for name in names)
-        assert bucket.read("runs/scores-16.launch/exit_code") == b"0\n"
+    fill(bucket, folder, mount)
+    try:
+        child = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", commands(mount, system)],
+            cwd=pod.repo,
+            env=environment | bucket.variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        printed = children.finish(child, timeout=1700)
+    finally:
+        kill_hosts(pod.home)
+    hosts = sorted(pod.home.rglob("output"))
+    assert child.returncode == 0, printed + "\n".join(x.read_text() for x in hosts)
+
+
+def check(
+    bucket: bucket_server.Bucket, *, runs: tuple[str, ...], scores: str, scales: list[float]
+) -> None:
+    """That runs and scores lie in the bucket, and that launchers were told of the end."""
+    names = bucket.names("runs/")
+    for run in runs:
+        assert f"runs/{run}/checkpoints/2/commit_success.txt" in names
+        assert any(name.startswith(f"runs/{run}.launch/compiled/") for name in names)
+    rows = json.loads(bucket.read(f"runs/{scores}/results.json"))["rows"]
+    assert [row["cfg_scale"] for row in rows] == scales
+    assert bucket.read(f"runs/{scores}.launch/exit_code") == b"0\n"
