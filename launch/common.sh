@@ -71,8 +71,25 @@ read_options() {
   [[ -n $RUN_NAME ]] || fail 'RUN_NAME is not set: set it in launch/settings.sh or by --run-name'
   [[ $RUN_NAME =~ $NAME_PATTERN ]] ||
     fail "run name '$RUN_NAME': expected at most 40 of a-z, 0-9 and -, a letter first"
+  check_values
   # First, so that one that the user sets counts.
   ENVIRONMENT=("DETAILFLOW_GRACE_SECONDS=$GRACE_SECONDS" "${ENVIRONMENT[@]}")
+}
+
+# A bucket takes gs://b//x for another place than gs://b/x.
+tidy_runs() { while [[ $RUNS == ?*/ && $RUNS != *:// ]]; do RUNS=${RUNS%/}; done; }
+
+# What every launcher can tell of the settings that several have, wherever they were set.
+check_values() {
+  local setting
+  tidy_runs
+  [[ ! $RUNS =~ ^[A-Za-z0-9]+: || $RUNS =~ ^gs://[^/] ]] ||
+    fail "RUNS is '$RUNS': expected gs://BUCKET/PATH, or a path that all hosts share"
+  [[ $SPOT == true || $SPOT == false ]] || fail "$(flag_of SPOT) '$SPOT': expected true or false"
+  for setting in "${ENVIRONMENT[@]}"; do
+    [[ $setting =~ ^[A-Za-z_][A-Za-z_0-9]*= ]] ||
+      fail "$(flag_of ENVIRONMENT) $setting: expected NAME=VALUE"
+  done
 }
 
 read_flags() {
@@ -87,7 +104,7 @@ read_flags() {
     (($# > 1)) || fail "unknown option $1, or it needs a value"
     case $1 in
       --settings) shift 2; continue ;;
-      --env) name=ENVIRONMENT; [[ $2 == [A-Za-z_]*=* ]] || fail "--env $2: expected NAME=VALUE" ;;
+      --env) name=ENVIRONMENT ;;
       --create-option) name=CREATE_OPTIONS ;;
       *) name=${1#--} name=${name//-/_} name=${name^^} ;;
     esac
@@ -106,14 +123,15 @@ read_flags() {
 train_command() {
   COMMAND=(python -m detailflow_jax.train "$@")
   local option
+  tidy_runs
   if [[ -n $RUNS && " ${ENVIRONMENT[*]} " != *" JAX_COMPILATION_CACHE_DIR="* ]]; then
-    ENVIRONMENT+=("JAX_COMPILATION_CACHE_DIR=${RUNS%/}/$RUN_NAME.launch/compiled")
+    ENVIRONMENT+=("JAX_COMPILATION_CACHE_DIR=$RUNS/$RUN_NAME.launch/compiled")
   fi
   for option; do
     [[ $option != --workdir && $option != --workdir=* ]] || return 0
   done
   need RUNS
-  COMMAND+=(--workdir "${RUNS%/}/$RUN_NAME")
+  COMMAND+=(--workdir "$RUNS/$RUN_NAME")
 }
 
 find_option() {
@@ -155,8 +173,15 @@ need() {
 need_number() {
   local name
   for name; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || fail "$(flag_of "$name") '${!name}': expected a number"
+    # To bash, 08 is a wrong octal number.
+    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$(flag_of "$name") '${!name}': expected a number"
   done
+}
+
+need_some() {
+  local name
+  need_number "$@"
+  for name; do ((${!name})) || fail "$(flag_of "$name") 0: expected at least 1"; done
 }
 
 need_command() { ((${#COMMAND[@]})) || fail 'nothing to run: give training options or -- COMMAND'; }

@@ -52,7 +52,7 @@ find_tpu() {
     v4-* | v5p-*) TOPOLOGY=${TPU_TOPOLOGY:-$(sides $((chips / 2)) 3)} ;; # Named by cores.
     *) TOPOLOGY=${TPU_TOPOLOGY:-$(sides "$chips" 2)} ;;
   esac
-  [[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || fail "TPU topology '$TOPOLOGY': expected such as 16x16"
+  [[ $TOPOLOGY =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "TPU topology '$TOPOLOGY': expected such as 16x16"
   chips=1
   for side in ${TOPOLOGY//x/ }; do chips=$((chips * side)); done
   CHIPS=$((chips < 4 ? chips : 4))
@@ -107,7 +107,8 @@ manifest() {
 
 read_options 'start print status logs stop' "$@"
 need NAMESPACE
-need_number NUM_SLICES MAX_FAILURES GRACE_SECONDS LOG_WORKER
+need_some NUM_SLICES
+need_number MAX_FAILURES GRACE_SECONDS LOG_WORKER
 
 case $ACTION in
   start | print)

@@ -44,7 +44,7 @@ command line, here or of the command, and is never started again."
 
 processes=
 log_dir=
-grace=300
+grace=
 venv="$ROOT/.venv"
 cpu_devices=
 max_restarts=1000
@@ -65,7 +65,7 @@ parse() {
     case $1 in
       -n) name=processes ;&
       --cpu-devices) [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 $2: expected a number, at least 1" ;;
-      --grace | --max-restarts | --max-failures) [[ $2 =~ ^[0-9]+$ ]] || fail "$1 $2: expected a number" ;;
+      --grace | --max-restarts | --max-failures) [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] || fail "$1 $2: expected a number" ;;
       --venv) [[ -f $2/bin/activate ]] || fail "no virtual environment in $2" ;;
       --log-dir) ;;
       *) fail "unknown option $1" ;;
@@ -73,6 +73,10 @@ parse() {
     printf -v "$name" %s "$2"
     shift 2
   done
+  for name in --log-dir${log_dir:+=} --grace${grace:+=}; do
+    [[ $name != *= || -n $processes ]] || fail "${name%=} has no effect without -n"
+  done
+  grace=${grace:-300}
   need_command
 }
 
@@ -227,7 +231,7 @@ if $DRY_RUN; then
 fi
 while read -r line; do eval "$line"; done < <(set_up)
 trap stop INT TERM
-if [[ -n $log_dir ]]; then mkdir -p "$log_dir"; fi
+[[ -z $log_dir ]] || mkdir -p "$log_dir" || fail "--log-dir $log_dir: cannot be made"
 if [[ -n $processes ]]; then
   scratch=$(mktemp -d)
   trap clean_up EXIT

@@ -48,7 +48,8 @@ word_of() {
 read_options "$TPU_ACTIONS" "$@"
 need ZONE
 [[ $RUNS == gs://* ]] || fail "RUNS is '$RUNS': expected gs://BUCKET/PATH"
-need_number NUM_SLICES MAX_RESTARTS MAX_FAILURES GRACE_SECONDS LOG_WORKER
+need_some NUM_SLICES
+need_number MAX_RESTARTS MAX_FAILURES GRACE_SECONDS LOG_WORKER
 CODE=$(launch_path code.tar.gz)
 GROUP=queued-resources STATE_FIELD=state.state ALL_NODES=(--node=all) DELETE_OPTIONS=(--force)
 AS_ROOT='sudo ' # As a start-up script runs.

@@ -48,10 +48,11 @@ stop() {
 }
 
 read_options 'start status logs stop' "$@"
+need_some NODES GPUS_PER_NODE
+need_number MAX_RESTARTS MAX_FAILURES GRACE_SECONDS
 need RUNS
 [[ $RUNS != gs://* ]] || fail "RUNS is '$RUNS': expected a path that all nodes share"
-need_number NODES GPUS_PER_NODE MAX_RESTARTS MAX_FAILURES GRACE_SECONDS
-FOLDER=${RUNS%/}/$RUN_NAME.launch
+FOLDER=$RUNS/$RUN_NAME.launch
 LOG=$FOLDER/log
 STOP_FILE=$FOLDER/stop
 USER=${USER:-$(id -un)}

@@ -71,7 +71,7 @@ create() {
 
 # launch_path NAME: where NAME is kept beside the run; empty without a bucket.
 launch_path() {
-  if [[ $RUNS == gs://* ]]; then printf '%s/%s.launch/%s' "${RUNS%/}" "$RUN_NAME" "$1"; fi
+  if [[ $RUNS == gs://* ]]; then printf '%s/%s.launch/%s' "$RUNS" "$RUN_NAME" "$1"; fi
 }
 
 # Makes what goes to the hosts: BUNDLE, the code as it is here, and WORKER, what to do with it.

@@ -35,7 +35,8 @@ start() {
 
 read_options 'start status logs stop' "$@"
 need ZONE CLUSTER
-need_number NUM_SLICES MAX_RESTARTS GRACE_SECONDS LOG_WORKER
+need_some NUM_SLICES
+need_number MAX_RESTARTS GRACE_SECONDS LOG_WORKER
 
 case $ACTION in
   start) start ;;

@@ -77,7 +77,7 @@ def _entries(path: str | os.PathLike) -> Iterator[tuple[str, bool, bool]]:
         with os.scandir(path) as entries:
             yield from ((entry.name, *_kind(entry)) for entry in entries)
         return
-    place = os.fspath(path).rstrip("/")
+    place = files.address(path)
     with files.reaching(place, "list"):
         for entry in files.file_system(place).ls(place, detail=True):
             inside, name = entry["name"].rstrip("/").rsplit("/", 1)

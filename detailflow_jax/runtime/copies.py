@@ -61,7 +61,7 @@ def _copy(folder: str, target: pathlib.Path, sizes: Mapping[str, int]) -> None:
     files.remove_partial(target)
 
     def copy(name: str) -> int:
-        place = f"{folder}/{name}"
+        place = files.address(f"{folder}/{name}")
         with files.atomic_path(target / name) as temporary:
             try:
                 with files.reaching(place, "read"):

@@ -85,6 +85,11 @@ def path(place: PathLike) -> pathlib.Path | epath.Path:
     return epath.Path(text.rstrip("/"))
 
 
+def address(place: PathLike) -> str:
+    """Returns `path` as text: an object has one name only, but `gs://b//run` would be another's."""
+    return os.fspath(path(place))
+
+
 def local_path(place: PathLike, what: str) -> pathlib.Path:
     """Returns a path of this machine's disks, as `path` does.
 
@@ -203,12 +208,12 @@ def size(place: PathLike) -> int:
     if not is_remote(place):
         return path(place).stat().st_size
     with reaching(place):
-        return file_system(place).info(os.fspath(place))["size"]
+        return file_system(place).info(address(place))["size"]
 
 
 def sizes(folder: PathLike) -> dict[str, int]:
     """Returns the bytes of every object below a folder in a bucket, by its name from there on."""
-    place = os.fspath(folder).rstrip("/")
+    place = address(folder)
     with reaching(place, "list"):
         found = file_system(place).find(place, detail=True)
     start = len(place.partition("://")[2]) + 1
@@ -235,7 +240,7 @@ class _RemoteFile(io.RawIOBase):
     def __init__(self, place: PathLike):
         self._place = place
         with reaching(place):
-            self._file = file_system(place).open(os.fspath(place))
+            self._file = file_system(place).open(address(place))
 
     def readable(self) -> bool:
         return True
@@ -261,7 +266,7 @@ def read_bytes(place: PathLike) -> bytes:
     if not is_remote(place):
         return path(place).read_bytes()
     with reaching(place, "read"):
-        return file_system(place).cat_file(os.fspath(place))
+        return file_system(place).cat_file(address(place))
 
 
 def read_json(place: PathLike) -> dict[str, Any]:
@@ -338,8 +343,11 @@ def check_folder(folder: PathLike) -> None:
 
 def remove(place: PathLike) -> None:
     """Removes a file, if it is there."""
-    with reaching(place, "remove"):
+    if not is_remote(place):
         path(place).unlink(missing_ok=True)
+        return
+    with contextlib.suppress(FileNotFoundError), reaching(place, "remove"):
+        file_system(place).rm_file(address(place))  # etils takes `[1]` in a name for a pattern.
 
 
 # ----------------------------------------------------------------------------------- writing whole
@@ -364,7 +372,7 @@ def atomic_path(place: PathLike) -> Iterator[pathlib.Path]:
             temporary.touch()
             yield temporary
             with _uploading(place):
-                file_system(place).put_file(os.fspath(temporary), os.fspath(place))
+                file_system(place).put_file(os.fspath(temporary), address(place))
         return
     target = pathlib.Path(place).expanduser()
     temporary = _partial(target)
@@ -459,7 +467,7 @@ def write_all(contents: Mapping[PathLike, bytes]) -> None:
         if not is_remote(place):
             with atomic_file(place) as file:
                 file.write(content)
-    remote = {os.fspath(x): content for x, content in contents.items() if is_remote(x)}
+    remote = {address(x): content for x, content in contents.items() if is_remote(x)}
     if remote:
         first = next(iter(remote))
         with _uploading(first):

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import socket
@@ -34,6 +35,7 @@ from detailflow_jax.runtime.errors import BucketError, ConfigError, FileError, U
 
 RENEW, DEAD_AFTER, UPLOAD = 10.0, 60.0, 60.0
 _SETTLE = 2.0  # Seconds after a take-over: of two that take over together, the later one counts.
+_PATTERN = re.compile(r"[*?\[\]]")
 _CONTINUED = ("log.txt", "metrics.jsonl", "clock.json", "wandb_id")
 
 
@@ -65,6 +67,11 @@ def open_workdir(place: files.PathLike) -> Iterator[Workdir]:
         ConfigError: another process holds it, or it cannot be made.
         FileError: at the end, what was appended could not be uploaded; it is kept on this machine.
     """
+    if files.is_remote(place) and (pattern := _PATTERN.search(os.fspath(place))):
+        raise ConfigError(
+            f"--workdir={place}: {pattern[0]} stands for a pattern where Orbax removes checkpoints "
+            "of a bucket: take a name without any of * ? [ ]"
+        )
     if jax.process_index() > 0:
         yield Workdir(pathlib.Path())
     elif not files.is_remote(place):
@@ -73,7 +80,8 @@ def open_workdir(place: files.PathLike) -> Iterator[Workdir]:
     elif not os.fspath(place).startswith("gs://"):
         raise ConfigError(f"--workdir={place}: of the buckets only gs:// can hold a workdir")
     else:
-        with _Mark(place) as mark, _Spool(place, mark) as spool:
+        address = files.address(place)
+        with _Mark(address) as mark, _Spool(address, mark) as spool:
             yield spool
 
 
@@ -115,8 +123,8 @@ def hold_workdir(workdir: files.PathLike) -> Iterator[None]:
 class _Mark:
     """The object that says who holds a workdir; a context manager."""
 
-    def __init__(self, workdir: files.PathLike):
-        self._workdir, self._path = os.fspath(workdir), os.path.join(workdir, ".lock")
+    def __init__(self, workdir: str):
+        self._workdir, self._path = workdir, os.path.join(workdir, ".lock")
         self._own = _process() | {"token": secrets.token_hex(8), "renewed": 0}
         self.lost = False  # whether another job has taken the workdir over
         self._writing = threading.Lock()
@@ -207,8 +215,8 @@ class _Mark:
 class _Spool(Workdir):
     """A folder of this machine whose files are uploaded to a workdir; a context manager."""
 
-    def __init__(self, workdir: files.PathLike, mark: _Mark):
-        self._workdir, self._mark = os.fspath(workdir), mark
+    def __init__(self, workdir: str, mark: _Mark):
+        self._workdir, self._mark = workdir, mark
         self._uploaded: dict[str, tuple[int, int]] = {}
         self._uploading = threading.Lock()
         self._leave = threading.Event()

@@ -77,6 +77,33 @@ def test_an_option_without_effect_is_an_error(standins, launcher, option):
     assert standins.calls == []
 
 
+@pytest.mark.parametrize(
+    ("launcher", "option", "value"),
+    [
+        ("queued_resources", "--spot", "True"),
+        ("queued_resources", "--num-slices", "0"),
+        ("xpk", "--num-slices", "08"),
+        ("slurm", "--nodes", "0"),
+        ("jobset", "--tpu-topology", "0x0"),
+        ("tpu_vm", "--env", "A-B=x"),
+        ("tpu_vm", "--runs", "gs:/bucket/runs"),
+        ("slurm", "--runs", "s3://bucket/runs"),
+        ("babysit", "--runs", "gs://"),
+    ],
+)
+def test_a_value_that_would_be_taken_for_another_is_an_error(standins, launcher, option, value):
+    start = None if launcher == "babysit" else "start"
+    told = standins.run(launcher, start, option, value, *TRAINING, code=2).stderr
+    assert "expected" in told and value in told
+    assert standins.calls == []
+
+
+def test_slashes_behind_runs_do_not_count(standins):
+    runs = ["--runs", "gs://bucket/runs//", "--dry-run"]
+    plan = standins.run("queued_resources", "start", *runs, *TRAINING).stdout
+    assert "gs://bucket/runs/gpt-l" in plan and "runs//" not in plan
+
+
 def test_the_babysitter_takes_the_options_of_its_launcher(standins):
     """And keeps its own from it."""
     options = ["--poll-seconds", "1", "--spot", "true", "--dry-run"]

@@ -39,6 +39,11 @@ def test_compiled_programs_are_kept_on_this_host(monkeypatch):
     assert launch(script=script, code=0).strip() == kept
 
 
+@pytest.mark.parametrize("option", ["--log-dir", "--grace"])
+def test_an_option_of_several_is_an_error_for_one(option):
+    assert f"{option} has no effect" in launch(option, "3", script="true", code=2)
+
+
 def test_output_goes_to_files(tmp_path):
     told = launch("-n", "2", "--log-dir", str(tmp_path / "a b"), script="echo out", code=0)
     assert told == ""

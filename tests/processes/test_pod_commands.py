@@ -21,17 +21,18 @@ import bucket_server
 import children
 import detailflow_jax as df
 import siglip_files
-from convert_models import random_params
+from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.data.prepare import main as prepare
 from detailflow_jax.models import siglip
 from detailflow_jax.models.vae import VAEConfig
 from imagenet_tars import encoded, photo, write_tars
 from launch_standins import StandIns
+from random_weights import random_like
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIZE = 64
 SIGLIP = siglip.ViTConfig(width=96, depth=2, num_heads=4, mlp_dim=192)  # As `runlocal` has it.
-VAE = VAEConfig(channels=32, multipliers=(1, 2, 2), res_blocks=1)
+VAE = VAEConfig(channels=32, res_blocks=1)
 CODES = "--config.model.num_tokens=32 --config.model.codebook_size=256 --config.total_steps=2"
 TOKENIZER = f"{CODES} --config.model.image_size={SIZE} --config.data.image_size={SIZE}"
 TOKENIZER += " --config.batch_size=4 --config.full_probability=1.0"  # One size, one program.
@@ -114,7 +115,8 @@ def fill(bucket: bucket_server.Bucket, folder: pathlib.Path, mount: pathlib.Path
     assert prepare([f"--data_dir={mount / 'tfds'}", "--partial"]) == 0
     siglip_files.vision_model(SIGLIP).save_pretrained(folder / "siglip")
     bucket.put(folder / "siglip", "weights/siglip2-so400m-patch16-naflex")
-    df.save_pytorch(df.VAE(VAE, random_params("vae", VAE, scan=False)), folder / "kl16.ckpt")
+    vae = df.VAE(VAE, random_like(NETWORKS["vae"].abstract(VAE, scan=False)))
+    df.save_pytorch(vae, folder / "kl16.ckpt")
     bucket.write("weights/kl16.ckpt", (folder / "kl16.ckpt").read_bytes())
     images = np.random.default_rng(0).integers(0, 256, (20, SIZE, SIZE, 3), np.uint8)
     np.savez(folder / "reference.npz", images)
@@ -143,7 +145,7 @@ def test_those_of_flowar_too(tmp_path):
     with bucket_server.shared() as bucket:
         run_on_pod(bucket, tmp_path, "FlowAR")
         manifest = json.loads(bucket.read("runs/latents/manifest.json"))
-        assert (manifest["num_records"], manifest["latent_shape"]) == (8, [16, 16, 16])
+        assert (manifest["num_records"], manifest["latent_shape"]) == (8, [4, 4, 16])
         check(bucket, runs=("flowar-s",), scores="scores-s", scales=[4.3])
 
 

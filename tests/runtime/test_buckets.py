@@ -19,6 +19,7 @@ import bucket_server
 import children
 import toy_task
 from detailflow_jax import train
+from detailflow_jax.data.folders import list_folder
 from detailflow_jax.evaluate.samples import NpzImages
 from detailflow_jax.runtime import files, workdir
 from detailflow_jax.runtime.checkpoint import restore_params
@@ -37,7 +38,7 @@ def without_faults(bucket):
     bucket.proxy.heal()
 
 
-@pytest.mark.parametrize("name", ["file", "a b/ä ö/файл #1?.json"])
+@pytest.mark.parametrize("name", ["file", "a b/ä ö/файл #1?.json", "run[1]/a*"])
 def test_a_file_is_written_read_and_removed(bucket, name):
     place = bucket.path(name)
     assert not files.exists(place)
@@ -51,6 +52,19 @@ def test_a_file_is_written_read_and_removed(bucket, name):
     files.remove(place)
     files.remove(place)
     assert not files.exists(place)
+
+
+def test_an_address_has_one_name(bucket):
+    """As what `$B/codes` gives where B ends in a slash, or what ends in several."""
+    odd = f"{bucket.path('slashes')}//./codes"
+    files.make_folder(f"{odd}//")
+    files.write_atomically(f"{odd}//a.json", b"{}")
+    assert bucket.names("slashes") == ["slashes/codes/a.json"]
+    assert files.read_json(f"{odd}/a.json") == {} and files.sizes(f"{odd}//") == {"a.json": 2}
+    files.write_all({f"{odd}//b": b"1"})
+    assert list_folder(odd).others == files.names(odd)[:2] == ["a.json", "b"]
+    files.remove(f"{odd}//a.json")
+    assert bucket.names("slashes") == ["slashes/codes/b"]
 
 
 @contextlib.contextmanager
@@ -190,6 +204,15 @@ def test_a_workdir_in_a_bucket_is_held_by_one(bucket, hasty):
     assert bucket.names("runs/ä b/") == ["runs/ä b/log.txt"]
     with workdir.open_workdir(place) as held:
         assert (held.folder / "log.txt").read_text() == "one\ntwo\n"
+
+
+def test_a_workdir_whose_checkpoints_could_not_be_removed_is_refused(bucket):
+    with (
+        pytest.raises(ConfigError, match=r"without any of"),
+        workdir.open_workdir(bucket.path("runs/tok[1]")),
+    ):
+        pass
+    assert bucket.names("runs/tok") == []
 
 
 def test_the_mark_of_a_dead_holder_is_taken_over(bucket, hasty):
