@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from detailflow_jax.ops import Array, attention, rotary
-from detailflow_jax.runtime import compiler
+from detailflow_jax.runtime import compiler, flops
 
 Tokens = Float[Array, "B T D"]
 Mask = attention.Mask
@@ -237,7 +237,8 @@ class Attention(nn.Module):
         if rope is not None:
             on_tpu = compiler.platform() == "tpu"
             rotate = rotary.rotate_by_product if on_tpu else rotary.rotate
-            query, key = rotate(query, rope), rotate(key, rope)
+            with jax.named_scope(flops.EXTRA):
+                query, key = rotate(query, rope), rotate(key, rope)
         dropping = self.dropout > 0 and self.has_rng("dropout")
         drop = nn.Dropout(self.dropout, deterministic=False) if dropping else None
         by = self.implementation

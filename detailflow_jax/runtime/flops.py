@@ -26,7 +26,10 @@ PEAKS = {
 }
 """Start of `jax.Device.device_kind` -> FLOP/s in bfloat16, without sparsity, as the vendors say."""
 
-_RECOMPUTED = "rematted_computation"  # JAX's name for it in the equations of a gradient.
+EXTRA = "extra_products"
+"""`jax.named_scope` of products that a backend prefers to less arithmetic."""
+
+_NOT_THE_MODELS = (EXTRA, "rematted_computation")  # JAX's name, in the equations of a gradient.
 
 
 def peak(device: jax.Device) -> float | None:
@@ -35,22 +38,24 @@ def peak(device: jax.Device) -> float | None:
     return PEAKS[max(names, key=len)] if names else None
 
 
-def written(traced: Any, *, recomputed: bool = True) -> int:
+def written(traced: Any, *, model: bool = False) -> int:
     """FLOPs of the matrix products and convolutions of a `jax.stages.Traced`, loops unrolled.
 
     Args:
       traced: the program; the count is over all devices together.
-      recomputed: count what `jax.checkpoint` computes again for the gradient, too.
+      model: count the model's own work alone: not what `jax.checkpoint` computes again for the
+        gradient, nor `EXTRA` products.
     """
-    return _count(traced.jaxpr.jaxpr, recomputed)
+    return _count(traced.jaxpr.jaxpr, model)
 
 
-def _count(jaxpr: core.Jaxpr, recomputed: bool) -> int:
-    return sum(_equation(equation, recomputed) for equation in jaxpr.eqns)
+def _count(jaxpr: core.Jaxpr, model: bool) -> int:
+    return sum(_equation(equation, model) for equation in jaxpr.eqns)
 
 
-def _equation(equation: core.JaxprEqn, recomputed: bool) -> int:
-    if not recomputed and _RECOMPUTED in str(equation.source_info.name_stack):
+def _equation(equation: core.JaxprEqn, model: bool) -> int:
+    scopes = str(equation.source_info.name_stack)
+    if model and any(name in scopes for name in _NOT_THE_MODELS):
         return 0
     parameters, name = equation.params, equation.primitive.name
     if name == "dot_general":
@@ -59,7 +64,7 @@ def _equation(equation: core.JaxprEqn, recomputed: bool) -> int:
         return 2 * equation.outvars[0].aval.size * math.prod(left[i] for i in contracted)
     if name == "conv_general_dilated":
         return _traced_convolution(equation)
-    inner = [_count(jaxpr, recomputed) for jaxpr in _inner(parameters)]
+    inner = [_count(jaxpr, model) for jaxpr in _inner(parameters)]
     if name == "cond":
         return max(inner)
     times = parameters["length"] if name == "scan" else 1

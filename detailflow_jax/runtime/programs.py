@@ -29,7 +29,7 @@ class Program(NamedTuple):
 
     Attributes:
       run: (state, batch, plan arrays) -> (state, metrics); takes the memory of the old state.
-      flops: of one step on all devices together, without recomputation.
+      flops: of the model in one step, on all devices together (`flops.written`).
     """
 
     run: Callable[..., Any]
@@ -123,7 +123,7 @@ class Programs:
         needed = memory.check(program, self._config)
         seconds, name = time.perf_counter() - start, "" if variant is None else f" {variant}"
         logging.info("compiled the step%s in %.1f s%s", name, seconds, needed)
-        return Program(program, flops.written(traced, recomputed=False))
+        return Program(program, flops.written(traced, model=True))
 
 
 def _described(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from detailflow_jax.models import layers
-from detailflow_jax.runtime import flops
+from detailflow_jax.ops import rotary
+from detailflow_jax.runtime import compiler, flops
 
 ROWS, WIDTH, DEPTH = 4, 8, 3
 
@@ -29,8 +30,24 @@ def test_recomputation_is_no_work_of_the_model(scan, remat):
     forward = 2 * ROWS * DEPTH * 2 * 2 * WIDTH**2
     first = 2 * ROWS * 2 * WIDTH**2  # The input of the first layer has no gradient.
     expected = 3 * forward - (0 if scan else first)
-    assert flops.written(traced, recomputed=False) == expected
+    assert flops.written(traced, model=True) == expected
     assert (flops.written(traced) > expected) == (remat == "full")
+
+
+def test_rotary_turns_are_no_work_of_the_model():
+    layer = layers.Attention(2, 2, use_bias=False, dtype=jnp.float32)
+    table, x = rotary.group_rotary_table(12, 4, 8), jnp.ones((2, 13, 16))
+    params = layer.init(jax.random.key(0), x)
+
+    def count(platform: str, model: bool) -> int:
+        loss = jax.checkpoint(lambda params, x: layer.apply(params, x, rope=table)[0].sum())
+        with compiler.target(platform):
+            traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(params, x)
+        return flops.written(traced, model=model)
+
+    turns = 2 * x.size * 8 * 2  # Two arrays of heads, each number a product with 8.
+    assert count("tpu", False) == count("cpu", False) + 3 * turns  # again, and in the gradient
+    assert count("tpu", True) == count("cpu", True) < count("cpu", False)
 
 
 @pytest.mark.parametrize(
