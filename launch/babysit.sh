@@ -45,7 +45,8 @@ while (($#)) && [[ $1 != -- && $1 != --config* && $1 != --workdir* ]]; do
 done
 arguments+=("$@")
 need_command
-need_number MAX_RESTARTS POLL_SECONDS
+need_number MAX_RESTARTS
+need_some POLL_SECONDS
 [[ $RUNS == gs://* ]] || fail "RUNS is '$RUNS': expected gs://BUCKET/PATH"
 
 launcher() { "$ROOT/launch/$with.sh" "$1" "${arguments[@]}"; }

@@ -41,6 +41,7 @@ _TURNS = {  # EXIF orientation -> what makes the image upright.
 }
 _ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 _ORIENTATION, _SHORT = 0x0112, 3  # The EXIF tag and its type; 1 is upright.
+_PNG_DEPTH = 24  # Where a PNG says how many bits a channel has.
 _LARGEST_REDUCTION = 8  # Of a JPEG block, which has 8 x 8 coefficients.
 
 
@@ -79,7 +80,7 @@ def read_file(path: str | os.PathLike) -> bytes:
         OSError: the disk or the network is.
     """
     try:
-        return read_again(lambda: files.read_bytes(path), os.fspath(path))
+        return read_again(lambda: files.read_bytes(path, pipes=True), os.fspath(path))
     except OSError as error:
         if error.errno not in _ONE_FILE and not isinstance(error, FileNotFoundError):
             raise
@@ -97,7 +98,8 @@ def decode_picture(
     """Decodes one encoded image.
 
     The first frame of an animation is taken, transparency is laid over white, 16-bit grey is
-    scaled to 8 bits, CMYK and palettes are converted.
+    scaled to 8 bits, CMYK and palettes are converted. The one transparent colour of a PNG with 16
+    bits per channel (tRNS) stays as it is: Pillow reads 8 of these bits.
 
     Args:
         data: the file's bytes.
@@ -145,6 +147,9 @@ def _decode(data: bytes, reduce_to: int | None, upright: bool) -> Picture:
             reduction = _draft(image, reduction)
         _check_pixels(image)
         image.load()
+        if image.format == "PNG" and image.mode == "RGB" and data[_PNG_DEPTH] == 16:
+            # Pillow keeps 8 of the 16 bits, which cannot tell the transparent colour from others.
+            image.info.pop("transparency", None)
         turn = _TURNS.get(_orientation(image)) if upright else None
         if turn is not None:  # Not of a TIFF, which Pillow has turned while it was loaded.
             # Not ImageOps.exif_transpose: it writes the EXIF again, and fails on malformed tags.
@@ -282,9 +287,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no defined range; save it with 8 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.int64)
+        clear = image.info.get("transparency", -1)  # a grey value, of a PNG
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("32-bit pixels have no defined range; save it with 8 or 16 bits")
-        return Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
+        scaled = np.where(grey == clear, 255, np.round(grey / 257)).astype(np.uint8)
+        return Image.fromarray(scaled).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -206,8 +206,12 @@ class NpzImages:
 
 def _read_header(member) -> tuple[tuple[int, ...], np.dtype, bool]:
     """Shape and type of an `.npy`, and whether it is in Fortran order."""
-    version = np.lib.format.read_magic(member)
-    read = getattr(np.lib.format, f"read_array_header_{version[0]}_0", None)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+        # It differs in the encoding of the names of fields, which images do not have.
+        (3, 0): np.lib.format.read_array_header_2_0,
+    }.get(version := np.lib.format.read_magic(member))
     if read is None:
         raise ValueError(f"npy version {version}")
     shape, fortran_order, dtype = read(member)

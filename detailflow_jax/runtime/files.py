@@ -22,6 +22,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
@@ -228,10 +229,24 @@ def names(folder: PathLike) -> list[str]:
 
 
 def open_file(place: PathLike) -> BinaryIO:
-    """Opens a file to read from, at any position; in a bucket, reading raises as `reaching`."""
+    """Opens a file to read from, at any position; in a bucket, reading raises as `reaching`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ConfigError: a pipe or a device.
+    """
     if is_remote(place):
         return io.BufferedReader(_RemoteFile(place), 1 << 20)
-    return open(path(place), "rb")
+    return open(_regular(place), "rb")
+
+
+def _regular(place: PathLike) -> pathlib.Path:
+    """The path of a file that does not wait for a writer, and that ends."""
+    found = pathlib.Path(path(place))
+    mode = found.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # To open a folder says that it is one.
+        raise ConfigError(f"{found} is a pipe, socket or device: expected a regular file")
+    return found
 
 
 class _RemoteFile(io.RawIOBase):
@@ -261,10 +276,19 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
-def read_bytes(place: PathLike) -> bytes:
-    """Returns the content of a file; raises FileNotFoundError if it is not there."""
+def read_bytes(place: PathLike, pipes: bool = False) -> bytes:
+    """Returns the content of a file.
+
+    Args:
+        place: the file.
+        pipes: also wait for what another program writes into a pipe.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ConfigError: a pipe or a device, unless `pipes`.
+    """
     if not is_remote(place):
-        return path(place).read_bytes()
+        return (path(place) if pipes else _regular(place)).read_bytes()
     with reaching(place, "read"):
         return file_system(place).cat_file(address(place))
 

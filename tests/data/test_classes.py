@@ -1,6 +1,7 @@
 """Class names: listed by the command, kept with a run, and used to choose labels."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -118,4 +119,14 @@ def test_a_manifest_has_class_names(tmp_path):
 def test_files_that_name_no_classes_are_refused(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=message):
+        class_names(str(tmp_path))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["classes.txt", "manifest.json", "config.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat" / "1.png")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=f"{name} is a pipe, socket or device: expected a regu"):
         class_names(str(tmp_path))

@@ -106,6 +106,32 @@ def test_large_texts_and_profiles_cost_no_png(text, before_pixels, monkeypatch):
         decode_image(data[: data.index(b"IDAT") + 20], "x")
 
 
+CLEAR = {  # Colour type and bits of a PNG, its one transparent value, what three pixels become.
+    "grey": (0, 8, [100], [[0, 255, 200]]),
+    "grey of 16 bits": (0, 16, [100 * 257], [[0, 255, 200]]),
+    "colours": (2, 8, [100, 100, 100], [[0, 255, 200]]),
+    # Pillow takes the transparent value for one of 8 bits.
+    "colours of 16 bits": (2, 16, [100, 100, 100], [[0, 100, 200]]),
+}
+
+
+@pytest.mark.parametrize("kind", CLEAR)
+def test_one_transparent_value_of_a_png_is_laid_over_white(kind):
+    colour, bits, clear, expected = CLEAR[kind]
+    pixels = np.array([0, 100, 200]) * (257 if bits == 16 else 1)
+    row = b"\0" + np.repeat(pixels, len(clear)).astype(f">u{bits // 8}").tobytes()
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(name, content)
+        for name, content in (
+            (b"IHDR", struct.pack(">IIBBBBB", 3, 1, bits, colour, 0, 0, 0)),
+            (b"tRNS", struct.pack(f">{len(clear)}H", *clear)),
+            (b"IDAT", zlib.compress(row)),
+            (b"IEND", b""),
+        )
+    )
+    np.testing.assert_array_equal(decode_image(data, "x")[..., 0], expected)
+
+
 BESIDE_PNG = {
     "pHYs": b"abc", "gAMA": b"a", "cHRM": b"abcd", "sRGB": b"", "iCCP": b"", "zTXt": b"a\0\x09b",
     "acTL": b"a",

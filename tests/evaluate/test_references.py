@@ -1,5 +1,7 @@
 """Images and references as they are read, measured and refused."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,15 @@ def test_npz_has_the_published_layout_both_ways(tmp_path):
     with pytest.raises(EvaluationError, match="5 images were given, expected 6"):
         write_samples(tmp_path / "short.npz", (6, *data.shape[1:]), [data])
     assert not (tmp_path / "short.npz").exists()
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_the_header_is_read(tmp_path, version):
+    data = images(5)
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as member:
+        np.lib.format.write_array(member, data, version=version)
+    np.testing.assert_array_equal(NpzImages(path).read(1, 4), data[1:4])
 
 
 def test_images_that_lost_their_range_are_told(tmp_path, caplog):

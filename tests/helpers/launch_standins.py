@@ -33,7 +33,7 @@ TPU_TYPE=v5litepod-256
 TPU_VERSION=v2-alpha-tpuv5-lite
 CLUSTER=pods
 IMAGE=registry/detailflow:1
-POLL_SECONDS=0
+POLL_SECONDS=1
 """
 
 

@@ -89,6 +89,7 @@ def test_an_option_without_effect_is_an_error(standins, launcher, option):
         ("tpu_vm", "--runs", "gs:/bucket/runs"),
         ("slurm", "--runs", "s3://bucket/runs"),
         ("babysit", "--runs", "gs://"),
+        ("babysit", "--poll-seconds", "0"),
     ],
 )
 def test_a_value_that_would_be_taken_for_another_is_an_error(standins, launcher, option, value):
@@ -215,6 +216,7 @@ def test_queued_resources_calls(standins):
 
 @pytest.mark.parametrize("with_", ["queued_resources", "tpu_vm"])
 def test_babysitter_brings_a_lost_pod_back_under_one_name(standins, with_):
+    (standins.directory / "bin" / "sleep").symlink_to("/bin/true")  # It looks at once.
     # What a look finds, one after another; the end is told by the bucket.
     states = {
         "queued_resources": "ABSENT WAITING_FOR_RESOURCES ACTIVE SUSPENDED ERROR ACTIVE END",
