@@ -186,7 +186,7 @@ def test_decode_refuses_sizes(tok, size):
     [
         (pictures()[0], ValueError, r"images have shape \(16, 16, 3\), expected \[B, H, W, 3\]"),
         (pictures()[..., :1], ValueError, r"shape \(3, 16, 16, 1\)"),
-        (pictures(size=12), ValueError, "12x12 pixels .* patches of 8"),
+        (pictures(size=12), ValueError, "12 x 12, expected sides that are multiples of 8 px"),
         (pictures().astype(np.int32), TypeError, "images are int32; expected uint8"),
         (pictures() > 9, TypeError, "images are bool"),
     ],
