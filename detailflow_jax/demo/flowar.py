@@ -100,7 +100,8 @@ def page(
         "What a scale adds": drawn["scales"].section(
             f"FlowAR writes an image {len(scales)} times over, with {sides} places a side: each "
             "time it sees the coarser one and turns noise into the finer one. The rows show the "
-            "same digits as each of these scales has them.",
+            "same digits as each of these scales has them. The first ones say little by "
+            "themselves: the autoencoder has never seen codes as smooth as these.",
         ),
         "Real digits through the autoencoder": drawn["reconstructions"].section(
             "FlowAR does not write pixels but the short code of an autoencoder. The last row are "
