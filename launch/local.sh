@@ -73,9 +73,10 @@ parse() {
     printf -v "$name" %s "$2"
     shift 2
   done
-  for name in --log-dir${log_dir:+=} --grace${grace:+=}; do
-    [[ $name != *= || -n $processes ]] || fail "${name%=} has no effect without -n"
-  done
+  if [[ -z $processes ]]; then
+    [[ -z $log_dir ]] || fail '--log-dir has no effect without -n'
+    [[ -z $grace ]] || fail '--grace has no effect without -n'
+  fi
   grace=${grace:-300}
   need_command
 }

@@ -244,8 +244,8 @@ def _check_tensor(tensor: _Tensor, array: Any, flat: Mapping[str, Any], source: 
     if array.dtype.kind in "biucOSU":
         raise CheckpointError(
             f"{source}: tensor {tensor.name!r} is {array.dtype}",
-            expected="real numbers of floating point",
-            remedy="Quantised weights are restored where they were quantised.",
+            expected="floating-point numbers",
+            remedy="If they are quantised, restore them with the library that did it.",
         )
 
 

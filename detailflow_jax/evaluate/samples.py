@@ -163,22 +163,8 @@ class NpzImages:
         Raises:
           EvaluationError: the file ends early or is damaged.
         """
-        size = int(np.prod(self.shape))
         with readable(self.name):
-            if self._in_memory:
-                return self._whole[start:stop]
-            # One stream for all calls: to find a place, a member is read from its beginning.
-            if self._member is None or start < self._next:
-                archive = zipfile.ZipFile(files.open_file(self.name))
-                self._member = archive.open("arr_0.npy")
-                self._next = 0
-                _read_header(self._member)
-            self._member.seek((start - self._next) * size, io.SEEK_CUR)
-            data = self._member.read((stop - start) * size)
-            if len(data) != (stop - start) * size:
-                raise EOFError(f"arr_0 ends within images {start} to {stop}")
-        self._next = stop
-        images = np.frombuffer(data, np.uint8).reshape(-1, *self.shape)
+            images = self._whole[start:stop] if self._in_memory else self._read_on(start, stop)
         if start == 0 and images.max(initial=0) <= 1:
             logging.warning(
                 "%s: no pixel of the first %d images is above 1; images in [0, 1] become uint8 by "
@@ -187,6 +173,21 @@ class NpzImages:
                 stop,
             )
         return images
+
+    def _read_on(self, start: int, stop: int) -> np.ndarray:
+        size = int(np.prod(self.shape))
+        # One stream for all calls: to find a place, a member is read from its beginning.
+        if self._member is None or start < self._next:
+            archive = zipfile.ZipFile(files.open_file(self.name))
+            self._member = archive.open("arr_0.npy")
+            self._next = 0
+            _read_header(self._member)
+        self._member.seek((start - self._next) * size, io.SEEK_CUR)
+        data = self._member.read((stop - start) * size)
+        if len(data) != (stop - start) * size:
+            raise EOFError(f"arr_0 ends within images {start} to {stop}")
+        self._next = stop
+        return np.frombuffer(data, np.uint8).reshape(-1, *self.shape)
 
     def read_part(self, start: int, stop: int) -> Part:
         """Images start .. stop - 1, all of them readable."""

@@ -31,14 +31,15 @@ Results = Float32[np.ndarray, "B R R c"]
 def parser_of(name: str, description: str, decoder: str, model: str) -> argparse.ArgumentParser:
     """A parser with the arguments that all of these commands have."""
     parser = make_parser(name, description)
-    add, guidance = parser.add_argument, 2.4 if model == "flowar" else 1.5
+    add = parser.add_argument
     add(f"--{decoder}", required=True, help=f"what df.load_{decoder} takes, such as a workdir")
     add(f"--{model}", required=True, help=f"what df.load_{model} takes, such as a workdir")
     add("--image", required=True, nargs="+", metavar="FILE", help="images, cut to a square")
     add("--label", help="class of the results, a number or a name; without it: no class")
     add("--count", type=_count, default=4, help="results per image")
     add("--seed", type=int, default=0, help="result i depends on the seed and i alone")
-    add("--cfg_scale", type=float, help=f"guidance >= 1 (default: {guidance})")
+    guidance = 2.4 if model == "flowar" else 1.5
+    add("--cfg_scale", type=float, default=guidance, help="guidance >= 1; not used without a label")
     add("--out", required=True, help="folder, also gs://..., for the results")
     return parser
 
@@ -73,7 +74,7 @@ def read_images(paths: Sequence[str], side: int) -> UInt8[np.ndarray, "B {side} 
 def repeated(
     images: Shaped[np.ndarray, "b h w c"], args: argparse.Namespace, model: Model
 ) -> tuple[Shaped[np.ndarray, "B h w c"], Int[np.ndarray, " B"] | None, dict[str, float]]:
-    """Each image `count` times, the labels of all, and the settings that were given.
+    """Each image `count` times, the labels of all, and the settings of sampling.
 
     Raises:
       InputError: not one label.
@@ -84,7 +85,7 @@ def repeated(
         if len(label) != 1:
             raise InputError(f"--label {args.label}: expected one class")
         labels = np.full(len(images), label[0])
-    return images, labels, {} if args.cfg_scale is None else {"cfg_scale": args.cfg_scale}
+    return images, labels, {"cfg_scale": args.cfg_scale}
 
 
 def write_results(

@@ -288,7 +288,7 @@ def sync_processes(name: str) -> None:
     try:
         barrier(key=f"detailflow_{name}_{next(_barriers)}", timeout_ms=1000 * _WAIT)
     except jax.errors.JaxRuntimeError as error:
-        [reason, *_] = str(error).splitlines()
+        reason = str(error).partition("\n")[0]
         raise ProcessLost(
             f"another process of this run is gone, and this one waited for it ({reason}); "
             "the log of that process says why"

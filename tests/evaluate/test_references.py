@@ -50,9 +50,10 @@ def test_every_version_of_the_header_is_read(tmp_path, version):
     np.testing.assert_array_equal(NpzImages(path).read(1, 4), data[1:4])
 
 
-def test_images_that_lost_their_range_are_told(tmp_path, caplog):
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_images_that_lost_their_range_are_told(tmp_path, caplog, order):
     for scale in (255, 1):
-        np.savez(tmp_path / "x.npz", (images(5) / 255 * scale).astype(np.uint8))
+        np.savez(tmp_path / "x.npz", (images(5) / 255 * scale).astype(np.uint8, order=order))
         NpzImages(tmp_path / "x.npz").read(0, 5)
         assert ("no pixel of the first 5 images is above 1" in caplog.text) == (scale == 1)
 
