@@ -244,7 +244,7 @@ def _check_tensor(tensor: _Tensor, array: Any, flat: Mapping[str, Any], source: 
     if array.dtype.kind in "biucOSU":
         raise CheckpointError(
             f"{source}: tensor {tensor.name!r} is {array.dtype}",
-            expected="floating-point numbers",
+            expected="real numbers, in floating point",
             remedy="If they are quantised, restore them with the library that did it.",
         )
 
