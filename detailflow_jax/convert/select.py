@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from detailflow_jax.convert import unnamed
 from detailflow_jax.convert.errors import CheckpointError, some
 from detailflow_jax.convert.pickled import RESAVE, ArraySpec
 from detailflow_jax.convert.torch_file import Inert, items_of
@@ -28,6 +29,7 @@ _AVERAGE = re.compile(
     r"(?<![a-z])(emas?|swa|(?<!exp_)avg)(?![a-z])|EMA|Ema(?![a-z])|shadow|[Aa]verag|polyak"
 )
 _DISCRIMINATOR = re.compile(r"disc(riminator)?s?$")
+_RAW = ("online", "collected")  # what a class that keeps an average keeps of the model
 _COUNTERS = {"n_averaged", "num_updates", "decay", "initted", "step"}  # beside an average
 # What torch.compile, FSDP, checkpointing and adapters put into names, such as "_orig_mod",
 # "_fsdp_wrapped_module" and "base_layer", and what DistributedDataParallel and DeepSpeed put before
@@ -44,25 +46,28 @@ _MOST_DEPTH, _MOST_ENTRIES = 8, 200_000
 
 
 def entries(tree: Any) -> dict[str, Any]:
-    """Returns everything in a tree by its dotted path, what is less deep first."""
-    found: dict[str, Any] = {}
-    level, total = [("", tree)], 1
+    """Returns everything in a tree by its dotted path, in the order in which it stands there.
+
+    Where there is too much, what is less deep is walked first.
+    """
+    found: list[tuple[tuple[int, ...], str, Any]] = []  # with its place in each part around it
+    level, total = [((), "", tree)], 1
     for depth in range(_MOST_DEPTH):
         deeper = []
-        for path, value in level:
+        for place, path, value in level:
             parts = items_of(value) if depth < _MOST_DEPTH - 1 else None
             if parts is None or total > _MOST_ENTRIES:
-                found[path] = value
+                found.append((place, path, value))
                 continue
             total += len(parts)
-            for key, part in parts:
+            for i, (key, part) in enumerate(parts):
                 inner = f"{path}.{key_name(key)}" if path else key_name(key)
                 if isinstance(key, str):
-                    deeper.append((inner, part))
+                    deeper.append(((*place, i), inner, part))
                 else:
-                    found[inner] = None  # No tensor has such a name.
+                    found.append(((*place, i), inner, None))  # No tensor has such a name.
         level = deeper
-    return found
+    return {path: value for _, path, value in sorted(found, key=lambda entry: entry[0])}
 
 
 def select(
@@ -91,7 +96,9 @@ def select(
     """
     is_tensor = {p: getattr(x, "known", isinstance(x, np.ndarray)) for p, x in entries.items()}
     names = [path for path, known in is_tensor.items() if known]
-    groups = (_recognised(names, recognise) if recognise else []) or _usual(names)
+    tensors = {path: entries[path] for path in names}
+    found, misfits = _recognised(tensors, recognise) if recognise else ([], [])
+    groups = found or _usual(names)
     sets = {label: [g for g in groups if g.label == label] for label in ("model", "ema")}
     if weights == "discriminator":
         weights = "model"
@@ -101,6 +108,12 @@ def select(
     wanted = weights or "model"
     other = "model" if wanted == "ema" else "ema"
     notices = []
+    if wanted == "ema" and not sets["ema"] and misfits:
+        raise CheckpointError(
+            f"{source}: {misfits[0]}",
+            expected="the parameters of the model beside it, in their order",
+            remedy=f"weights='model' reads the model. {unnamed.RECIPE}",
+        )
     if not sets[wanted] and sets[other]:
         lost = next((p for p in names if wanted == "ema" and _AVERAGE.search(p)), None)
         more = f" (those under {lost.rpartition('.')[0]!r} are of no network known)" if lost else ""
@@ -117,6 +130,13 @@ def select(
     if aside:
         others = ", ".join(repr(group.prefix) for group in aside)
         notices.append(f"{source}: reading the weights under {chosen.prefix!r}, not {others}")
+    if all(bare.rpartition(".")[2].isdecimal() for bare in chosen.names):
+        raise CheckpointError(
+            f"{source}: {len(chosen.names)} tensors in a list, without names (it holds: {holds})",
+            expected="a dict of tensors, or the model's state dict beside the list",
+            remedy="In PyTorch, write `torch.save({'model': model.state_dict(), 'ema': "
+            f"ema.state_dict()}}, ...)`. {unnamed.RECIPE}",
+        )
     for bare in chosen.twice:
         raise CheckpointError(
             f"{source}: {bare!r} is there twice, with and without a prefix",
@@ -162,8 +182,8 @@ class _Group:
         parts = self.prefix.split(".")
         if any(_DISCRIMINATOR.fullmatch(part) for part in parts):
             return "discriminator"
-        # A class that keeps an average may keep what is trained beside it.
-        return "ema" if _AVERAGE.search(self.prefix) and "online" not in parts[-1] else "model"
+        raw = any(word in parts[-1] for word in _RAW)
+        return "ema" if _AVERAGE.search(self.prefix) and not raw else "model"
 
 
 def _rank(group: _Group) -> tuple[bool, int]:
@@ -181,15 +201,19 @@ def _beside(group: _Group, others: Collection[str]) -> list[str]:
     return [path.removeprefix(under) for path in bare if path.startswith(under)]
 
 
-def _recognised(names: Collection[str], recognise: Recognise) -> list[_Group]:
-    """The outermost groups whose tensors are of the network wanted, else of one that is known."""
+def _recognised(tensors: Mapping[str, Any], recognise: Recognise) -> tuple[list[_Group], list[str]]:
+    """The outermost groups whose tensors are of the network wanted, else of one that is known.
+
+    Also says which averages are lists that do not fit any of these.
+    """
     groups: dict[str, _Group] = {}
-    for path in names:
+    for path in tensors:
         parts = _ANY_WRAPPER.sub("", path).split(".")
         for i in range(min(len(parts), _MOST_DEPTH)):
             prefix = ".".join(parts[:i])
             groups.setdefault(prefix, _Group(prefix)).put(".".join(parts[i:]), path)
     found: list[tuple[int, _Group]] = []
+    misfits: list[str] = []
     for prefix in sorted(groups, key=lambda prefix: bool(prefix) + prefix.count(".")):
         group = groups[prefix]
         outer = [g for _, g in found if f"{prefix}.".startswith(f"{g.prefix}." if g.prefix else "")]
@@ -198,7 +222,9 @@ def _recognised(names: Collection[str], recognise: Recognise) -> list[_Group]:
             continue
         rank = recognise(group.names)
         if rank is None and group.label == "ema":
-            group = _renamed(group, [g for _, g in found])
+            known = [g for _, g in found if g.label == "model"]
+            group, why = _renamed(group, known, tensors)
+            misfits += why
             rank = recognise(group.names)
         if rank is not None:
             found.append((rank, group))
@@ -207,21 +233,29 @@ def _recognised(names: Collection[str], recognise: Recognise) -> list[_Group]:
                 for bare in [bare for bare, path in g.names.items() if path in inner]:
                     del g.names[bare]
     best = min((rank for rank, _ in found), default=0)
-    return [group for rank, group in found if rank == best]
+    return [group for rank, group in found if rank == best], misfits
 
 
-def _renamed(group: _Group, known: list[_Group]) -> _Group:
-    """An average with the names of a known group.
+def _renamed(
+    group: _Group, known: list[_Group], tensors: Mapping[str, Any]
+) -> tuple[_Group, list[str]]:
+    """An average with the names of a known group, and why a list has none of them.
 
-    Some lost their dots, as latent-diffusion's, or have "_" instead; torch_ema's is a list in the
-    order of the parameters.
+    Some lost their dots, as latent-diffusion's, or have "_" instead; some are lists.
     """
+    if known and all(bare.isdecimal() for bare in group.names):
+        values = [tensors[path] for path in group.names.values()]
+        models = [{bare: tensors[path] for bare, path in g.names.items()} for g in known]
+        for names in (unnamed.names_of(values, model) for model in models):
+            if names is not None:
+                pairs = dict(zip(names, group.names.values(), strict=True))
+                return _Group(group.prefix, pairs), []
+        why = f"{group.prefix!r} is a list: {unnamed.misfit(values, models[0])}"
+        return _Group(group.prefix), [why] if unnamed.is_large(values) else []
     bares = [bare for g in known[:1] for bare in g.names]
     named = {bare.replace(".", dot): bare for bare in bares for dot in ("", "_")}
-    if len(group.names) == len(bares):
-        named |= {str(i): bare for i, bare in enumerate(bares)}
     pairs = {named[bare]: path for bare, path in group.names.items() if bare in named}
-    return _Group(group.prefix, pairs)
+    return _Group(group.prefix, pairs), []
 
 
 def _usual(names: Collection[str]) -> list[_Group]:

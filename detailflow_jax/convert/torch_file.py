@@ -71,14 +71,12 @@ class Inert:
 
 
 def items_of(value: Any) -> list[tuple[Any, Any]] | None:
-    """Returns what a dict, an object or a list of these or of tensors holds, else None.
+    """Returns what a dict, an object, or a list of these or of tensors holds, else None.
 
-    A module holds its parameters, buffers and modules.
+    A module holds its parameters, buffers and modules. Lists may be in lists.
     """
     if isinstance(value, list | tuple):
-        held = any(
-            isinstance(x, dict | Inert | TensorSpec | ArraySpec) for x in value[:_MOST_LISTED]
-        )
+        held = any(_is_held(x) for x in value[:_MOST_LISTED])
         few = len(value) <= _MOST_LISTED
         return [(str(i), x) for i, x in enumerate(value)] if held and few else None
     parts = value.parts if isinstance(value, Inert) else value
@@ -94,6 +92,12 @@ def items_of(value: Any) -> list[tuple[Any, Any]] | None:
         k: x.parts["_val"] for k, x in parts.items() if isinstance(x, Inert) and "_val" in x.parts
     }
     return list((parts | plain).items())
+
+
+def _is_held(value: Any, depth: int = 2) -> bool:
+    if isinstance(value, list | tuple):
+        return depth > 0 and any(_is_held(x, depth - 1) for x in value[:2])
+    return isinstance(value, dict | Inert | TensorSpec | ArraySpec)
 
 
 def _set_items(target: Any, pairs: Any) -> None:

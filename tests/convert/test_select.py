@@ -16,7 +16,7 @@ import torch
 
 import detailflow_jax as df
 from convert_models import TOKENIZER_HEADS, recorded
-from detailflow_jax.convert import CheckpointError
+from detailflow_jax.convert import CheckpointError, unnamed
 from detailflow_jax.convert.load import load
 
 HEADS = "tokenizer", TOKENIZER_HEADS
@@ -149,6 +149,21 @@ FORMS = {
     "list of parameters": {
         "model": MODEL, "ema": {"decay": 0.9, "shadow_params": list(AVERAGE.values())},
     },
+    "list beside buffers": {
+        "model": MODEL | {"freqs_cis": torch.ones(3, 2), "steps": torch.tensor(3)},
+        "ema": {
+            "shadow_params": list(AVERAGE.values()), "collected_params": list(MODEL.values()),
+        },
+    },
+    "list of a module": {"model": Holder(MODEL), "ema": list(Holder(AVERAGE).parameters())},
+    "lists of several decays": {
+        "ema_rate": [0.99, 0.999], "model": MODEL,
+        "ema_params": [list(AVERAGE.values()), list(MODEL.values())],
+    },
+    "arrays": {
+        "model": MODEL, "history": [torch.tensor(2.0)],
+        "avg": [(0.9, [x.numpy() for x in AVERAGE.values()])],
+    },
     "list": [{"model": MODEL, "ema": AVERAGE}, 7],
     "pair": (MODEL, {"ema": AVERAGE}),
     "nested": {"model": nested(MODEL), "ema": nested(AVERAGE)},
@@ -208,6 +223,45 @@ def test_every_form_has_both_sets(tmp_path, form):
 def test_which_keys_hold_an_average(tmp_path, key, shift):
     torch.save({"model": MODEL, key: AVERAGE}, tmp_path / "x.pt")
     assert shift_of(tmp_path / "x.pt") == shift
+
+
+def test_of_averages_of_several_decays_the_first_is_taken(tmp_path):
+    torch.save(FORMS["lists of several decays"], tmp_path / "x.pt")
+    found = load("generator", tmp_path / "x.pt", overrides={"num_heads": 4, "num_tokens": 32})
+    assert any("under 'ema_params.0', not 'ema_params.1'" in n for n in found.notices)
+
+
+def test_an_average_without_names_that_does_not_fit_is_refused(tmp_path):
+    rows = list(AVERAGE.values())
+    swapped = [rows[1], rows[0], *rows[2:]]
+    for values, why in (
+        (rows[:-1], rf"'ema.shadow_params' is a list: it has {len(rows) - 1}, the model"),
+        (swapped, r"its tensor 0 is \(\d+, \d+\), where cls_embedding.* is \(\d+, \d+\); expected"),
+    ):
+        torch.save({"model": MODEL, "ema": {"shadow_params": values}}, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match=why):
+            df.load_generator(tmp_path / "x.pt", num_heads=4, num_tokens=32)
+        assert shift_of(tmp_path / "x.pt", weights="model") == 0
+    torch.save({"model": MODEL, "ema_losses": [torch.ones(1)] * 3}, tmp_path / "x.pt")
+    assert shift_of(tmp_path / "x.pt") == 0  # no parameters at all
+
+
+@pytest.mark.parametrize("key", ["shadow_params", None])
+def test_a_list_without_a_model_says_what_is_missing(tmp_path, key):
+    values = list(AVERAGE.values())
+    torch.save({"decay": 0.9, key: values} if key else values, tmp_path / "x.pt")
+    found = rf"{len(values)} tensors in a list, without names .*state dict beside.*copy_to"
+    with pytest.raises(CheckpointError, match=found):
+        df.load_generator(tmp_path / "x.pt", num_heads=4, num_tokens=32)
+
+
+def test_frozen_parts_and_tables_are_no_parameters():
+    model = {"repa_model.a": np.ones(3), "b.running_mean": np.ones(3), "c": np.ones((2, 1))}
+    row, column = np.ones(3), np.ones((2, 1))
+    assert unnamed.names_of([row, column], model) == ["repa_model.a", "c"]
+    assert unnamed.names_of([row, row, column], model) == [*model]
+    assert unnamed.names_of([column], model) == ["c"]
+    assert unnamed.names_of([row], model) is None
 
 
 def test_an_average_that_is_not_known_is_told(tmp_path):
