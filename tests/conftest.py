@@ -25,7 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONG_ROOMS = ("end_to_end", "processes")
-FIRST_ROOMS = (*LONG_ROOMS, "tasks", "models", "evaluate")
+FIRST_ROOMS = (*LONG_ROOMS, "training", "tasks", "models", "evaluate")
 LONG = 900  # Seconds for those rooms and full tests; the others' limit is in pyproject.toml.
 
 

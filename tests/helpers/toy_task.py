@@ -4,6 +4,7 @@ Also a configuration file (`--config tests/helpers/toy_task.py`) and a program t
 `python tests/helpers/toy_task.py --config tests/helpers/toy_task.py --workdir DIR`.
 """
 
+import json
 import time
 
 import flax.linen as nn
@@ -15,10 +16,13 @@ import optax
 from ml_collections import ConfigDict
 
 from detailflow_jax import train
-from detailflow_jax.runtime import distributed
+from detailflow_jax.runtime import distributed, sharding
+from detailflow_jax.runtime.checkpoint import Checkpoints
 from detailflow_jax.tasks import Task, TrainState
 
 WIDTH, HIDDEN, CLASSES = 16, 64, 8
+FILE = __file__
+TIMES = ("images_per_second", "seconds", "perf/")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -154,6 +158,34 @@ def train_for(workdir: str, fields: dict) -> None:
     config = get_config()
     config.update(fields)
     run(config, workdir)
+
+
+def config_of(**fields):
+    config = get_config()
+    config.update(fields)
+    return config
+
+
+def metrics_of(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(lines: list[dict]) -> list[dict]:
+    return [{name: line[name] for name in line if not name.startswith(TIMES)} for line in lines]
+
+
+def state_of(workdir, config) -> TrainState:
+    """The newest checkpoint, whole."""
+    task, mesh = make_task(config), sharding.make_mesh(config.mesh)
+    abstract = sharding.abstract_state(task.init, jax.random.key(0), mesh)
+    with Checkpoints(workdir, 2) as checkpoints:
+        return checkpoints.restore(abstract.replace(frozen={})).state
+
+
+def assert_same_bits(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 if __name__ == "__main__":
