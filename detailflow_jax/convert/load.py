@@ -149,7 +149,11 @@ def _configured(
     if "model" not in stored:
         raise ConfigError(f"{path}: config.json has no section model")
     try:
-        return _override(of.from_run(stored.model), overrides)
+        config = of.from_run(stored.model)
+    except ConfigError as error:  # Not every ValueError: the function may be a fork's.
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        return _override(config, overrides)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 

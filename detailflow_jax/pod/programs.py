@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from detailflow_jax.inference.programs import network_of
 from detailflow_jax.inference.sampling import DECODERS, sampling_of
 from detailflow_jax.runtime import sharding
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, UserError
 from detailflow_jax.tasks import Task, TrainState, make_task
 
 
@@ -110,14 +110,15 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Program:
       ConfigError: the configuration and the mesh do not go together.
     """
     sharding.check_batch_size(config.batch_size, mesh)
-    task = _task(config)
+    task, batch = _task(config), _abstract_batch(config, mesh)
+    task.check(batch)
     state = _abstract_state(task, mesh)
     variant, plan, note = _usual_plan(task)
     step = sharding.jit_step(task.train_step, state)
     whole = NamedSharding(mesh, PartitionSpec())
     plan = jax.tree.map(lambda x: _abstract(np.shape(x), np.asarray(x).dtype, whole), plan)
-    arguments = state, _abstract_batch(config, mesh), plan
-    return Program("train", step, arguments, {"variant": variant}, mesh, config.batch_size, note)
+    options = {"variant": variant}
+    return Program("train", step, (state, batch, plan), options, mesh, config.batch_size, note)
 
 
 def sampler_program(config: ConfigDict, mesh: Mesh, batch_size: int, cfg_scale: float) -> Program:
@@ -146,16 +147,13 @@ def sampler_program(config: ConfigDict, mesh: Mesh, batch_size: int, cfg_scale: 
 def _task(config: ConfigDict) -> Task:
     try:
         return make_task(config)
-    except ValueError:
+    except UserError:
         # It may lack the weights of a frozen network, which are not needed here.
         config = config.copy_and_resolve_references()
         for part in config.values():
             if isinstance(part, ConfigDict) and "random" in part:
                 part.random = True
-    try:
-        return make_task(config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return make_task(config)
 
 
 def _abstract(shape: tuple, dtype: Any, placement: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -208,14 +206,10 @@ def compile_program(program: Program) -> Compiled:
 
     Raises:
       DoesNotFit: the chip's memory is too small.
-      ConfigError: the step cannot be traced with this configuration.
     """
     start, cpu_start = time.perf_counter(), time.process_time()
     with sharding.use(program.mesh):
-        try:
-            traced = program.function.trace(*program.arguments, **program.options)
-        except ValueError as error:
-            raise ConfigError(f"the step cannot be traced: {error}") from error
+        traced = program.function.trace(*program.arguments, **program.options)
         lowered = traced.lower(lowering_platforms=("tpu",))
         try:
             executable = lowered.compile()

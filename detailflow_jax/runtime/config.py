@@ -141,7 +141,7 @@ def _run_config_file(spec: str) -> ConfigDict:
             raise ConfigError(f"{path} has no variants: write {path!r} instead of {spec!r}")
         try:
             config = get_config(arg) if has_arg else get_config()
-        except (ValueError, KeyError) as error:
+        except ValueError as error:  # What it has against its argument.
             raise ConfigError(f"{spec}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")

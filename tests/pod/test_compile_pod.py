@@ -1,5 +1,6 @@
 """Compiling for a TPU pod on a CPU: what is read from programs, and the real compiler."""
 
+import dataclasses
 import json
 import pathlib
 import platform
@@ -26,7 +27,8 @@ from detailflow_jax.pod import (
 from detailflow_jax.pod import command as compile_pod
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.config import load_config
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, UserError
+from detailflow_jax.tasks import make_task
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GENERATOR = f"{ROOT}/configs/generator.py:detailflow_16:"
@@ -211,6 +213,23 @@ def test_the_compiler_knows_every_slice_of_the_table():
         places = {tuple(device.coords[: len(topology.shape)]) for device in devices}
         assert len(devices) == len(places) == topology.chips, name
         assert max(places) == tuple(size - 1 for size in topology.shape), name
+
+
+@pytest.mark.parametrize("where", ["make", "train_step"])
+def test_a_bug_in_a_forked_task_keeps_its_traceback(where, monkeypatch):
+    def broken(*args, **options):
+        raise ValueError("a bug in forked code")
+
+    make = broken
+    if where == "train_step":
+        make = lambda config: dataclasses.replace(make_task(config), train_step=broken)  # noqa: E731
+    monkeypatch.setattr(programs, "make_task", make)
+    size = ("width=32", "depth=1", "num_heads=2", "num_tokens=16", "codebook_size=64")
+    overrides = [f"--config.model.{field}" for field in (*size, "num_classes=4", "group_size=4")]
+    config = load_config(f"{ROOT}/configs/generator.py:digits", overrides)
+    with pytest.raises(ValueError, match="a bug in forked code") as raised:
+        programs.compile_program(programs.train_program(config, sharding.make_mesh({})))
+    assert not isinstance(raised.value, UserError)
 
 
 @pytest.mark.parametrize("name", ["v5e-17", "v4-8", "v5p:4x4", "v5e:", ""])

@@ -47,3 +47,13 @@ def test_a_bug_in_a_forked_task_keeps_its_traceback(where, tmp_path):
     with pytest.raises(ValueError, match="a bug in forked code") as raised:
         train.main(["--config", str(TOY), "--workdir", str(tmp_path)], run)
     assert not isinstance(raised.value, errors.UserError)
+
+
+def test_a_bug_in_a_configuration_file_keeps_its_traceback(tmp_path, capsys):
+    path = tmp_path / "config.py"
+    path.write_text('def get_config(arg=None):\n    return {}["a bug"]\n')
+    with pytest.raises(KeyError, match="a bug"):
+        train.main(["--config", str(path), "--workdir", str(tmp_path)])
+    path.write_text('def get_config(arg=None):\n    raise ValueError(f"no variant {arg}")\n')
+    assert train.main(["--config", f"{path}:x", "--workdir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {path}:x: no variant x\n"
