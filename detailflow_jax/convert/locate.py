@@ -47,6 +47,8 @@ _REMEDIES = {
     r"\.distcp$": "These are parts for each process: `python -m "
     "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER x.pt` makes one file of them.",
     r"^data\.pkl$": "A file of torch.save was unpacked: download it again and leave it packed.",
+    r"\.(npz|npy|h5|hdf5|msgpack|onnx|pkl|pickle|joblib|pt2)$": "Name the file itself: the "
+    "error says how a checkpoint is made of it.",
     _SHARD.pattern: "Download the missing shards.",
 }
 # No configuration or index is near this; a file that is would only fill the memory.

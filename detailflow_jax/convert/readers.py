@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from detailflow_jax.convert import select
+from detailflow_jax.convert import foreign, select
 from detailflow_jax.convert.errors import CheckpointError, some
 from detailflow_jax.convert.folders import Folder, open_folder
 from detailflow_jax.convert.locate import find, parse_yaml, read_mapping
@@ -32,7 +32,6 @@ from detailflow_jax.convert.torch_file import (
 
 # Where a training checkpoint keeps its settings, the first one present being read.
 _ARGUMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "model_args")
-_ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")
 _SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64,
@@ -140,11 +139,12 @@ def _read_file(path: Path, name: str) -> _File:
     size = path.stat().st_size
     # numpy cannot map an empty file.
     raw = np.memmap(path, np.uint8, "r").view(np.ndarray) if size else np.empty(0, np.uint8)
-    head = raw[:512].tobytes()
+    head = raw[:4096].tobytes()
     # First, because the length that comes before the header may begin with any byte.
     if head[8:9] == b"{":
         return _File(size, _read_safetensors(raw, path, name))
-    if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
+    found = foreign.what_it_is(head, name)
+    if not found and head.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
         tree = open_torch(raw, path, name)
         top = dict(items_of(tree) or ())
         settings = next((top[key] for key in _ARGUMENTS if items_of(top.get(key))), None)
@@ -153,30 +153,11 @@ def _read_file(path: Path, name: str) -> _File:
         for section in (*(sections.get(key) for key in (*_ARGUMENTS, "model")), settings):
             plain |= _plain_arguments(section)
         return _File(size, select.entries(tree), plain, select.listed(tree))
-    found, remedy = _foreign(head)
+    what = f"begins with {head[:60]!r}" if head else "is empty"
+    what, remedy = found or (what, "Check that it is the checkpoint, and download it again.")
     raise CheckpointError(
-        f"{name}: {found}", expected="a file of torch.save or of safetensors", remedy=remedy
+        f"{name}: {what}", expected="a file of torch.save or of safetensors", remedy=remedy
     )
-
-
-def _foreign(head: bytes) -> tuple[str, str]:
-    """What a file that is no checkpoint seems to be, and what to do about it."""
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if not head:
-        return "is empty", "Download or copy it again."
-    if head.startswith(b"version https://git-lfs"):
-        return (
-            "a Git LFS pointer, not the file it stands for",
-            "Run `git lfs pull` in its repository, or download the file itself.",
-        )
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page, probably an error or a login page", "Download the file itself."
-    if head[257:262] == b"ustar" or head.startswith(_ARCHIVES):
-        remedy = "Unpack it; load a PyTorch file older than 0.2 in PyTorch."
-        return "an archive, as of tar or gzip", remedy
-    if not head.strip(b"\0"):
-        return "begins with zeros, as an unfinished download does", "Download or copy it again."
-    return f"begins with {head[:60]!r}", "Check that it is the checkpoint, and download it again."
 
 
 def _plain_arguments(settings: Any) -> dict[str, Any]:

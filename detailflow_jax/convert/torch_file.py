@@ -24,6 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from detailflow_jax.convert import foreign
 from detailflow_jax.convert.errors import CheckpointError, some
 from detailflow_jax.convert.pickled import (
     AGAIN,
@@ -379,9 +380,9 @@ def _open_legacy(raw: np.ndarray, name: str) -> Any:
     magic, _ = _load(stream, name)
     if magic != _LEGACY_MAGIC_NUMBER:
         raise CheckpointError(
-            f"{name}: a pickle, but not one of torch.save",
+            f"{name}: {foreign.NO_TORCH}",
             expected="a file of torch.save or a .safetensors file",
-            remedy="Save the weights with torch.save(model.state_dict(), ...).",
+            remedy=foreign.recipe(foreign.RESAVE, name),
         )
     _load(stream, name)  # the version of the protocol
     system, _ = _load(stream, name)
