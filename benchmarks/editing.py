@@ -94,14 +94,14 @@ def upscaling(tokenizer, generator, images, labels, judge, seed):
     """Figures of small digits with the tokens that the generator adds; rows by caption."""
     models, rows = (tokenizer, generator), {"digit": images}
 
-    def vary(given, n):
-        return df.vary(*models, given, labels, n, seed, **SAMPLING)
+    def upscale(small, **how):
+        return df.upscale(*models, small, labels, seed, **how, **SAMPLING)
 
     for size, n, small in small_sizes(tokenizer, images):
         ways = {
-            f"upscaled from {size} px": df.upscale(*models, small, labels, seed, **SAMPLING),
-            f"from {n} of it enlarged": vary(bicubic(small, images.shape[1]), n),
-            f"from {n} of the digit": vary(images, n),
+            f"upscaled from {size} px": upscale(small),
+            f"from {n} of it enlarged": upscale(small, enlarged=True),
+            f"from {n} of the digit": df.vary(*models, images, labels, n, seed, **SAMPLING),
         }
         rows |= {way: df.to_uint8(made) for way, made in ways.items()}
     return _restored(judge, images, labels, rows), rows

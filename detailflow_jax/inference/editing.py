@@ -14,6 +14,8 @@ from detailflow_jax.inference.checks import ArrayLike, check_images, check_mask
 from detailflow_jax.inference.errors import InputError, as_input_error
 from detailflow_jax.inference.models import VAE, FlowAR, Generator, Tokenizer
 from detailflow_jax.inference.pairs import check_pair
+from detailflow_jax.ops import images as pixels
+from detailflow_jax.ops import interpolation
 
 
 def edit(
@@ -123,12 +125,15 @@ def upscale(
     images: Shaped[np.ndarray, "B s s 3"],
     labels: ArrayLike | None = None,
     seed: int = 0,
+    *,
+    enlarged: bool = False,
     **settings: Any,
 ) -> Float32[np.ndarray, "B R R 3"]:
     """Small images at full size: their tokens, as many as their size stands for, and sampled ones.
 
-    An image of s px is encoded at its own size. Its first n codes are kept, n being the inverse of
-    the resolution map at s, and the generator adds the others.
+    An image of s px is encoded at its own size, which a tokenizer has to be trained for, or
+    enlarged first. Its first n codes are kept, n being the inverse of the resolution map at s, and
+    the generator adds the others.
 
     Args:
       tokenizer: of the codes that `generator` was trained on.
@@ -136,6 +141,7 @@ def upscale(
       images: uint8 or float in [-1, 1]; s is one of the sizes that tokens decode to.
       labels: class of the images, [B]; None for no class.
       seed: image i depends on it and on i alone.
+      enlarged: encode them brought to R px by bicubic interpolation, not at s px.
       **settings: of `Generator.sample`.
 
     Returns:
@@ -151,4 +157,7 @@ def upscale(
         raise InputError(f"images are {height} x {width}, expected square ones")
     with as_input_error(f"images of {height} px: "):
         keep = tokenizer.config.resolutions.best_count(height)
+    if enlarged:
+        large = interpolation.enlarge(pixels.to_float(images), tokenizer.config.image_size)
+        images = np.clip(large, -1, 1)
     return vary(tokenizer, generator, images, labels, keep, seed, **settings)

@@ -23,6 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--size", type=int, help="side in pixels to start from; default that of the smallest image"
     )
+    parser.add_argument(
+        "--enlarged",
+        action="store_true",
+        help="enlarge plainly before encoding: better where the tokenizer was trained on one size",
+    )
     return image_command.run(run, parser.parse_args(argv))
 
 
@@ -31,7 +36,9 @@ def run(args: argparse.Namespace) -> None:
     tokenizer, generator = api.load_tokenizer(args.tokenizer), api.load_generator(args.generator)
     images = read_small(args, tokenizer)
     rows, labels, settings = image_command.repeated(images, args, generator)
-    results = api.upscale(tokenizer, generator, rows, labels, args.seed, **settings)
+    results = api.upscale(
+        tokenizer, generator, rows, labels, args.seed, enlarged=args.enlarged, **settings
+    )
     plain = interpolation.enlarge(pixels.to_float(images), tokenizer.config.image_size)
     shown = {"bicubic": api.to_uint8(plain)}
     image_command.write_results(args, (tokenizer, generator), shown, results)

@@ -107,6 +107,13 @@ def test_small_images_give_the_tokens_of_their_size(tok, gen):
     assert np.array_equal(df.upscale(tok, gen, small, seed=1), want)
 
 
+def test_small_images_can_be_enlarged_before_they_are_encoded(tok, gen):
+    flat = np.broadcast_to(IMAGES[:, :1, :1], IMAGES.shape)  # equal at every size
+    want = df.vary(tok, gen, flat, LABELS, keep=2, seed=1)
+    found = df.upscale(tok, gen, flat[:, ::2, ::2], LABELS, 1, enlarged=True)
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-4)
+
+
 def test_an_image_on_a_canvas():
     small = IMAGES[:, :8, :10]
     canvas, mask = editing.on_canvas(small, SIDE)
@@ -210,7 +217,7 @@ def test_edit_paints_in_a_box_or_around(call, tmp_path):
 def test_vary_and_upscale_write_their_results(call, tmp_path):
     assert call(vary, "--image", "cat.png", "small.png", "--keep", "2", "--label", "1") == 0
     assert len(list((tmp_path / "out").glob("*_?.png"))) == 8
-    assert call(upscale, "--image", "small.png", "--count", "2") == 0
+    assert call(upscale, "--image", "small.png", "--count", "2", "--enlarged") == 0
     assert result(tmp_path, "small_1.png").shape == (SIDE, SIDE, 3)
 
 
