@@ -99,7 +99,8 @@ def config(arm: Arm, seed: int, steps: int, vae: str, latents: str) -> Any:
     """FlowAR's configuration in an arm; one of reduced images encodes while it trains."""
     images = arm.fields.get("scales_from") == "image"
     source = "digits:train" if images else f"latents:{latents}"
-    fields = {**arm.fields, "data.source": source, "vae.path": vae}
+    fields = {"optim.kind": "muon", "optim.lr": 3e-3, "optim.final": 0.0}  # for short runs
+    fields |= {**arm.fields, "data.source": source, "vae.path": vae}
     return digit_figures.config("flowar", seed, steps, fields)
 
 
