@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from detailflow_jax.app import page
 from detailflow_jax.app.studio import Studio
 from detailflow_jax.data.classes import class_names
-from detailflow_jax.inference import api
 from detailflow_jax.inference.errors import InputError
+from detailflow_jax.inference.generate import LOAD
 from detailflow_jax.runtime import extras, files, platforms
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.errors import UserError
@@ -76,18 +76,12 @@ def chosen(args: argparse.Namespace) -> dict[str, str]:
 
 def load(paths: dict[str, str]) -> Studio:
     """The models at these paths."""
-    loaders = {
-        "tokenizer": api.load_tokenizer,
-        "generator": api.load_generator,
-        "vae": api.load_vae,
-        "flowar": api.load_flowar,
-    }
     names = {}
     for kind in ("generator", "flowar"):
         with contextlib.suppress(UserError):
             if files.is_dir(paths.get(kind, "")):
                 names[kind] = class_names(paths[kind])
-    return Studio(**{kind: loaders[kind](path) for kind, path in paths.items()}, names=names)
+    return Studio(**{kind: LOAD[kind](path) for kind, path in paths.items()}, names=names)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

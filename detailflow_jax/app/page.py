@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -268,26 +269,21 @@ def _inpaint(gr: Any, studio: Studio) -> None:
 def _told(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, whose errors of the user become one line on the page."""
 
-    def line(error: UserError) -> Exception:
-        return gr.Error(" ".join(str(error).split()), print_exception=False)
+    @contextlib.contextmanager
+    def told() -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            line = " ".join(str(error).split())
+            raise gr.Error(line, print_exception=False) from error
 
-    if function.__name__ == "show":
-
-        @functools.wraps(function)
-        def plain(*arguments):
-            try:
-                return function(*arguments)
-            except UserError as error:
-                raise line(error) from error
-
-        return plain
+    if not inspect.isgeneratorfunction(function):
+        return told()(function)
 
     @functools.wraps(function)
     def streamed(*arguments):
-        try:
+        with told():
             yield from function(*arguments)
-        except UserError as error:
-            raise line(error) from error
 
     return streamed
 

@@ -28,7 +28,7 @@ from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.writers import check_free, folder_for, local_path
 from detailflow_jax.runtime import checkpoint
 from detailflow_jax.runtime.command import make_parser
-from detailflow_jax.runtime.errors import UserError
+from detailflow_jax.runtime.errors import reported
 
 # What `write_jax` makes, and nothing of a run.
 _FOLDER = {pathlib.Path("config.json"), pathlib.Path("checkpoints/0"), pathlib.Path("checkpoints")}
@@ -206,14 +206,10 @@ def _peak_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+@reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args: Any = parse_arguments(argv)
-    try:
-        lines = convert(args)
-    except UserError as error:
-        return error.report()
-    print("\n".join(lines))
+    print("\n".join(convert(parse_arguments(argv))))
     return 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from detailflow_jax.convert import mapping
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.registry import NETWORKS
-from detailflow_jax.convert.writers import folder_for, local_path
+from detailflow_jax.convert.writers import folder_for, local_path, save_safetensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -39,8 +39,6 @@ def write(
     Raises:
       CheckpointError: diffusers has no such network, or something is at `path`.
     """
-    import safetensors.numpy
-
     network = NETWORKS[kind]
     if network.diffusers is None:
         raise CheckpointError(
@@ -54,6 +52,5 @@ def write(
     tensors |= {name: np.zeros((), np.int64) for name in mapping.counters(written)}
     with folder_for(local_path(path), {Path("config.json"), Path(WEIGHTS)}, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-        ready = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-        safetensors.numpy.save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
+        save_safetensors(tensors, folder / WEIGHTS)
     return local_path(path)

@@ -13,6 +13,7 @@ from detailflow_jax.convert.mapping import Entry
 from detailflow_jax.convert.select import Weights
 from detailflow_jax.convert.settings import Names, Settings
 from detailflow_jax.models import layers
+from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.weights import fields_of
 
 Layout = tuple[tuple[Entry, ...], tuple[str, ...]]
@@ -127,7 +128,8 @@ class Network:
 
 
 def _initialize(module: Callable, example: Callable, config: Any, scan: bool, key: Any) -> dict:
-    params = _unboxed(module(with_scan(config, True)).init(key, *example(config))["params"])
+    boxed = module(with_scan(config, True)).init(key, *example(config))["params"]
+    params = sharding.unboxed(boxed)
     return params if scan else layers.unstack_layers(params)
 
 
@@ -142,12 +144,6 @@ _kept_abstract = functools.lru_cache(maxsize=16)(_abstract)
 def with_scan(config: Any, scan: bool) -> Any:
     """Returns the configuration with `scan` set, where the network has layers to scan."""
     return dataclasses.replace(config, scan=scan) if hasattr(config, "scan") else config
-
-
-def _unboxed(params: Any) -> Any:
-    # Not `nn.unbox`, which would constrain the arrays to a mesh.
-    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
-    return jax.tree.map(lambda x: x.value if is_box(x) else x, params, is_leaf=is_box)
 
 
 def any_of(signs: Collection[str]) -> Callable[[Collection[str]], bool]:

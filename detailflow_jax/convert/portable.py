@@ -21,7 +21,9 @@ from detailflow_jax.convert import mapping
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.folders import open_folder
 from detailflow_jax.convert.locate import read_mapping
+from detailflow_jax.convert.network import with_scan
 from detailflow_jax.convert.readers import check_finite, read_checkpoint
+from detailflow_jax.convert.writers import save_safetensors
 from detailflow_jax.models import layers
 from detailflow_jax.runtime import files
 
@@ -40,17 +42,12 @@ def write(
       params: nested parameters, scanned or not.
       encoded_by: fingerprint of the encoder that it belongs to.
     """
-    import safetensors.numpy
-
-    if hasattr(config, "scan"):
-        config = dataclasses.replace(config, scan=True)
-    written = {"task": kind, "model": dataclasses.asdict(config)}
+    written = {"task": kind, "model": dataclasses.asdict(with_scan(config, True))}
     if encoded_by:
         written["encoded_by"] = encoded_by
     (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
     flat = mapping.flatten(jax.device_get(layers.stack_layers(params)))
-    ready = {name: np.ascontiguousarray(x) for name, x in flat.items()}
-    safetensors.numpy.save_file(ready, folder / WEIGHTS, metadata={"format": "np"})
+    save_safetensors(flat, folder / WEIGHTS, "np")
 
 
 def find(path: str | os.PathLike[str]) -> dict[str, Any] | None:

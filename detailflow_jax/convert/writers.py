@@ -76,10 +76,7 @@ def write_pytorch(
 
     def save(file: Path) -> None:
         if single:
-            import safetensors.numpy
-
-            ready = {k: _prepared(x, dtype) for k, x in tensors.items()}
-            safetensors.numpy.save_file(ready, file, metadata={"format": "pt"})
+            save_safetensors({k: _prepared(x, dtype) for k, x in tensors.items()}, file)
         else:
             _save_torch(tensors, more, wrap, dtype, file)
 
@@ -195,6 +192,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
+def save_safetensors(tensors: Tensors, path: Path, format: str = "pt") -> None:
+    """Writes a file of safetensors; `format` says in its header what wrote it."""
+    import safetensors.numpy
+
+    ready = {name: np.asarray(x, order="C") for name, x in tensors.items()}
+    safetensors.numpy.save_file(ready, path, metadata={"format": format})
 
 
 def _save_torch(

@@ -16,7 +16,7 @@ from detailflow_jax.data.sources import SOURCE_KINDS, make_source
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.config import read_config
-from detailflow_jax.runtime.errors import ConfigError, UserError, closest_names
+from detailflow_jax.runtime.errors import ConfigError, closest_names, reported
 
 _NUMBERS = re.compile(r"[\d,\s-]+")
 _MOST_LABELS = 1_000_000  # in a range; more are a slip of the pen
@@ -112,6 +112,7 @@ def shown(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(f"{i}: {printable(name)}" for i, name in enumerate(names[:most])) + rest
 
 
+@reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     parser = make_parser(
@@ -122,9 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     help_text = "a workdir, a folder of codes, latents or images, or a source such as digits"
     parser.add_argument("place", metavar="DIR", help=help_text)
-    try:
-        names = class_names(parser.parse_args(argv).place)
-    except UserError as error:
-        return error.report()
+    names = class_names(parser.parse_args(argv).place)
     print("\n".join(f"{label}\t{printable(name)}" for label, name in enumerate(names)))
     return 0

@@ -27,7 +27,7 @@ from detailflow_jax.data.pipeline import iterate_crops
 from detailflow_jax.data.sources import image_and_label, make_source, unknown_dataset
 from detailflow_jax.runtime import extras, files
 from detailflow_jax.runtime.command import make_parser
-from detailflow_jax.runtime.errors import ConfigError, FileError, UserError
+from detailflow_jax.runtime.errors import ConfigError, FileError, UserError, reported
 from detailflow_jax.runtime.workdir import hold_workdir
 
 IMAGENET = "imagenet2012"
@@ -245,6 +245,7 @@ exit codes: 0 prepared; 2 it cannot be, the text says what to do.""",
     return parser.parse_args(argv)
 
 
+@reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, 130 for Ctrl-C, or an error's exit code."""
     args = parse_arguments(argv)
@@ -257,8 +258,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             for split, images in verify(builder).items():
                 print(f"{split}: {len(images)} unreadable images, which training skips and counts")
                 print("".join(f"  {image}\n" for image in images), end="")
-    except UserError as error:
-        return error.report()
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
         return 130

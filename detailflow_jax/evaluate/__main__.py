@@ -33,7 +33,7 @@ from detailflow_jax.evaluate.samples import open_samples
 from detailflow_jax.inference import api
 from detailflow_jax.runtime import distributed, extras, files, platforms
 from detailflow_jax.runtime.command import HelpFormatter, make_parser
-from detailflow_jax.runtime.errors import UserError
+from detailflow_jax.runtime.errors import reported
 
 KINDS = {
     "detailflow": (
@@ -285,20 +285,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+@reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or an error's exit code after one line on it."""
     args = parse_arguments(argv)
-    try:
-        distributed.start(args.coordinator_address, args.num_processes, args.process_id)
-        if jax.process_index() == 0:
-            files.make_folder(args.out)
-        run = {"generation": run_generation, "reconstruction": run_reconstruction}[args.command]
-        results = run(args)
-        if jax.process_index() == 0:
-            generation.write_results(files.path(args.out), results)
-    except UserError as error:
-        return error.report()
+    distributed.start(args.coordinator_address, args.num_processes, args.process_id)
     if jax.process_index() == 0:
+        files.make_folder(args.out)
+    run = {"generation": run_generation, "reconstruction": run_reconstruction}[args.command]
+    results = run(args)
+    if jax.process_index() == 0:
+        generation.write_results(files.path(args.out), results)
         print(table(results["rows"]))
         if len(results.get("summary", {}).get("by_cfg_scale", ())) > 1:
             print("\n" + table(results["summary"]["by_cfg_scale"]))

@@ -113,12 +113,6 @@ def _factor(mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------- inception score
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of logits, both [N, K] of one dtype."""
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
-
-
 def inception_score(probabilities: np.ndarray, split_size: int = SPLIT_SIZE) -> float:
     """Mean over consecutive splits of exp(mean KL(p(y|x) || p(y))), in float32.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.special
 
 from detailflow_jax.evaluate import report
 from detailflow_jax.evaluate.chunks import UNREADABLE, ChunkFolder, of_images, unreadable_in
@@ -23,7 +24,6 @@ from detailflow_jax.evaluate.distances import (
     inception_score,
     mixed,
     precision_recall,
-    softmax,
 )
 from detailflow_jax.evaluate.errors import EvaluationError
 from detailflow_jax.evaluate.features import FeatureExtractor
@@ -95,7 +95,7 @@ def score(
     if not name:
         if reference.spatial:
             values["sfid"] = frechet_distance(*reference.spatial, *gaussian(parts("spatial")))
-        probabilities = [softmax(part) for part in parts("logits")]
+        probabilities = [scipy.special.softmax(x, axis=1) for x in parts("logits")]
         values["inception_score"] = inception_score(mixed(np.concatenate(probabilities)))
     if reference.features is not None:
         features = np.concatenate(list(parts("pool")))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detailflow_jax.runtime import extras, files
+from detailflow_jax.runtime import extras, files, pictures
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --soft: #5c6370; --line: #d9dce1;
@@ -94,13 +94,6 @@ def plots_html(plots: Mapping[str, str]) -> str:
     return f'<div class="plots">{figures}</div>'
 
 
-def png(picture: np.ndarray) -> bytes:
-    """A picture uint8 [H, W, 3] as PNG bytes."""
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, format="png", optimize=True)
-    return stream.getvalue()
-
-
 def grid_html(
     images: np.ndarray,
     columns: int,
@@ -130,7 +123,7 @@ def grid_html(
         parts += [heads[column]] if heads else []
         large = Image.fromarray(image)
         large = large.resize((3 * large.width, 3 * large.height), Image.Resampling.BICUBIC)
-        data = base64.b64encode(png(np.asarray(large))).decode()
+        data = base64.b64encode(pictures.png(np.asarray(large), optimize=True)).decode()
         alt = html.escape(", ".join(parts))
         cells.append(f'<img alt="{alt}" src="data:image/png;base64,{data}">')
     template = ("auto " if rows else "") + f"repeat({columns}, minmax(0, 1fr))"

@@ -26,7 +26,7 @@ from detailflow_jax.inference.batching import in_batches
 from detailflow_jax.inference.models import Model
 from detailflow_jax.runtime import distributed, files, sharding
 from detailflow_jax.runtime.command import make_parser
-from detailflow_jax.runtime.errors import UserError
+from detailflow_jax.runtime.errors import reported
 
 Views = UInt8[np.ndarray, "M K R R 3"]
 
@@ -217,18 +217,16 @@ class Command:
         distributed.add_arguments(parser)
         return parser.parse_args(argv)
 
+    @reported
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs the command line; returns its exit code."""
         args = self.parse(argv)
         settings = {name: getattr(args, name) for name in ("shard_size", *self.options)}
-        try:
-            distributed.start(args.coordinator_address, args.num_processes, args.process_id)
-            files.path(args.out)  # Before the images and the network are read.
-            source = data.make_source(args.source, args.split, args.data_dir)
-            network = self.load(getattr(args, self.network))
-            manifest = self.extract(network, source, args.out, **settings)
-        except UserError as error:
-            return error.report()
+        distributed.start(args.coordinator_address, args.num_processes, args.process_id)
+        files.path(args.out)  # Before the images and the network are read.
+        source = data.make_source(args.source, args.split, args.data_dir)
+        network = self.load(getattr(args, self.network))
+        manifest = self.extract(network, source, args.out, **settings)
         if jax.process_index() == 0:
             print(
                 f"{manifest['num_records']} images {self.stored(settings)} in "

@@ -35,7 +35,7 @@ from detailflow_jax.inference.sampling import DECODERS
 from detailflow_jax.ops.objectives import GRIDS
 from detailflow_jax.runtime import distributed, files, pictures
 from detailflow_jax.runtime.command import make_parser
-from detailflow_jax.runtime.errors import ConfigError, UserError
+from detailflow_jax.runtime.errors import ConfigError, reported
 from detailflow_jax.runtime.files import write_atomically
 
 Images = UInt8[np.ndarray, "B H W 3"]
@@ -224,14 +224,12 @@ def labels_of(text: str, model: str) -> list[int]:
     return parse_labels(text, names)
 
 
+@reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = parse_arguments(argv)
-    try:
-        distributed.start(args.coordinator_address, args.num_processes, args.process_id)
-        images = generate(args)
-    except UserError as error:
-        return error.report()
+    distributed.start(args.coordinator_address, args.num_processes, args.process_id)
+    images = generate(args)
     if jax.process_index() == 0:
         print(f"{len(images)} images of {images.shape[1]}x{images.shape[2]} px in {args.out}")
     return 0

@@ -25,7 +25,7 @@ from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.models.dc_ae import DCAEConfig
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.command import make_parser
-from detailflow_jax.runtime.errors import ConfigError, UserError
+from detailflow_jax.runtime.errors import ConfigError, UserError, reported
 
 if TYPE_CHECKING:
     from detailflow_jax.inference.models import Model
@@ -248,6 +248,7 @@ exit codes: 0 done; 1 the hub did not take it, try again; 2 not done, the last l
     return parser
 
 
+@reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parser().parse_args(argv)
@@ -257,17 +258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "licence": args.license,
         "pytorch": args.pytorch,
     }
-    try:
-        _check_name(args.repo)
-        from detailflow_jax.inference import api
+    _check_name(args.repo)
+    from detailflow_jax.inference import api
 
-        model = api.load(args.model, weights=args.weights, step=args.step)
-        if args.folder:
-            write(model, files.local_path(args.folder, "--folder"), args.repo, **about)
-            print(f"{args.folder}: what would be at hf:{args.repo}")
-        else:
-            options = {"private": args.private, "revision": args.revision, "message": args.message}
-            print(push(model, args.repo, **about, **options))
-    except UserError as error:
-        return error.report()
+    model = api.load(args.model, weights=args.weights, step=args.step)
+    if args.folder:
+        write(model, files.local_path(args.folder, "--folder"), args.repo, **about)
+        print(f"{args.folder}: what would be at hf:{args.repo}")
+    else:
+        options = {"private": args.private, "revision": args.revision, "message": args.message}
+        print(push(model, args.repo, **about, **options))
     return 0

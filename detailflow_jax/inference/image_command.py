@@ -23,7 +23,7 @@ from detailflow_jax.inference.generate import labels_of, write_origin
 from detailflow_jax.inference.models import Model
 from detailflow_jax.runtime import files, pictures
 from detailflow_jax.runtime.command import make_parser
-from detailflow_jax.runtime.errors import UserError
+from detailflow_jax.runtime.errors import reported
 
 Results = Float32[np.ndarray, "B R R c"]
 
@@ -115,11 +115,9 @@ def write_results(
     print(f"{len(images)} images of {images.shape[1]} px in {args.out}")
 
 
+@reported
 def run(function: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> int:
     """The exit code of a command; an error of the user is told in one line."""
-    try:
-        files.path(args.out)  # An address that cannot be written to shows before the sampling.
-        function(args)
-    except UserError as error:
-        return error.report()
+    files.path(args.out)  # An address that cannot be written to shows before the sampling.
+    function(args)
     return 0

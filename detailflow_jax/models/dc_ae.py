@@ -156,20 +156,8 @@ def _conv(
     features: int, size: int, dtype: Any, *, groups: int = 1, stride: int = 1, bias: bool = True,
     name: str,
 ) -> nn.Conv:  # fmt: skip
-    return nn.Conv(
-        features,
-        (size, size),
-        strides=stride,
-        padding=size // 2,
-        feature_group_count=groups,
-        use_bias=bias,
-        dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(
-            nn.initializers.lecun_normal(), (None, None, None, "embed")
-        ),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-        name=name,
-    )
+    options = {"feature_group_count": groups, "use_bias": bias, "name": name}
+    return layers.conv(features, size, dtype, padding=size // 2, stride=stride, **options)
 
 
 class RMSNorm(nn.Module):

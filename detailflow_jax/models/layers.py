@@ -91,6 +91,23 @@ def table(
     return param(module, name, nn.initializers.normal(std), ("positions", "embed"), (rows, width))
 
 
+def conv(
+    features: int, size: int, dtype: Any, *, padding: Any = "SAME", stride: int = 1, **options: Any
+) -> nn.Conv:
+    """A convolution of `size` x `size`, whose output is split as the width of a model."""
+    init = nn.with_logical_partitioning
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=stride,
+        padding=padding,
+        dtype=dtype,
+        kernel_init=init(nn.initializers.lecun_normal(), (None, None, None, "embed")),
+        bias_init=init(nn.initializers.zeros, ("norm",)),
+        **options,
+    )
+
+
 def layer_norm(name: str | None = None) -> nn.LayerNorm:
     """LayerNorm, eps 1e-6, computed and returned in float32."""
     return nn.LayerNorm(

@@ -100,18 +100,7 @@ class VAEConfig(AutoencoderConfig):
 def _conv(features: int, size: int, dtype: Any, *, stride: int = 1, name: str) -> nn.Conv:
     # A stride-2 convolution pads right and bottom alone, as published.
     padding = ((0, 1), (0, 1)) if stride == 2 else "SAME"
-    return nn.Conv(
-        features,
-        (size, size),
-        strides=stride,
-        padding=padding,
-        dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(
-            nn.initializers.lecun_normal(), (None, None, None, "embed")
-        ),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-        name=name,
-    )
+    return layers.conv(features, size, dtype, padding=padding, stride=stride, name=name)
 
 
 def _norm(config: VAEConfig, name: str) -> nn.GroupNorm:

@@ -28,7 +28,7 @@ from detailflow_jax.pod import advice, meshes, programs, report, topologies
 from detailflow_jax.runtime import sharding
 from detailflow_jax.runtime.command import program_name
 from detailflow_jax.runtime.config import load_config
-from detailflow_jax.runtime.errors import UserError
+from detailflow_jax.runtime.errors import reported
 
 COMPILED, UNUSABLE, DOES_NOT_FIT = 0, 2, 3
 
@@ -152,20 +152,13 @@ exit codes: 0 compiled; 2 unusable command line, configuration or mesh; 3 does n
     return args, overrides
 
 
+@reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     args, overrides = parse_command_line(argv)
-    try:
-        found = compile_pod(
-            load_config(args.config, overrides),
-            topologies.find(args.topology),
-            mesh=args.mesh,
-            what=args.what,
-            batch_size=args.batch_size,
-            cfg_scale=args.cfg_scale,
-        )
-    except UserError as error:
-        return error.report()
+    options = {name: getattr(args, name) for name in ("mesh", "what", "batch_size", "cfg_scale")}
+    config = load_config(args.config, overrides)
+    found = compile_pod(config, topologies.find(args.topology), **options)
     if args.json:
         print(json.dumps(found))
     elif found["fits"]:

@@ -55,15 +55,9 @@ def parse(text: str) -> dict[str, int]:
     return sizes
 
 
-def auto(
-    config: ConfigDict,
-    what: str,
-    topology: Topology,
-    devices: Sequence[jax.Device],
-    tensor: int = 1,
-) -> Mesh:
+def auto(config: ConfigDict, what: str, topology: Topology, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh that should be fastest; see `ranked`."""
-    return sharding.make_mesh(ranked(config, what, topology, devices, tensor)[0].sizes, devices)
+    return sharding.make_mesh(ranked(config, what, topology, devices)[0].sizes, devices)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Restored:
     clock: dict
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run; a context manager that waits for the last save on exit."""
 
     def __init__(self, workdir: str | os.PathLike, keep: int):
@@ -62,9 +62,6 @@ class Checkpoints:
             data=ocp.JsonCheckpointHandler(),
             clock=ocp.JsonCheckpointHandler(),
         )
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception) -> None:
         with self._writing():

@@ -1,8 +1,10 @@
 """The errors that a command prints in one line; all others keep their traceback."""
 
 import difflib
+import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -76,6 +78,19 @@ class Diverged(UserError, RuntimeError):
 
     exit_code = 1
     label = "diverged"
+
+
+def reported(command: Callable[..., int]) -> Callable[..., int]:
+    """Returns a function that gives an exit code; a UserError of it becomes one line and a code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **options: Any) -> int:
+        try:
+            return command(*args, **options)
+        except UserError as error:
+            return error.report()
+
+    return wrapped
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:

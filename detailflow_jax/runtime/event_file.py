@@ -1,6 +1,5 @@
 """Event files for TensorBoard, written without TensorFlow."""
 
-import io
 import os
 import pathlib
 import socket
@@ -8,7 +7,8 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image
+
+from detailflow_jax.runtime.pictures import png
 
 
 class EventFile:
@@ -52,11 +52,9 @@ class EventFile:
         self._records.close()
 
     def _image(self, name: str, image: np.ndarray):
-        stream = io.BytesIO()
-        Image.fromarray(image).save(stream, format="png")
         height, width, channels = image.shape
         encoded = self._summary.Image(
-            height=height, width=width, colorspace=channels, encoded_image_string=stream.getvalue()
+            height=height, width=width, colorspace=channels, encoded_image_string=png(image)
         )
         return self._summary.Value(tag=name, image=encoded)
 

@@ -3,6 +3,7 @@
 The reading is done in a thread, so that a run that waits for a batch can still be told to leave.
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -34,7 +35,7 @@ class _Read(NamedTuple):
     skipped: np.ndarray | None
 
 
-class Feed:
+class Feed(contextlib.AbstractContextManager):
     """The batches of a run, placed on its mesh; a context manager that closes the iterator.
 
     `state` is the state of the iterator after the batches that were taken, although one more has
@@ -62,9 +63,6 @@ class Feed:
     def _blocks(self) -> int:
         """The number of processes that read different rows."""
         return sharding.batch_share(self._mesh)[1]
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception) -> None:
         closing = [_in_a_thread(self._iterator.close)]

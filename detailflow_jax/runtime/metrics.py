@@ -153,7 +153,7 @@ class Averages:
         return {name: total / count for name, (total, count) in totals.items()}
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager):
     """Writes metrics and figures of process 0; a context manager that flushes on leaving."""
 
     def __init__(
@@ -185,9 +185,6 @@ class MetricWriter:
                 self._copies.append(EventFile(self._workdir / "tensorboard", step))
             if wandb:
                 self._copies.append(WandbRun(self._workdir, **wandb))
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, *exception) -> None:
         if self._primary:
@@ -225,7 +222,7 @@ def _keep_lines_until(path: pathlib.Path, step: int) -> None:
 # ------------------------------------------------------------------------------------ the progress
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """Images per second and the time left: a bar on a terminal, else a message per log step."""
 
     def __init__(self, total_steps: int, step: int, batch_size: int, seconds: float):
@@ -241,9 +238,6 @@ class Progress:
         )
         self._started = time.perf_counter() - seconds
         self.restart(step)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception) -> None:
         self._bar.close()

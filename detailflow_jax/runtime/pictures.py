@@ -4,6 +4,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -85,6 +86,11 @@ def _with_captions(canvas, row_captions, column_captions, height, width, padding
 
 def save_png(path: str | os.PathLike, picture: np.ndarray) -> None:
     """Writes `picture`, uint8 [H, W, 3], as a PNG file, atomically."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, png(picture))
+
+
+def png(picture: np.ndarray, **options: Any) -> bytes:
+    """Returns `picture`, uint8 [H, W, 3], as the content of a PNG file; `options` are Pillow's."""
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format="PNG", **options)
+    return stream.getvalue()

@@ -3,6 +3,7 @@
 The files are those of xprof: `pip install xprof tensorboard`, then `tensorboard --logdir WORKDIR`.
 """
 
+import contextlib
 import pathlib
 import socket
 from typing import Any
@@ -13,7 +14,7 @@ from absl import logging
 from detailflow_jax.runtime.errors import ConfigError
 
 
-class Profiler:
+class Profiler(contextlib.AbstractContextManager):
     """Traces some steps, and serves traces on request; a context manager."""
 
     def __init__(self, folder: pathlib.Path, *, start: int = 0, steps: int = 0, port: int = 0):
@@ -35,9 +36,6 @@ class Profiler:
         self._server = port > 0
         if self._server:
             _serve(port + jax.process_index())
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception) -> None:
         self._stop()

@@ -6,6 +6,7 @@ would hold up the run; so it is compiled while the steps before it run.
 
 import atexit
 import collections
+import contextlib
 import os
 import threading
 import time
@@ -36,7 +37,7 @@ class Program(NamedTuple):
     flops: int
 
 
-class Programs:
+class Programs(contextlib.AbstractContextManager):
     """The programs of a run by variant; a context manager that leaves unmade what it has not begun.
 
     Several threads compile on hosts with many cores. Every process of a run asks for the same
@@ -67,9 +68,6 @@ class Programs:
         self._lock = threading.Lock()  # of the two below
         self._waiting: collections.deque[tuple] = collections.deque()
         self._threads = 0
-
-    def __enter__(self) -> "Programs":
-        return self
 
     def __exit__(self, *exception) -> None:
         with self._lock:

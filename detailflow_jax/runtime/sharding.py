@@ -131,7 +131,7 @@ def abstract_state(init: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Me
     boxed = jax.eval_shape(init, key)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        _unboxed(boxed),
+        unboxed(boxed),
         state_shardings(boxed, mesh),
     )
 
@@ -151,10 +151,11 @@ def state_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
 
     is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
     names = nn.get_partition_spec(boxed)
-    return jax.tree_util.tree_map_with_path(place, names, _unboxed(boxed), is_leaf=is_spec)
+    return jax.tree_util.tree_map_with_path(place, names, unboxed(boxed), is_leaf=is_spec)
 
 
-def _unboxed(state: PyTree) -> PyTree:
+def unboxed(state: PyTree) -> PyTree:
+    """Returns the arrays of a state, concrete or abstract, without their flax boxes."""
     # Not `nn.unbox`: that constrains the sharding, which abstract arrays cannot have done to them.
     is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
     return jax.tree.map(lambda x: x.value if is_box(x) else x, state, is_leaf=is_box)
@@ -176,7 +177,7 @@ def _partition(names: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, where: 
 def create_sharded(init: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Mesh) -> PyTree:
     """Runs `init` so that each device makes only its part; returns the state without its boxes."""
     shardings = state_shardings(jax.eval_shape(init, key), mesh)
-    return jax.jit(lambda key: _unboxed(init(key)), out_shardings=shardings)(key)
+    return jax.jit(lambda key: unboxed(init(key)), out_shardings=shardings)(key)
 
 
 def on_every_device(params: PyTree, mesh: Mesh) -> PyTree:
