@@ -1,8 +1,8 @@
-// Formulas as MathML, which browsers draw themselves: no fonts and no style sheet are loaded.
+// Formulas by KaTeX with fonts of its own: MathML needs a mathematical font, which many machines lack.
 document.addEventListener("DOMContentLoaded", () => {
   for (const element of document.querySelectorAll(".arithmatex")) {
     const text = element.textContent.trim();
     const displayMode = text.startsWith("\\[");
-    katex.render(text.slice(2, -2), element, { displayMode, output: "mathml", throwOnError: false });
+    katex.render(text.slice(2, -2), element, { displayMode, throwOnError: false });
   }
 });
