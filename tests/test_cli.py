@@ -45,6 +45,36 @@ def test_help_of_a_subcommand_shows_its_name(capsys, line, name):
     assert max(map(len, out.splitlines())) <= 100
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("generate --seed -1", "--seed: '-1': expected a whole number from 0 to 4294967295"),
+        ("generate --per_class 1.5", "--per_class: '1.5': expected a whole number of at least 1"),
+        ("generate --cfg_scale 0.5", "--cfg_scale: '0.5': expected a number of at least 1"),
+        ("generate --temperature nan", "--temperature: 'nan': expected a number above 0"),
+        ("generate --top_p 2", "--top_p: '2': expected a number above 0, at most 1"),
+        ("generate --num_tokens 4,x", "--num_tokens: 'x': expected a whole number of at least 1"),
+        ("generate --num_steps 0", "--num_steps: '0': expected"),
+        ("evaluate generation --cfg_scale 1.5,inf", "--cfg_scale: 'inf': expected a number of at"),
+        ("evaluate reconstruction --noise_groups 0,-4", "--noise_groups: '-4': expected a whole"),
+        ("evaluate reconstruction --batch_size 0", "--batch_size: '0': expected a whole number"),
+        ("extract-codes --seed 4294967296", "--seed: '4294967296': expected"),
+        ("extract-codes --noise_top 0", "--noise_top: '0': expected"),
+        ("extract-latents --image_size x", "--image_size: 'x': expected a whole number of at"),
+        ("extract-latents --shard_size 0", "--shard_size: '0': expected"),
+        ("convert --num_heads 2.5", "--num_heads: '2.5': expected a whole number"),
+        ("push --step -1", "--step: '-1': expected a whole number of at least 0"),
+        ("compile-pod --batch_size 0", "--batch_size: '0': expected a whole number of at least 1"),
+        ("app --port 70000", "--port: '70000': expected a whole number from 0 to 65535"),
+        ("demo --seed -1", "--seed: '-1': expected a whole number from 0 to 4294967295"),
+        ("generate --num_processes 0", "--num_processes: '0': expected"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_by_its_name(capsys, line, found):
+    code, _, error = run(capsys, line)
+    assert code == 2 and found in error.splitlines()[-1]
+
+
 def test_help_is_one_screen_with_every_subcommand(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0

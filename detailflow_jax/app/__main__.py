@@ -19,7 +19,7 @@ from detailflow_jax.data.classes import class_names
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.inference.generate import LOAD
 from detailflow_jax.runtime import extras, files, platforms
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import program_name, whole
 from detailflow_jax.runtime.errors import UserError
 
 PAIRS = (("tokenizer", "generator", "runs/demo"), ("vae", "flowar", "runs/demo-flowar"))
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="address (default: %(default)s); 0.0.0.0 serves all networks",
     )
     parser.add_argument(
-        "--port", type=int, default=7860, help="(default: %(default)s); 0: any free one"
+        "--port", type=whole(0, 65535), default=7860, help="(default: %(default)s); 0: any free one"
     )
     return parser.parse_args(argv)
 

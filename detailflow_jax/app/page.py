@@ -11,6 +11,7 @@ import numpy as np
 
 from detailflow_jax.app import studio as limits
 from detailflow_jax.app.studio import Images, Studio, read_upload
+from detailflow_jax.inference.checks import check_whole
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.runtime import extras, pictures
 from detailflow_jax.runtime.errors import UserError
@@ -307,7 +308,7 @@ def _label(label: int) -> int | None:
 
 def whole_seed(seed: float | None) -> int:
     """The seed; raises InputError unless it is a whole number that a PRNG key takes."""
-    return limits.whole(seed, "seed", 2**31 - 1, least=0)
+    return check_whole("seed", seed, 0, 2**31 - 1)
 
 
 def parts_of(drawn: Any) -> tuple[Any, np.ndarray]:

@@ -14,6 +14,7 @@ from detailflow_jax.data.errors import UnreadableImage
 from detailflow_jax.data.images import Picture, decode_picture, read_file
 from detailflow_jax.data.transforms import center_crop
 from detailflow_jax.inference import api
+from detailflow_jax.inference.checks import check_whole
 from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.inference.upscale import start_side
@@ -72,14 +73,14 @@ class Studio:
     def settings(self, temperature: float, num_steps: int) -> dict[str, Any]:
         """The generator's own settings of these two."""
         if self.flows:
-            return {"num_steps": whole(num_steps, "flow steps", MOST_STEPS, least=2)}
+            return {"num_steps": flow_steps(num_steps)}
         return {"temperature": float(temperature)}
 
     def grow(
         self, label: int, count: int, cfg_scale: float, seed: int, **settings: Any
     ) -> Iterator[tuple[int, Images]]:
         """(n, the images of the first n tokens) for more and more tokens, group by group."""
-        labels = np.full(whole(count, "images", MOST_IMAGES), label)
+        labels = np.full(check_whole("images", count, 1, MOST_IMAGES), label)
         for codes in self.generator.stream(labels, seed, cfg_scale, **settings):
             n = codes.shape[1]
             yield n, api.to_uint8(decode_enlarged(self.tokenizer, codes, n))
@@ -114,7 +115,7 @@ class Studio:
         self, label: int, count: int, cfg_scale: float, num_steps: int, seed: int
     ) -> Images:
         """Images of a class by FlowAR."""
-        count, steps = whole(count, "images", MOST_IMAGES), flow_steps(num_steps)
+        count, steps = check_whole("images", count, 1, MOST_IMAGES), flow_steps(num_steps)
         latents = self.flowar.sample(np.full(count, label), seed, cfg_scale, steps)
         return api.to_uint8(self.vae.decode(latents))
 
@@ -156,20 +157,13 @@ def repeated(
     image: UInt8[np.ndarray, "R R 3"], label: int | None, count: int
 ) -> tuple[Images, np.ndarray | None]:
     """An image `count` times, and the label of each."""
-    count = whole(count, "images", MOST_IMAGES)
+    count = check_whole("images", count, 1, MOST_IMAGES)
     return image[None].repeat(count, axis=0), None if label is None else np.full(count, label)
 
 
 def flow_steps(count: int) -> int:
     """The count of flow steps, within the limit."""
-    return whole(count, "flow steps", MOST_STEPS, least=2)
-
-
-def whole(value: float, what: str, most: int, least: int = 1) -> int:
-    """The value as an integer; raises InputError unless it is one from least to most."""
-    if value is None or value != int(value) or not least <= value <= most:
-        raise InputError(f"{value} {what}: expected {least} to {most}")
-    return int(value)
+    return check_whole("flow steps", count, 2, MOST_STEPS)
 
 
 def read_upload(path: str | None) -> Picture:

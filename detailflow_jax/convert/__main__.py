@@ -27,7 +27,7 @@ from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.convert.writers import check_free, folder_for, local_path
 from detailflow_jax.runtime import checkpoint
-from detailflow_jax.runtime.command import make_parser
+from detailflow_jax.runtime.command import make_parser, number, whole
 from detailflow_jax.runtime.errors import reported
 
 # What `write_jax` makes, and nothing of a run.
@@ -101,7 +101,10 @@ exit codes: 0 done; 2 not done, the last line says why and nothing partial is le
     )
     for name, (kind, text) in overrides().items():
         group.add_argument(
-            f"--{name}", type=kind, metavar={int: "N", float: "X"}.get(kind, "N,N"), help=text
+            f"--{name}",
+            type={int: whole(), float: number()}.get(kind, kind),
+            metavar={int: "N", float: "X"}.get(kind, "N,N"),
+            help=text,
         )
     return parser.parse_args(argv)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from detailflow_jax.evaluate import digits, report
 from detailflow_jax.runtime import extras, files, pictures
-from detailflow_jax.runtime.command import make_parser
+from detailflow_jax.runtime.command import make_parser, seed
 from detailflow_jax.runtime.errors import UserError
 from detailflow_jax.runtime.files import write_atomically
 
@@ -215,7 +215,7 @@ def main(
     others = "other demos: detailflow demo flowar, photos or adversarial; each has its own help"
     parser = make_parser(command, description, others if command == "demo" else "")
     parser.add_argument("--out", default=default, help="folder")
-    parser.add_argument("--seed", type=int, default=0, help="of training and sampling")
+    parser.add_argument("--seed", type=seed, default=0, help="of training and sampling")
     args = parser.parse_args(argv)
     try:
         out = files.local_path(args.out, "--out")

@@ -14,7 +14,7 @@ Run the same command again to resume.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ from detailflow_jax.evaluate.networks import (
 from detailflow_jax.evaluate.samples import open_samples
 from detailflow_jax.inference import api
 from detailflow_jax.runtime import distributed, extras, files, platforms
-from detailflow_jax.runtime.command import HelpFormatter, make_parser
+from detailflow_jax.runtime.command import HelpFormatter, make_parser, number, seed, several, whole
 from detailflow_jax.runtime.errors import reported
 
 KINDS = {
@@ -83,7 +83,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         add("--inception", help="Inception of FID; default as `detailflow weights` lists it")
         add("--data_dir", help="where TFDS keeps its data")
         add("--weights", choices=("model", "ema"), help="which weights of a checkpoint")
-        add("--batch_size", type=int, default=64, help="images per call, on this process's devices")
+        add(
+            "--batch_size",
+            type=whole(1),
+            default=64,
+            help="images per call, on this process's devices",
+        )
         distributed.add_arguments(command)
         add_options(command)
     return parser.parse_args(argv)
@@ -108,22 +113,37 @@ def _add_generation(command: argparse.ArgumentParser) -> None:
     add(
         "--cfg_scale",
         default="1.5",
-        type=_numbers(float),
+        type=several(number(1)),
         help="guidance scales, such as 1.3,1.45: the best FID is picked",
     )
-    add("--num_samples", type=int, help="default 50000, of --samples all")
+    add("--num_samples", type=whole(1), help="default 50000, of --samples all")
     add("--labels", default="balanced", choices=generation.LABELS, help="classes of the samples")
-    add("--seeds", type=int, default=1, help="number of seeds, from 0; means and deviations follow")
+    add(
+        "--seeds",
+        type=whole(1),
+        default=1,
+        help="number of seeds, from 0; means and deviations follow",
+    )
     add("--npz", action="store_true", help="keep the images of each setting as an .npz")
     add = command.add_argument_group("of --kind flowar").add_argument
-    add("--num_steps", type=int, default=25, help="flow steps per scale")
-    add("--guidance_high", type=float, default=0.9, help="guidance from this time on; 1 is noise")
+    add("--num_steps", type=whole(1), default=25, help="flow steps per scale")
+    add(
+        "--guidance_high",
+        type=number(0, 1),
+        default=0.9,
+        help="guidance from this time on; 1 is noise",
+    )
     add = command.add_argument_group("of --kind detailflow").add_argument
-    add("--num_tokens", type=int, help="tokens to sample; default all")
+    add("--num_tokens", type=whole(1), help="tokens to sample; default all")
     add("--gradual_cfg", action="store_true", help="lower the guidance group by group")
-    add("--temperature", type=float, default=1.0, help="divides the logits")
-    add("--top_k", type=int, default=0, help="keep the k most likely codes; 0 keeps all")
-    add("--top_p", type=float, default=1.0, help="keep the likeliest codes of this probability")
+    add("--temperature", type=number(above=0), default=1.0, help="divides the logits")
+    add("--top_k", type=whole(0), default=0, help="keep the k most likely codes; 0 keeps all")
+    add(
+        "--top_p",
+        type=number(most=1, above=0),
+        default=1.0,
+        help="keep the likeliest codes of this probability",
+    )
 
 
 def _add_reconstruction(command: argparse.ArgumentParser) -> None:
@@ -131,17 +151,24 @@ def _add_reconstruction(command: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="tokenizer or VAE: a workdir or a published checkpoint")
     add("--kind", default="tokenizer", choices=("tokenizer", "vae"), help="of the model")
     add("--reference", required=True, help="images: .npz, folder, tfds:NAME:SPLIT, digits:test")
-    add("--image_size", type=int, help="side of the images; default the tokenizer's, of a VAE 256")
-    add("--num_images", type=int, help="use only the first N; default all")
-    integers = _numbers(int)
-    add("--num_tokens", type=integers, help="token counts, such as 16,64,128; default all tokens")
+    add(
+        "--image_size",
+        type=whole(1),
+        help="side of the images; default the tokenizer's, of a VAE 256",
+    )
+    add("--num_images", type=whole(1), help="use only the first N; default all")
+    add(
+        "--num_tokens",
+        type=several(whole(1)),
+        help="token counts, such as 16,64,128; default all tokens",
+    )
     add(
         "--noise_groups",
-        type=integers,
+        type=several(whole(0)),
         help="groups to perturb, such as 0,4: the self-correction test",
     )
-    add("--noise_top", type=int, default=50, help="noise picks from this many closest codes")
-    add("--seed", type=int, default=0, help="of the noise")
+    add("--noise_top", type=whole(1), default=50, help="noise picks from this many closest codes")
+    add("--seed", type=seed, default=0, help="of the noise")
     lpips = "LPIPS in one file, or VGG16 and vgg.pth; default as for --inception"
     add("--lpips", nargs="+", metavar="FILE", help=lpips)
     add(
@@ -154,15 +181,6 @@ def _add_reconstruction(command: argparse.ArgumentParser) -> None:
     )
     without = "metrics to leave out; rfid is the distance of --features, whichever they are"
     add("--without", nargs="+", default=[], choices=("rfid", "lpips"), help=without)
-
-
-def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list]:
-    """A reader of numbers separated by commas, for argparse: "1.3,1.45" -> [1.3, 1.45]."""
-
-    def numbers(text: str) -> list:
-        return [kind(part) for part in text.split(",")]
-
-    return numbers
 
 
 # ------------------------------------------------------------------------------------- the commands

@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from detailflow_jax.convert import diffusers, export
 from detailflow_jax.convert import load as loading
 from detailflow_jax.inference import rules as rules
-from detailflow_jax.inference.checks import ArrayLike
+from detailflow_jax.inference.checks import ArrayLike, check_whole
 from detailflow_jax.inference.editing import edit as edit
 from detailflow_jax.inference.editing import upscale as upscale
 from detailflow_jax.inference.editing import vary as vary
@@ -119,6 +119,8 @@ def _load(
     allow_unused: bool = False,
     **overrides: Any,
 ) -> Any:
+    if step is not None:
+        step = check_whole("step", step, 0)
     found = loading.load(
         model.kind if model else None,
         path,

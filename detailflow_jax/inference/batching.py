@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
+from detailflow_jax.inference.checks import check_whole
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.ops import Array
 from detailflow_jax.runtime import sharding
@@ -26,12 +27,10 @@ def whole_shares(batch_size: int, mesh: Mesh | None) -> int:
     """The batch size rounded up to a multiple of `split_count`.
 
     Raises:
-      InputError: it is less than 1.
+      InputError: it is no whole number of at least 1.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}: expected at least 1")
     parts = split_count(mesh)
-    return -(-batch_size // parts) * parts
+    return -(-check_whole("batch_size", batch_size, 1) // parts) * parts
 
 
 def in_batches(
@@ -65,6 +64,7 @@ def in_batches(
     if any(len(x) != count for x in rows):
         counts = " and ".join(str(len(x)) for x in rows)
         raise InputError(f"found {counts} rows in arrays that belong together")
+    batch_size = check_whole("batch_size", batch_size, 1)
     size = whole_shares(batch_size if whole else min(batch_size, max(count, 1)), mesh)
     parts: list[Any] = []
     waiting: list[Any] = []  # a batch is computed while the result of the one before is fetched

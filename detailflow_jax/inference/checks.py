@@ -3,7 +3,10 @@
 Shapes: B images or samples, H x W pixels, n tokens, C latent channels, i side of a scale.
 """
 
+import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +17,49 @@ from detailflow_jax.models.flow_sampler import Known
 from detailflow_jax.models.flowar import FlowARConfig
 from detailflow_jax.ops import Array
 from detailflow_jax.ops.objectives import OBJECTIVES
+from detailflow_jax.runtime.errors import MOST_SEED, in_range
 
 _RANGE = 8.0  # of images of floats, beyond which they are no images in [-1, 1]
 ArrayLike = Array | Sequence
 """What methods of models take: arrays, or nested sequences of numbers."""
+
+
+def check_whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """Returns a whole number as an int; those of NumPy, and 2.0, are taken too.
+
+    Raises:
+      InputError: it is none, or not from `least` to `most`.
+    """
+    found = int(value) if isinstance(value, float | np.floating) and value % 1 == 0 else value
+    try:
+        found = math.nan if isinstance(value, bool | np.bool_) else operator.index(found)
+    except TypeError:
+        found = math.nan
+    low, high = -math.inf if least is None else least, math.inf if most is None else most
+    if not low <= found <= high:
+        wanted = in_range("a whole number", least, most)
+        raise InputError(f"{_shown(name, value)}, expected {wanted}")
+    return int(found)
+
+
+def check_seed(seed: Any) -> int:
+    """Returns a seed as an int; raises InputError unless it is one."""
+    return check_whole("seed", seed, 0, MOST_SEED)
+
+
+def check_number(name: str, value: Any, expected: str = "a finite number") -> float:
+    """Returns a finite number as a float; raises InputError with what is `expected` for others."""
+    try:
+        found = math.nan if isinstance(value, bool | np.bool_ | str | bytes) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise InputError(f"{_shown(name, value)}, expected {expected}")
+    return found
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"{name}={value!r}" if isinstance(value, str | bytes) else f"{name}={value}"
 
 
 def check_images(images: np.ndarray, channels: int, stride: int = 1) -> None:
@@ -70,11 +112,17 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
         raise InputError(f"labels {wrong[:5]} are out of range, expected 0..{num_classes - 1}")
 
 
-def check_flow_settings(
-    cfg_scale: float, low: float, high: float, solver: str, objective: str
-) -> None:
-    """Raises InputError unless guidance is at least 1, 0 <= low <= high <= 1, the solver fits."""
-    check_guidance(cfg_scale)
+def check_steps(num_steps: Any) -> int | list[int]:
+    """Returns a count of flow steps, or one per scale; raises InputError for other things."""
+    if isinstance(num_steps, list | tuple | np.ndarray) and np.ndim(num_steps):
+        return [check_whole("num_steps", count) for count in num_steps]
+    return check_whole("num_steps", num_steps)
+
+
+def check_flow_settings(low: float, high: float, solver: str, objective: str) -> None:
+    """Raises InputError unless 0 <= low <= high <= 1 and the solver fits."""
+    check_number("guidance_low", low)
+    check_number("guidance_high", high)
     if not 0.0 <= low <= high <= 1.0:
         raise InputError(
             f"guidance_low={low}, guidance_high={high}: expected 0 <= low <= high <= 1"
@@ -87,10 +135,12 @@ def check_flow_settings(
         )
 
 
-def check_guidance(cfg_scale: float) -> None:
-    """Raises InputError unless the guidance scale is at least 1."""
-    if not cfg_scale >= 1.0:
-        raise InputError(f"cfg_scale={cfg_scale}, expected >= 1 (1 means no guidance)")
+def check_guidance(cfg_scale: Any) -> float:
+    """Returns the guidance scale; raises InputError unless it is finite and at least 1."""
+    expected = ">= 1 (1 means no guidance)"
+    if check_number("cfg_scale", cfg_scale, expected) < 1.0:
+        raise InputError(f"cfg_scale={cfg_scale}, expected {expected}")
+    return float(cfg_scale)
 
 
 def check_noise(

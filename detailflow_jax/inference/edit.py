@@ -15,6 +15,7 @@ from jaxtyping import Bool, UInt8
 from detailflow_jax.data.transforms import center_crop
 from detailflow_jax.inference import api, editing, image_command
 from detailflow_jax.inference.errors import InputError
+from detailflow_jax.runtime.command import whole
 
 WHITE = 128  # Brighter pixels of a mask are painted anew.
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--box", type=box, help="the new part as left,top,right,bottom, shares of the side"
     )
     where.add_argument("--outpaint", type=inner, help="share of the side that the image takes")
-    parser.add_argument("--num_steps", type=int, default=25, help="flow steps")
+    parser.add_argument("--num_steps", type=whole(1), default=25, help="flow steps")
     return image_command.run(run, parser.parse_args(argv))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Shaped, UInt8
 
-from detailflow_jax.inference.checks import ArrayLike, check_images, check_mask
+from detailflow_jax.inference.checks import ArrayLike, check_images, check_mask, check_whole
 from detailflow_jax.inference.errors import InputError, as_input_error
 from detailflow_jax.inference.models import VAE, FlowAR, Generator, Tokenizer
 from detailflow_jax.inference.pairs import check_pair
@@ -113,8 +113,7 @@ def vary(
       InputError: models that do not belong together, a count, label or setting out of range.
     """
     check_pair(tokenizer, generator)
-    if not 0 <= keep <= tokenizer.config.num_tokens:
-        raise InputError(f"keep={keep}, expected 0..{tokenizer.config.num_tokens} tokens")
+    keep = check_whole("keep", keep, 0, tokenizer.config.num_tokens)
     prefix = tokenizer.encode(images)[:, :keep]
     return tokenizer.decode(generator.sample(labels, seed, prefix=prefix, **settings))
 

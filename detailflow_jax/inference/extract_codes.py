@@ -18,6 +18,7 @@ from jaxtyping import Int, UInt8
 
 from detailflow_jax import data
 from detailflow_jax.inference import api, extraction, noise
+from detailflow_jax.inference.checks import check_seed, check_whole
 from detailflow_jax.models.sampler import sample_keys
 from detailflow_jax.models.tokenizer import Tokenizer
 from detailflow_jax.ops import Array
@@ -68,6 +69,9 @@ def extract(
     Raises:
       ConfigError: the folder holds another extraction; the differing fields are named.
     """
+    seed, noise_top = check_seed(seed), check_whole("noise_top", noise_top, 1)
+    shard_size = check_whole("shard_size", shard_size, 1)
+    batch_size = check_whole("batch_size", batch_size, 1)
     c, count = tokenizer.config, data.ENCODING_CROPS[crops]
     program = functools.partial(
         encode_crops, tokenizer.network, tokenizer.params, seed=seed, top=noise_top

@@ -14,6 +14,7 @@ from detailflow_jax import data
 from detailflow_jax.convert.load import is_workdir
 from detailflow_jax.data.latents import DTYPES, VIEWS
 from detailflow_jax.inference import api, extraction, programs
+from detailflow_jax.inference.checks import check_whole
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.runtime.config import read_config
 
@@ -57,6 +58,9 @@ def extract(
         image_size = trained_size(vae.source)
     if crop not in CROPS:
         raise InputError(f"crop={crop!r}; expected {' or '.join(CROPS)}")
+    image_size = check_whole("image_size", image_size)
+    shard_size = check_whole("shard_size", shard_size, 1)
+    batch_size = check_whole("batch_size", batch_size, 1)
     if image_size < 1 or image_size % c.stride:
         raise InputError(
             f"image_size={image_size} is no positive multiple of the stride {c.stride} of "

@@ -24,8 +24,7 @@ from tqdm import tqdm
 from detailflow_jax import data
 from detailflow_jax.inference.batching import in_batches
 from detailflow_jax.inference.models import Model
-from detailflow_jax.runtime import distributed, files, sharding
-from detailflow_jax.runtime.command import make_parser
+from detailflow_jax.runtime import command, distributed, files, sharding
 from detailflow_jax.runtime.errors import reported
 
 Views = UInt8[np.ndarray, "M K R R 3"]
@@ -193,7 +192,7 @@ class Command:
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """The arguments of a command line."""
-        parser = make_parser(
+        parser = command.make_parser(
             self.name,
             description=f"{self.description} Run the same command again to resume.",
         )
@@ -208,11 +207,12 @@ class Command:
         add("--source", default="digits", help=kinds)
         add("--split", help="split of the source, where it has any; default: its training split")
         add("--data_dir", help="where TFDS keeps its data")
-        add("--shard_size", type=int, default=4096, help="images per shard")
+        add("--shard_size", type=command.whole(1), default=4096, help="images per shard")
         parameters = inspect.signature(self.extract).parameters
         for name, text in self.options.items():
             default = parameters[name].default
-            kind = int if default is None else type(default)
+            kind: Callable[[str], Any] = command.seed if name == "seed" else command.whole(1)
+            kind = str if isinstance(default, str) else kind
             add(f"--{name}", type=kind, default=default, choices=self.choices.get(name), help=text)
         distributed.add_arguments(parser)
         return parser.parse_args(argv)

@@ -30,11 +30,11 @@ from detailflow_jax.inference import api
 from detailflow_jax.inference.batching import over_processes
 from detailflow_jax.inference.checks import check_labels
 from detailflow_jax.inference.enlarge import decode_enlarged
-from detailflow_jax.inference.errors import InputError, as_input_error
+from detailflow_jax.inference.errors import as_input_error
 from detailflow_jax.inference.sampling import DECODERS
 from detailflow_jax.ops.objectives import GRIDS
 from detailflow_jax.runtime import distributed, files, pictures
-from detailflow_jax.runtime.command import make_parser
+from detailflow_jax.runtime.command import make_parser, number, seed, several, whole
 from detailflow_jax.runtime.errors import ConfigError, reported
 from detailflow_jax.runtime.files import write_atomically
 
@@ -50,18 +50,6 @@ SETTINGS = {
     "flowar": ("guidance_high", "solver"),
 }
 """What samples -> options that its `sample` takes as they are."""
-
-
-def parse_counts(text: str | None, name: str = "num_tokens") -> list[int]:
-    """ "4,8,16" -> counts; None -> [].
-
-    Raises:
-      InputError: not of this form.
-    """
-    try:
-        return [int(part) for part in text.split(",")] if text else []
-    except ValueError as error:
-        raise InputError(f"cannot read {name} {text!r}: expected numbers as in 4,8,16") from error
 
 
 def sample(
@@ -129,10 +117,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", required=True, help="folder, also gs://..., for the pictures and samples.npz")
     add("--labels", required=True, help="classes, as 0-9 or dog,cat; see detailflow classes")
-    add("--per_class", type=int, default=8, help="samples per class")
-    add("--cfg_scale", type=float, help="guidance >= 1; 1 means none (default: 1.5, FlowAR 2.4)")
-    add("--seed", type=int, default=0, help="sample i depends on the seed and i alone")
-    add("--batch_size", type=int, default=64, help="samples per call of the compiled program")
+    add("--per_class", type=whole(1), default=8, help="samples per class")
+    add(
+        "--cfg_scale", type=number(1), help="guidance >= 1; 1 means none (default: 1.5, FlowAR 2.4)"
+    )
+    add("--seed", type=seed, default=0, help="sample i depends on the seed and i alone")
+    add("--batch_size", type=whole(1), default=64, help="samples per call of the compiled program")
     add("--single", action="store_true", help="also write every image as a PNG of its own")
     _add_detailflow(parser.add_argument_group("DetailFlow").add_argument)
     _add_flowar(parser.add_argument_group("FlowAR").add_argument)
@@ -147,11 +137,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _add_detailflow(add: Any) -> None:
     add("--tokenizer", help="what df.load_tokenizer takes, such as a workdir")
     add("--generator", help="what df.load_generator takes, such as a workdir")
-    add("--num_tokens", help="token counts, as 4,8,16; the largest gives samples.npz and grid.png")
+    add(
+        "--num_tokens",
+        type=several(whole(1)),
+        help="token counts, as 4,8,16; the largest gives samples.npz and grid.png",
+    )
     add("--gradual_cfg", action="store_true", help="lower the guidance group by group")
-    add("--temperature", type=float, default=1.0, help="divides the logits")
-    add("--top_k", type=int, default=0, help="keep the k most likely codes; 0 keeps all")
-    add("--top_p", type=float, default=1.0, help="keep the most likely codes of this probability")
+    add("--temperature", type=number(above=0), default=1.0, help="divides the logits")
+    add("--top_k", type=whole(0), default=0, help="keep the k most likely codes; 0 keeps all")
+    add(
+        "--top_p",
+        type=number(most=1, above=0),
+        default=1.0,
+        help="keep the most likely codes of this probability",
+    )
     add("--greedy", action="store_true", help="always take the most likely code")
     add("--continuous", action="store_true", help="of a flow head: decode its vectors as they are")
 
@@ -160,8 +159,13 @@ def _add_flowar(add: Any) -> None:
     add("--vae", help="what df.load_vae takes, such as a workdir or kl16.ckpt")
     add("--flowar", help="what df.load_flowar takes, such as a workdir or FlowAR-L.pth")
     text = "flow steps, one number or one per scale, as 25,20,15; also of a generator's flow head"
-    add("--num_steps", help=f"{text} (default: 25)")
-    add("--guidance_high", type=float, default=0.9, help="guide from this time on (1 is noise)")
+    add("--num_steps", type=several(whole(1)), help=f"{text} (default: 25)")
+    add(
+        "--guidance_high",
+        type=number(0, 1),
+        default=0.9,
+        help="guide from this time on (1 is noise)",
+    )
     add("--solver", choices=GRIDS, help="default: euler, or ddim if the model predicts noise")
 
 
@@ -172,13 +176,11 @@ def generate(args: argparse.Namespace) -> Images:
       InputError: a label, count or setting that the models do not allow, or models that do not
         belong together.
     """
-    if args.per_class < 1 or args.batch_size < 1:
-        raise InputError("--per_class and --batch_size must be at least 1")
     files.check_folder(args.out)  # Before the sampling.
     kind = "flowar" if args.flowar else "generator"
     labels = np.repeat(labels_of(args.labels, getattr(args, kind)), args.per_class)
-    counts = sorted(set(parse_counts(args.num_tokens))) if kind == "generator" else []
-    steps = parse_counts(args.num_steps, "num_steps")
+    counts: list[int] = sorted({*(args.num_tokens or ())}) if kind == "generator" else []
+    steps = args.num_steps
     decoder, model = (LOAD[name](getattr(args, name)) for name in (DECODERS[kind], kind))
     api.check_pair(decoder, model)
     check_labels(labels, model.config.num_classes)
@@ -187,7 +189,7 @@ def generate(args: argparse.Namespace) -> Images:
             decoder.config.resolutions.check(count)
 
     settings = {name: getattr(args, name) for name in SETTINGS[kind]}
-    if steps:
+    if steps is not None:
         settings["num_steps"] = steps[0] if len(steps) == 1 else steps
     if counts:
         settings["num_tokens"] = counts[-1]

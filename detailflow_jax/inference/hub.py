@@ -24,7 +24,7 @@ from detailflow_jax.convert.load import is_workdir
 from detailflow_jax.convert.registry import NETWORKS
 from detailflow_jax.models.dc_ae import DCAEConfig
 from detailflow_jax.runtime import files
-from detailflow_jax.runtime.command import make_parser
+from detailflow_jax.runtime.command import make_parser, whole
 from detailflow_jax.runtime.errors import ConfigError, UserError, reported
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ exit codes: 0 done; 1 the hub did not take it, try again; 2 not done, the last l
     add(
         "--weights", choices=("model", "ema"), help="which set; default the average if there is one"
     )
-    add("--step", type=int, help="which checkpoint of a run; default the newest")
+    add("--step", type=whole(0), help="which checkpoint of a run; default the newest")
     add("--results", nargs="+", default=[], metavar="FILE", help="results.json of evaluations")
     add("--picture", metavar="FILE", help="a PNG for the card; default the run's newest one")
     add("--license", metavar="NAME", help="for the card, such as apache-2.0; default none is named")

@@ -22,7 +22,7 @@ from detailflow_jax.inference.errors import InputError
 from detailflow_jax.inference.generate import labels_of, write_origin
 from detailflow_jax.inference.models import Model
 from detailflow_jax.runtime import files, pictures
-from detailflow_jax.runtime.command import make_parser
+from detailflow_jax.runtime.command import make_parser, number, seed, whole
 from detailflow_jax.runtime.errors import reported
 
 Results = Float32[np.ndarray, "B R R c"]
@@ -36,18 +36,17 @@ def parser_of(name: str, description: str, decoder: str, model: str) -> argparse
     add(f"--{model}", required=True, help=f"what df.load_{model} takes, such as a workdir")
     add("--image", required=True, nargs="+", metavar="FILE", help="images, cut to a square")
     add("--label", help="class of the results, a number or a name; without it: no class")
-    add("--count", type=_count, default=4, help="results per image")
-    add("--seed", type=int, default=0, help="result i depends on the seed and i alone")
+    add("--count", type=whole(1), default=4, help="results per image")
+    add("--seed", type=seed, default=0, help="result i depends on the seed and i alone")
     guidance = 2.4 if model == "flowar" else 1.5
-    add("--cfg_scale", type=float, default=guidance, help="guidance >= 1; not used without a label")
+    add(
+        "--cfg_scale",
+        type=number(1),
+        default=guidance,
+        help="guidance >= 1; not used without a label",
+    )
     add("--out", required=True, help="folder, also gs://..., for the results")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 1")
-    return int(text)
 
 
 def picture(path: str) -> Picture:

@@ -25,7 +25,9 @@ from detailflow_jax.inference.checks import (
     check_known,
     check_labels,
     check_noise,
+    check_seed,
     check_vectors,
+    check_whole,
 )
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.inference.rules import Rule
@@ -154,6 +156,11 @@ class Model:
         return f"<{type(self).__name__} {count / 1e6:.1f}M parameters from {self.source}>"
 
 
+def _indices(first: Any, count: int) -> Int32[np.ndarray, " B"]:
+    """The indices of samples from `first` on; raises InputError unless they are int32."""
+    return check_whole("first_index", first, 0, 2**31 - count) + np.arange(count, dtype=np.int32)
+
+
 class _Sampler(Model):
     """A network that makes samples of labels."""
 
@@ -168,12 +175,12 @@ class _Sampler(Model):
     ) -> Shaped[np.ndarray, "B ..."]:
         """Samples; `given` is what the sampling takes besides, as trees of arrays of B rows."""
         parts, tree = jax.tree.flatten(given)
+        seed, indices = check_seed(seed), _indices(first_index, len(labels))
 
         def run(network, params, labels, indices, *parts):
             return sampling(params, labels, seed, indices, **jax.tree.unflatten(tree, parts))
 
-        indices = first_index + np.arange(len(labels))
-        rows = labels.astype(np.int32), indices.astype(np.int32), *parts
+        rows = labels.astype(np.int32), indices, *parts
         return self.run(run, batch_size, *rows)
 
     def _classes(self, labels: ArrayLike | None, rows: int) -> Int[np.ndarray, " B"]:
@@ -234,7 +241,7 @@ class Tokenizer(Model):
         else:
             check_codes(codes, self.config.codebook_size)
         full = self.config.resolutions.decoded_size(codes.shape[1])
-        size = full if size is None else size
+        size = full if size is None else check_whole("size", size)
         decode = lambda network, params, codes: programs.decode(network, params, codes, size)  # noqa: E731
         return self.run(decode, batch_size, codes)
 
@@ -327,7 +334,7 @@ class Generator(_Sampler):
         size = whole_shares(len(labels), self.mesh)
         rows = labels, np.arange(len(labels), dtype=np.int32)
         classes, indices = (place(pad(x, size), self.mesh) for x in rows)
-        keys = sampler.sample_keys(seed, indices)
+        keys = sampler.sample_keys(check_seed(seed), indices)
         assert sampling.stream, "only codes are streamed"
         groups = sampling.stream(self.params, classes, keys, sampling.guidance)
         while True:
@@ -341,7 +348,7 @@ class Generator(_Sampler):
         """A prefix of codes, followed by -1 up to all tokens."""
         prefix, c = np.asarray(prefix), self.config
         check_codes(prefix, c.codebook_size)
-        count = c.num_tokens if num_tokens is None else num_tokens
+        count = c.num_tokens if num_tokens is None else int(num_tokens)
         if prefix.shape[1] > count:
             raise InputError(f"the prefix has {prefix.shape[1]} codes, expected at most {count}")
         missing = c.num_tokens - prefix.shape[1]
@@ -462,7 +469,7 @@ class LatentPosterior(Sequence):
           seed: of all draws; that of image i depends on the seed and `first_index + i` alone.
           first_index: index of the first image, when a set is encoded in parts.
         """
-        keys = sampler.sample_keys(seed, first_index + np.arange(len(self.mean)))
+        keys = sampler.sample_keys(check_seed(seed), _indices(first_index, len(self.mean)))
         return np.asarray(programs.draw_latents(self.network, self.mean, self.logvar, keys))
 
     @property

@@ -18,8 +18,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
+from detailflow_jax.inference.checks import check_number, check_whole
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.models.sampler import Rule
 from detailflow_jax.ops import Array
@@ -61,7 +63,7 @@ class TopK:
     k: int = flax.struct.field(pytree_node=False)
 
     def __post_init__(self):
-        _check(self.k, lambda k: k >= 0, "top_k", ">= 0 (0 keeps every code)")
+        object.__setattr__(self, "k", check_whole("top_k", self.k, 0))
 
     def __call__(self, logits: Logits) -> Logits:
         return filters.top_k_filter(logits, self.k)
@@ -124,5 +126,6 @@ def as_rules(rules: Rule | Sequence[Any]) -> tuple[Rule, ...]:
 
 def _check(value: Any, allowed: Callable[[Any], bool], name: str, expected: str) -> None:
     # Inside of a compiled program fields are tracers or placeholders, which were checked before.
-    if isinstance(value, numbers.Real) and not allowed(value):
+    plain = value is None or isinstance(value, numbers.Real | str | np.ndarray)
+    if plain and not allowed(check_number(name, value, expected)):
         raise InputError(f"{name}={value}, expected {expected}")

@@ -11,7 +11,12 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from detailflow_jax.inference import programs
-from detailflow_jax.inference.checks import check_flow_settings, check_guidance
+from detailflow_jax.inference.checks import (
+    check_flow_settings,
+    check_guidance,
+    check_steps,
+    check_whole,
+)
 from detailflow_jax.inference.errors import InputError, as_input_error
 from detailflow_jax.inference.rules import Rule, as_rules, published_rules
 from detailflow_jax.models import flow_sampler, sampler
@@ -85,10 +90,10 @@ def sample_codes(
         beside the settings that they replace.
     """
     c = network.config
-    num_tokens = c.num_tokens if num_tokens is None else num_tokens
+    num_tokens = c.num_tokens if num_tokens is None else check_whole("num_tokens", num_tokens)
     with as_input_error():
         c.check_num_tokens(num_tokens)
-    check_guidance(cfg_scale)
+    cfg_scale, top_k = check_guidance(cfg_scale), check_whole("top_k", top_k, 0)
     given = published_rules(temperature, 0 if top_k >= c.codebook_size else top_k, top_p, greedy)
     if rules is not None and given != published_rules():
         raise InputError(
@@ -104,7 +109,7 @@ def sample_codes(
                 "greedy and rules do not apply to it; expected cfg_scale, gradual_cfg, num_steps "
                 "or continuous"
             )
-        num_steps = 25 if num_steps is None else num_steps
+        num_steps = 25 if num_steps is None else check_whole("num_steps", num_steps)
         with as_input_error():
             (times,) = flow_sampler.flow_times(1, num_steps)
         options = dataclasses.replace(options, times=times, continuous=continuous)
@@ -144,7 +149,8 @@ def sample_latents(
     """
     objective = network.config.objective
     solver = solver or OBJECTIVES[objective].default
-    check_flow_settings(cfg_scale, guidance_low, guidance_high, solver, objective)
+    cfg_scale, num_steps = check_guidance(cfg_scale), check_steps(num_steps)
+    check_flow_settings(guidance_low, guidance_high, solver, objective)
     scales = len(network.config.scales)
     grid = grid or GRIDS[solver]
     with as_input_error():

@@ -13,6 +13,7 @@ from detailflow_jax.inference import api, image_command
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import interpolation
+from detailflow_jax.runtime.command import whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "upscale", "Make small images larger.", "tokenizer", "generator"
     )
     parser.add_argument(
-        "--size", type=int, help="side in pixels to start from; default that of the smallest image"
+        "--size",
+        type=whole(1),
+        help="side in pixels to start from; default that of the smallest image",
     )
     parser.add_argument(
         "--enlarged",

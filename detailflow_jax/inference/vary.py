@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from detailflow_jax.inference import api, image_command
 from detailflow_jax.inference.enlarge import decode_enlarged
+from detailflow_jax.runtime.command import whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = image_command.parser_of(
         "vary", "Keep the first tokens of an image and sample the others.", "tokenizer", "generator"
     )
-    parser.add_argument("--keep", type=int, required=True, help="how many tokens are kept")
+    parser.add_argument("--keep", type=whole(0), required=True, help="how many tokens are kept")
     return image_command.run(run, parser.parse_args(argv))
 
 

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from detailflow_jax.pod import advice, meshes, programs, report, topologies
 from detailflow_jax.runtime import sharding
-from detailflow_jax.runtime.command import program_name
+from detailflow_jax.runtime.command import number, program_name, whole
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.errors import reported
 
@@ -136,12 +136,12 @@ exit codes: 0 compiled; 2 unusable command line, configuration or mesh; 3 does n
     add("--what", choices=("train", "sampler"), default="train", help="default train")
     add(
         "--batch_size",
-        type=int,
+        type=whole(1),
         default=0,
         metavar="N",
         help="of the sampler, over the pod; default 32 per chip",
     )
-    add("--cfg_scale", type=float, default=1.5, help="of the sampler; 1 means no guidance")
+    add("--cfg_scale", type=number(1), default=1.5, help="of the sampler; 1 means no guidance")
     add("--json", action="store_true", help="print JSON: bytes, seconds, counts")
     args, overrides = parser.parse_known_args(argv)
     for override in overrides:

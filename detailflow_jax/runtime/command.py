@@ -1,7 +1,12 @@
 """The command lines of the package: their parsers, and the name under which one was started."""
 
 import argparse
+import math
 import sys
+from collections.abc import Callable
+from typing import Any
+
+from detailflow_jax.runtime.errors import MOST_SEED, in_range
 
 _PACKAGE = "detailflow_jax"
 
@@ -18,6 +23,50 @@ class HelpFormatter(argparse.HelpFormatter):
         text = action.help or ""
         nothing = action.default in (None, False, "", argparse.SUPPRESS) or action.default == []
         return text if nothing or "default" in text else f"{text} (default: %(default)s)"
+
+
+def whole(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """Returns the type of an option that takes whole numbers from `least` to `most`."""
+    return _reader(int, "a whole number", least, most)
+
+
+def number(
+    least: float | None = None, most: float | None = None, *, above: float | None = None
+) -> Callable[[str], float]:
+    """Returns the type of an option that takes finite numbers, more than `above` where given."""
+    return _reader(float, "a number", least, most, above)
+
+
+def seed(text: str) -> int:
+    """The type of an option that takes a seed."""
+    return whole(0, MOST_SEED)(text)
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], list]:
+    """Returns the type of an option that takes values separated by commas."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def _reader(
+    kind: Callable[[str], Any],
+    name: str,
+    least: float | None,
+    most: float | None,
+    above: float | None = None,
+) -> Callable[[str], Any]:
+    low, high = -math.inf if least is None else least, math.inf if most is None else most
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and low <= value <= high and (above is None or value > above):
+            return value
+        wanted = in_range(name, least, most, above)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {wanted}")
+
+    return read
 
 
 def make_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:

@@ -34,6 +34,7 @@ import jax
 from absl import logging
 
 from detailflow_jax.runtime import compiler
+from detailflow_jax.runtime.command import whole
 from detailflow_jax.runtime.errors import ConfigError
 
 COMPILER = "compiler"  # Name of the threads that compile.
@@ -65,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "not needed on TPU pods, in Slurm or in Kubernetes, where they are found by themselves",
     )
     group.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--num_processes", type=int, metavar="N", help="processes in all")
-    group.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument("--num_processes", type=whole(1), metavar="N", help="processes in all")
+    group.add_argument("--process_id", type=whole(0), metavar="I", help="which one this is, from 0")
 
 
 def start(

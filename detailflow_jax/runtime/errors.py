@@ -6,6 +6,19 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+MOST_SEED = 2**32 - 1  # A larger one would mean the same as a smaller one.
+
+
+def in_range(
+    kind: str, least: float | None = None, most: float | None = None, above: float | None = None
+) -> str:
+    """Returns what an error expects: "a whole number from 0 to 8"."""
+    if above is not None:
+        return f"{kind} above {above}" + ("" if most is None else f", at most {most}")
+    if least is None:
+        return kind
+    return f"{kind} of at least {least}" if most is None else f"{kind} from {least} to {most}"
+
 
 class UserError(Exception):
     """An error whose text says what is wrong and what to do; commands print it and leave.

@@ -177,7 +177,6 @@ def test_generate_writes_pictures_and_arrays(runs, tmp_path, capsys):
         (["--labels", "3,10"], "labels [10] are out of range, expected 0..9"),
         (["--labels", "3", "--num_tokens", "6"], "num_tokens=6 is not valid"),
         (["--labels", "three"], "cannot read labels 'three'"),
-        (["--labels", "3", "--cfg_scale", "0.5"], "cfg_scale=0.5, expected >= 1"),
     ],
 )
 def test_generate_refuses_what_the_models_do_not_allow(runs, tmp_path, capsys, change, message):

@@ -151,11 +151,36 @@ def test_layout_does_not_matter(gen):
         ({"num_tokens": 0}, "num_tokens=0"),
         ({"num_tokens": -2}, "num_tokens=-2"),
         ({"num_tokens": 10}, "num_tokens=10"),
+        ({"num_tokens": 2.5}, "num_tokens=2.5, expected a whole number"),
+        ({"cfg_scale": float("inf")}, "cfg_scale=inf, expected >= 1"),
+        ({"cfg_scale": "2"}, "cfg_scale='2', expected >= 1"),
+        ({"temperature": float("inf")}, "temperature=inf, expected > 0"),
+        ({"temperature": "1"}, "temperature='1', expected > 0"),
+        ({"top_p": float("nan")}, "top_p=nan"),
+        ({"top_k": 2.5}, "top_k=2.5, expected a whole number of at least 0"),
+        ({"top_k": True}, "top_k=True, expected a whole number"),
+        ({"seed": -1}, "seed=-1, expected a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed=4294967296, expected"),
+        ({"seed": 0.5}, "seed=0.5, expected"),
+        ({"seed": None}, "seed=None, expected"),
+        ({"batch_size": 2.5}, "batch_size=2.5, expected a whole number of at least 1"),
+        ({"batch_size": True}, "batch_size=True"),
+        ({"first_index": -1}, "first_index=-1"),
+        ({"first_index": 2**31}, "first_index=2147483648, expected a whole number from 0 to"),
     ],
 )
-def test_sample_refuses(gen, settings, message):
+def test_sample_refuses(gen, settings, unchecked, message):
     with pytest.raises(ValueError, match=message):
         gen.sample(**({"labels": [0]} | settings))
+
+
+def test_whole_numbers_of_any_type_are_the_same(gen, unchecked):
+    settings = {"num_tokens": np.int64(4), "top_k": np.uint8(3), "seed": 2.0, "first_index": 0.0}
+    got = gen.sample([0], batch_size=np.int32(1), cfg_scale=np.float32(1.5), **settings)
+    want = gen.sample([0], seed=2, num_tokens=4, top_k=3, batch_size=1)
+    np.testing.assert_array_equal(got, want)
+    with pytest.raises(df.InputError, match="seed=-1"):
+        next(gen.stream([0], seed=-1))
 
 
 @pytest.mark.parametrize(
