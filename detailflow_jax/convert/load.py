@@ -19,7 +19,7 @@ from detailflow_jax.convert.select import Weights
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.checkpoint import restore_params
 from detailflow_jax.runtime.config import from_json, read_config
-from detailflow_jax.runtime.errors import BucketError, ConfigError, near_names
+from detailflow_jax.runtime.errors import BucketError, ConfigError, near_names, raised_as
 
 
 def is_workdir(path: str | os.PathLike[str]) -> bool:
@@ -152,10 +152,8 @@ def _configured(
         config = of.from_run(stored.model)
     except ConfigError as error:  # Not every ValueError: the function may be a fork's.
         raise ConfigError(f"{path}: {error}") from error
-    try:
+    with raised_as(ConfigError, f"{path}: "):
         return _override(config, overrides)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 def load_autoencoder(fields: Any, defaults: Mapping[str, Any] | None = None) -> Loaded:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from detailflow_jax.convert.errors import CheckpointError
-from detailflow_jax.runtime.errors import near_names
+from detailflow_jax.runtime.errors import near_names, raised_as
 
 # A configuration may say anything; what is made from it (masks of N x N) must stay bounded.
 _MOST = 1 << 14
@@ -179,10 +179,8 @@ class Settings:
                     f"{self.source}: unknown override {name!r}",
                     expected=f"a field of {config.__name__} such as {', '.join(near)}",
                 )
-        try:
+        with raised_as(CheckpointError, f"{self.source}: "):
             return config(**self.fields, **self.overrides)
-        except ValueError as error:
-            raise CheckpointError(f"{self.source}: {error}") from error
 
     def size(self, name: str, axis: int, rank: int = 2) -> int:
         """Returns one dimension of a tensor of `rank` dimensions that every such file has.

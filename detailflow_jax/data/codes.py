@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from detailflow_jax.data.shard_source import ShardSource
 from detailflow_jax.data.shards import ShardLayout
 from detailflow_jax.runtime import files
-from detailflow_jax.runtime.errors import ConfigError, NotFoundError
+from detailflow_jax.runtime.errors import ConfigError, NotFoundError, raised_as
 
 CODEBOOK = "codebook.npy"
 """File beside the shards: the codebook of the tokenizer, float32 [V, d], not normalised."""
@@ -69,11 +69,9 @@ class CodeSource(ShardSource):
                 f"{path} is missing, which a flow head needs: run the same extraction again, it "
                 "adds the file and leaves the codes as they are"
             )
-        try:
-            stream = io.BytesIO(files.read_bytes(path))
+        stream = io.BytesIO(files.read_bytes(path))
+        with raised_as(ConfigError, f"{path} is no array: "):
             codebook = np.lib.format.read_array(stream, allow_pickle=False)
-        except ValueError as error:
-            raise ConfigError(f"{path} is no array: {error}") from error
         rows = codebook.shape[0] if codebook.ndim == 2 else -1
         if rows != size or codebook.dtype != np.float32 or not np.isfinite(codebook).all():
             raise ConfigError(

@@ -29,7 +29,7 @@ from detailflow_jax.data.transforms import (
 )
 from detailflow_jax.data.workers import WorkerIterator, check_memory
 from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
-from detailflow_jax.runtime.errors import ConfigError, unknown_name
+from detailflow_jax.runtime.errors import ConfigError, raised_as, unknown_name
 
 _MAX_SKIPS = 64  # Broken records in a row after which the whole data set is at fault.
 
@@ -254,10 +254,8 @@ def batch_sizes(data: Mapping, batch_size: int, seed: int) -> InputSizes | None:
     Raises:
         ConfigError: fields of `data.dynamic` that cannot be used.
     """
-    try:
+    with raised_as(ConfigError):
         return input_sizes(data, batch_size, seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _check_batches(

@@ -14,7 +14,7 @@ from detailflow_jax.data.folders import check_distinct
 from detailflow_jax.data.shards import FORMAT_VERSION, ShardLayout, num_records
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.copies import copy_here
-from detailflow_jax.runtime.errors import ConfigError, NotFoundError
+from detailflow_jax.runtime.errors import ConfigError, NotFoundError, raised_as
 from detailflow_jax.runtime.retry import is_passing, read_again
 
 _MAY_BE_ZERO = {"num_records", "causal_num"}
@@ -112,10 +112,9 @@ class ShardSource:
         if files.is_remote(place):  # The reader of these files knows disks only.
             sizes = {s["file"]: s["num_bytes"] for s in self.manifest["shards"]}
             self.directory = copy_here(place, sizes, self.fingerprint)
-        try:
+        # Sizes may be beyond what NumPy can count.
+        with raised_as(ConfigError, f"{self.name}: its manifest describes no records: "):
             self._dtype = self.layout.record_dtype
-        except ValueError as error:  # Sizes beyond what NumPy can count.
-            raise ConfigError(f"{self.name}: its manifest describes no records: {error}") from error
         self._check_shards()
         filled = [s["file"] for s in self.manifest["shards"] if s["num_records"]]
         if not filled:
@@ -169,10 +168,8 @@ class ShardSource:
         record = np.frombuffer(data, dtype)[0]
         value = record[self.layout.field].astype(self.dtype)
         label, position = int(record["label"]), int(record["index"])
-        try:
+        with raised_as(ConfigError, f"{self.directory} contradicts its manifest.json: "):
             self.layout.check(position, value)
-        except ValueError as error:
-            raise ConfigError(f"{self.directory} contradicts its manifest.json: {error}") from error
         if not 0 <= label < self.num_classes:
             raise ConfigError(
                 f"{self.directory} contradicts its manifest.json: the label of {position} is "

@@ -18,6 +18,7 @@ from detailflow_jax.evaluate.samples import Images, Part
 from detailflow_jax.inference.batching import in_batches
 from detailflow_jax.inference.enlarge import decode_enlarged
 from detailflow_jax.ops import images as pixels
+from detailflow_jax.runtime.errors import raised_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,11 +166,9 @@ def _check_parts(reconstructor: Reconstructor, counts, groups) -> tuple[list[int
         if counts or groups:
             raise EvaluationError("a VAE has no tokens: leave token counts and noise groups out")
         return [], []
-    try:
+    with raised_as(EvaluationError, f"token counts {counts}: "):
         for count in counts:
             config.resolutions.check(count)
-    except ValueError as error:
-        raise EvaluationError(f"token counts {counts}: {error}") from error
     number = config.num_tokens // config.group_size
     wrong = [group for group in groups if not 0 <= group < number]
     if wrong:

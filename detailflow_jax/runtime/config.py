@@ -25,7 +25,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from detailflow_jax.runtime import files, upgrade
-from detailflow_jax.runtime.errors import BucketError, ConfigError, unknown_name
+from detailflow_jax.runtime.errors import BucketError, ConfigError, raised_as, unknown_name
 
 T = TypeVar("T")
 
@@ -139,10 +139,8 @@ def _run_config_file(spec: str) -> ConfigDict:
             raise ConfigError(f"{path} defines no function get_config(arg)")
         if has_arg and not inspect.signature(get_config).parameters:
             raise ConfigError(f"{path} has no variants: write {path!r} instead of {spec!r}")
-        try:
+        with raised_as(ConfigError, f"{spec}: "):  # What it has against its argument.
             config = get_config(arg) if has_arg else get_config()
-        except ValueError as error:  # What it has against its argument.
-            raise ConfigError(f"{spec}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")
     return config
@@ -368,10 +366,8 @@ def from_json(fields: Mapping[str, Any], path: str | os.PathLike) -> ConfigDict:
         value = fields.get(name, kind())
         if not isinstance(value, kind) or (kind is list and any(type(x) is not str for x in value)):
             raise ConfigError(f"{path}: {name} is {value!r:.99}, expected {expected}")
-    try:
+    with raised_as(ConfigError, f"{path} is not a configuration: "):  # Such as a dot in a name.
         return ConfigDict(_with_tuples(upgrade.upgraded(dict(fields)))).lock()
-    except ValueError as error:  # Such as a dot in a name.
-        raise ConfigError(f"{path} is not a configuration: {error}") from error
 
 
 def check_same(

@@ -1,9 +1,10 @@
 """The errors that a command prints in one line; all others keep their traceback."""
 
+import contextlib
 import difflib
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 MOST_SEED = 2**32 - 1  # A larger one would mean the same as a smaller one.
@@ -104,6 +105,20 @@ def reported(command: Callable[..., int]) -> Callable[..., int]:
             return error.report()
 
     return wrapped
+
+
+@contextlib.contextmanager
+def raised_as(kind: Callable[[str], UserError], where: str = "") -> Iterator[None]:
+    """Within, a ValueError becomes an error of the user: around a check of values alone.
+
+    Args:
+      kind: of the error.
+      where: begins its text.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise kind(f"{where}{error}") from error
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:

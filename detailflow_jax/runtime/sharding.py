@@ -21,7 +21,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from detailflow_jax.runtime import compiler
-from detailflow_jax.runtime.errors import ConfigError, ProcessLost
+from detailflow_jax.runtime.errors import ConfigError, ProcessLost, raised_as
 
 PyTree = Any
 
@@ -95,7 +95,7 @@ def _across_slices(shape: Sequence[int], slices: int, devices: Sequence[jax.Devi
         )
     # Devices without a slice index: each process counts as a slice.
     untold = len({getattr(device, "slice_index", 0) for device in devices}) == 1
-    try:
+    with raised_as(ConfigError, f"config.mesh.slices={slices}: "):
         return mesh_utils.create_hybrid_device_mesh(
             (data // slices, *inner),
             (slices, *[1] * len(inner)),
@@ -103,8 +103,6 @@ def _across_slices(shape: Sequence[int], slices: int, devices: Sequence[jax.Devi
             process_is_granule=untold and devices[0].platform != "tpu",
             allow_split_physical_axes=True,
         )
-    except ValueError as error:
-        raise ConfigError(f"config.mesh.slices={slices}: {error}") from error
 
 
 @contextlib.contextmanager

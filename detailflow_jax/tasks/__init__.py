@@ -12,7 +12,7 @@ import flax.struct
 import jax
 
 from detailflow_jax.ops import Array
-from detailflow_jax.runtime.errors import ConfigError, near_names
+from detailflow_jax.runtime.errors import ConfigError, near_names, raised_as
 from detailflow_jax.runtime.upgrade import check_names
 
 T = TypeVar("T")
@@ -115,10 +115,8 @@ def from_section(kind: Callable[..., T], fields: Mapping[str, Any], section: str
             if hints[name] is int:
                 expected = f"at least {_least(known[name].default)}, a whole number up to {_MOST}"
             raise ConfigError(f"{section}.{name}={value!r:.99}; expected {expected}")
-    try:
+    with raised_as(ConfigError, f"{section}: "):
         return kind(**{name: value for name, value in fields.items() if value is not None})
-    except ValueError as error:
-        raise ConfigError(f"{section}: {error}") from error
 
 
 def _fits(value: Any, hint: Any, usual: Any = None) -> bool:

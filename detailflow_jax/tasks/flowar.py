@@ -22,7 +22,7 @@ from detailflow_jax.ops import Array
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops import scales as grids
 from detailflow_jax.ops.objectives import GRIDS, OBJECTIVES
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, raised_as
 from detailflow_jax.tasks import Task, TrainState, from_section, no_plan, optim, with_size
 from detailflow_jax.tasks.vae import autoencoder_config
 
@@ -119,10 +119,8 @@ def _vae(config: Any, c: FlowARConfig) -> Autoencoder | None:
             )
         return None
     vae = autoencoder_config(fields, "config.vae")
-    try:
+    with raised_as(ConfigError):
         check_vae(c, vae.latent_channels, "config.vae")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     return DCAE(vae) if isinstance(vae, DCAEConfig) else VAE(vae)
 
 

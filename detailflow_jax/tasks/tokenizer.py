@@ -22,7 +22,7 @@ from detailflow_jax.models.tokenizer import Count, Tokenizer, TokenizerConfig
 from detailflow_jax.ops import Array, correction, interpolation, quantization
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, raised_as
 from detailflow_jax.tasks import Metrics, Plan, Task, TrainState, from_section, tokenizer_figures
 from detailflow_jax.tasks.losses import Pass, Step
 from detailflow_jax.tasks.tokenizer_figures import group_counts
@@ -65,10 +65,8 @@ def make(config: Any) -> Task:
             f"config.train_only={config.train_only!r} is not one of {', '.join(TRAIN_ONLY)}"
         )
     smallest = c.resolutions.decoded_size(c.resolutions.token_counts[0])
-    try:
+    with raised_as(ConfigError):
         sizes = input_sizes(config.data, config.batch_size, config.seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     return TokenizerTrainer.task(
         config,
         Tokenizer(c),

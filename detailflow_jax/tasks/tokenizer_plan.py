@@ -11,7 +11,7 @@ from jaxtyping import Int, PRNGKeyArray
 from detailflow_jax.models.tokenizer import Count, TokenizerConfig
 from detailflow_jax.ops import Array, correction
 from detailflow_jax.ops.input_sizes import InputSizes
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import ConfigError, raised_as
 
 
 def tokens_by_size(config: Any, c: TokenizerConfig, sizes: InputSizes | None) -> dict[int, int]:
@@ -47,10 +47,8 @@ def tokens_by_size(config: Any, c: TokenizerConfig, sizes: InputSizes | None) ->
                 f"{where} comes in batches of {images}, not a multiple of config.accumulate="
                 f"{config.accumulate}; let it divide config.data.dynamic.multiple"
             )
-        try:
+        with raised_as(ConfigError, f"{where}: "):
             found[size] = c.resolutions.best_count(size)
-        except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from error
     return found
 
 
