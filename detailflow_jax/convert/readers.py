@@ -23,12 +23,7 @@ from detailflow_jax.convert.folders import Folder, open_folder
 from detailflow_jax.convert.locate import find, parse_yaml, read_mapping
 from detailflow_jax.convert.pickled import read_tensors, strided_view
 from detailflow_jax.convert.select import Preference, Recognise, Weights
-from detailflow_jax.convert.torch_file import (
-    PICKLE_MAGIC,
-    ZIP_MAGIC,
-    items_of,
-    open_torch,
-)
+from detailflow_jax.convert.torch_file import PICKLE_MAGIC, ZIP_MAGIC, items_of, open_torch
 
 # Where a training checkpoint keeps its settings, the first one present being read.
 _ARGUMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "model_args")
@@ -73,9 +68,7 @@ class _File:
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str],
-    weights: Preference = None,
-    recognise: Recognise | None = None,
+    path: str | os.PathLike[str], weights: Preference = None, recognise: Recognise | None = None
 ) -> Checkpoint:
     """Opens a checkpoint; numbers are read when a tensor is used.
 

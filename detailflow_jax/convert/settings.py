@@ -144,8 +144,7 @@ class Settings:
         if not (is_number and above < value <= _MOST):
             least = f"from {above + 1}" if kind is int else f"above {above}"
             raise CheckpointError(
-                f"{self.source}: {name}={value!r}",
-                expected=f"{kind.__name__} {least} to {_MOST}",
+                f"{self.source}: {name}={value!r}", expected=f"{kind.__name__} {least} to {_MOST}"
             )
         return kind(value)
 

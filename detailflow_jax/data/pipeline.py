@@ -190,12 +190,7 @@ def _open(data: Mapping, largest: int | None):
 
 
 def make_iterator(
-    data: Mapping,
-    *,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    data: Mapping, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
     """The endless training stream of this process.
 

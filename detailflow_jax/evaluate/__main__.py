@@ -72,11 +72,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ),
     ):
         command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
+            name, help=text, description=text, formatter_class=HelpFormatter, allow_abbrev=False
         )
         add = command.add_argument
         add("--out", default=f"runs/evaluate/{name}", help="folder for results, also partial ones")
@@ -239,11 +235,7 @@ def load_features(
     else:
         extractor = load_extractor(args.inception, args.batch_size)
     reference = references.load_reference(
-        args.reference,
-        extractor,
-        image_size=image_size,
-        cache=args.cache,
-        data_dir=args.data_dir,
+        args.reference, extractor, image_size=image_size, cache=args.cache, data_dir=args.data_dir
     )
     return extractor, reference
 

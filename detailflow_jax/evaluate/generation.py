@@ -244,11 +244,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             line[f"{metric}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         summary.append(line)
     best = min(summary, key=lambda line: line[metrics[0]])
-    return {
-        "by_cfg_scale": summary,
-        "best_cfg_scale": best["cfg_scale"],
-        "distance": metrics[0],
-    }
+    return {"by_cfg_scale": summary, "best_cfg_scale": best["cfg_scale"], "distance": metrics[0]}
 
 
 def curve(summary: dict[str, Any]) -> bytes:

@@ -28,17 +28,8 @@ from detailflow_jax.inference.editing import upscale as upscale
 from detailflow_jax.inference.editing import vary as vary
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.inference.hub import HubError as HubError
-from detailflow_jax.inference.models import (
-    VAE,
-    FlowAR,
-    Generator,
-    Model,
-    Tokenizer,
-    scans,
-)
-from detailflow_jax.inference.models import (
-    LatentPosterior as LatentPosterior,
-)
+from detailflow_jax.inference.models import VAE, FlowAR, Generator, Model, Tokenizer, scans
+from detailflow_jax.inference.models import LatentPosterior as LatentPosterior
 from detailflow_jax.inference.pairs import check_pair as check_pair
 from detailflow_jax.ops import images as pixels
 

@@ -193,8 +193,7 @@ class Command:
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """The arguments of a command line."""
         parser = command.make_parser(
-            self.name,
-            description=f"{self.description} Run the same command again to resume.",
+            self.name, description=f"{self.description} Run the same command again to resume."
         )
         add = parser.add_argument
         add(f"--{self.network}", required=True, help=self.takes)

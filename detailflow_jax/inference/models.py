@@ -64,11 +64,7 @@ class Model:
     network: Any
 
     def __init__(
-        self,
-        config: Any,
-        params: Mapping[str, Any],
-        source: str = "memory",
-        encoded_by: str = "",
+        self, config: Any, params: Mapping[str, Any], source: str = "memory", encoded_by: str = ""
     ):
         """Takes parameters in the scanned or the unrolled layout."""
         scan = scans()

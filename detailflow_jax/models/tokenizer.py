@@ -178,8 +178,7 @@ class Decoder(nn.Module):
         )
         batch, length, _ = codes.shape
         grid = jnp.broadcast_to(
-            mask_token + trunk.positions(height, width),
-            (batch, height * width, c.decoder.width),
+            mask_token + trunk.positions(height, width), (batch, height * width, c.decoder.width)
         )
         tokens = jnp.concatenate([grid, codes + latent_positions[:length]], axis=1)  # [B, P + n, D]
         mask = None

@@ -80,9 +80,7 @@ def degradation_matrix(
 
 
 def apply_matrices(
-    images: Shaped[Array, "*batch H W C"],
-    rows: Float[Array, "h H"],
-    columns: Float[Array, "w W"],
+    images: Shaped[Array, "*batch H W C"], rows: Float[Array, "h H"], columns: Float[Array, "w W"]
 ) -> Float[Array, "*batch h w C"]:
     """Images resized by a matrix for the rows and one for the columns, in float32."""
     resized = jnp.asarray(images, jnp.float32)

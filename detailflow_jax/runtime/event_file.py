@@ -39,8 +39,7 @@ class EventFile:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one point for each name."""
         self._add(
-            step,
-            [self._summary.Value(tag=k, simple_value=float(v)) for k, v in values.items()],
+            step, [self._summary.Value(tag=k, simple_value=float(v)) for k, v in values.items()]
         )
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:

@@ -43,10 +43,7 @@ class Feed(contextlib.AbstractContextManager):
     """
 
     def __init__(
-        self,
-        iterator: Any,
-        mesh: jax.sharding.Mesh,
-        leave: Callable[[], bool] = lambda: False,
+        self, iterator: Any, mesh: jax.sharding.Mesh, leave: Callable[[], bool] = lambda: False
     ):
         """Wraps a Grain `DatasetIterator` of dicts of numpy arrays, this process's rows [b, ...].
 

@@ -187,10 +187,7 @@ def updated(
         parts = {name: averaged[name] for name in grads}
         averaged = averaged | average(parts, trained, state.step, ema)
     return state.replace(
-        step=state.step + 1,
-        params=state.params | trained,
-        opt_state=opt_state,
-        ema=averaged,
+        step=state.step + 1, params=state.params | trained, opt_state=opt_state, ema=averaged
     )
 
 

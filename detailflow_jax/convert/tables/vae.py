@@ -309,10 +309,7 @@ def _by_channel(s: Settings, mean: Any, std: Any) -> dict[str, Any]:
                 expected=f"{count} numbers, one per latent channel"
                 + (", above 0" if value is std else ""),
             )
-    return {
-        "scaling_factor": [factor / x for x in std],
-        "shift_factor": [shift + x for x in mean],
-    }
+    return {"scaling_factor": [factor / x for x in std], "shift_factor": [shift + x for x in mean]}
 
 
 def describe(config: VAEConfig | DCAEConfig) -> Description:
