@@ -19,7 +19,7 @@ from detailflow_jax.data.classes import class_names
 from detailflow_jax.inference.errors import InputError
 from detailflow_jax.inference.generate import LOAD
 from detailflow_jax.runtime import extras, files, platforms
-from detailflow_jax.runtime.command import program_name, whole
+from detailflow_jax.runtime.command import make_parser, whole
 from detailflow_jax.runtime.errors import UserError
 
 PAIRS = (("tokenizer", "generator", "runs/demo"), ("vae", "flowar", "runs/demo-flowar"))
@@ -28,11 +28,8 @@ PAIRS = (("tokenizer", "generator", "runs/demo"), ("vae", "flowar", "runs/demo-f
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of a command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("app"),
-        description="Trained models in the browser. Without models: those of `make demo`.",
-        allow_abbrev=False,
-    )
+    about = "Trained models in the browser. Without models: those of `make demo`."
+    parser = make_parser("app", about)
     for decoder, model, demo in PAIRS:
         for kind in (decoder, model):
             text = f"what df.load_{kind} takes; without any model: {demo}/{kind}"

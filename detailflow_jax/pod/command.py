@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from detailflow_jax.pod import advice, meshes, programs, report, topologies
 from detailflow_jax.runtime import sharding
-from detailflow_jax.runtime.command import number, program_name, whole
+from detailflow_jax.runtime.command import make_parser, number, whole
 from detailflow_jax.runtime.config import load_config
 from detailflow_jax.runtime.errors import reported
 
@@ -111,16 +111,14 @@ def _compile(
 
 def parse_command_line(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """(arguments, overrides of the configuration); leaves with UNUSABLE on an unknown option."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("compile-pod"),
+    parser = make_parser(
+        "compile-pod",
         description="Compile a train step or a sampler for a TPU pod, without a TPU.",
         epilog="""\
 any field of the configuration can be set from here:
   --config.batch_size=1024 --config.model.remat=full
 
 exit codes: 0 compiled; 2 unusable command line, configuration or mesh; 3 does not fit.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE.py[:VARIANT]", help="as for detailflow train")

@@ -370,9 +370,7 @@ def from_json(fields: Mapping[str, Any], path: str | os.PathLike) -> ConfigDict:
         return ConfigDict(_with_tuples(upgrade.upgraded(dict(fields)))).lock()
 
 
-def check_same(
-    config: ConfigDict, workdir: str | os.PathLike, may_differ: Sequence[str] = MAY_DIFFER
-) -> None:
+def check_same(config: ConfigDict, workdir: str | os.PathLike) -> None:
     """Checks that a workdir was not started with another configuration.
 
     `total_steps` may grow. A field that the workdir's configuration does not have yet counts there
@@ -382,7 +380,6 @@ def check_same(
     Args:
         config: the configuration to run now.
         workdir: of the run; if it has no config.json there is nothing to compare.
-        may_differ: full names of fields, or of groups of fields, that a resumed run may change.
 
     Raises:
         ConfigError: fields differ; the text lists them with old and new values, and what to do.
@@ -399,7 +396,7 @@ def check_same(
         name
         for name in dict.fromkeys([*written, *new])
         if old.get(name, absent) != new.get(name, absent)
-        and not any(name == free or name.startswith(f"{free}.") for free in (*may_differ, *moved))
+        and not any(name == free or name.startswith(f"{free}.") for free in (*MAY_DIFFER, *moved))
     ]
     before, now = old.get("total_steps"), new.get("total_steps")
     if "total_steps" in differing and isinstance(before, int) and before < now:
