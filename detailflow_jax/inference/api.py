@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from detailflow_jax.convert import diffusers, export
 from detailflow_jax.convert import load as loading
 from detailflow_jax.inference import rules as rules
-from detailflow_jax.inference.checks import ArrayLike, check_whole
+from detailflow_jax.inference.checks import ArrayLike, as_array, check_whole
 from detailflow_jax.inference.editing import edit as edit
 from detailflow_jax.inference.editing import upscale as upscale
 from detailflow_jax.inference.editing import vary as vary
@@ -136,7 +136,7 @@ def to_uint8(images: ArrayLike) -> UInt8[np.ndarray, "*B H W C"]:
     Raises:
       InputError: NaN or infinity, which would become some colour; or no floating point images.
     """
-    images = np.asarray(images)
+    images = as_array("images", images)
     if images.ndim < 3 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(
             f"images are {images.dtype} {images.shape}; expected floats in [-1, 1], [..., H, W, C]"

@@ -78,8 +78,10 @@ def in_batches(
             waiting.append(function(*batch))
             if len(waiting) > 1:
                 fetch()
-        if not count:
-            waiting.append(function(*rows))
+        if not count:  # Of no rows some networks cannot tell the shapes.
+            waiting.append(
+                function(*(place(np.zeros((size, *x.shape[1:]), x.dtype), mesh) for x in rows))
+            )
         fetch()
     return jax.tree.map(lambda *x: np.concatenate(x)[:count], *parts)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from detailflow_jax.inference.errors import InputError
+from detailflow_jax.inference.errors import InputError, InputTypeError
 from detailflow_jax.models.flow_sampler import Known
 from detailflow_jax.models.flowar import FlowARConfig
 from detailflow_jax.ops import Array
@@ -62,11 +62,31 @@ def _shown(name: str, value: Any) -> str:
     return f"{name}={value!r}" if isinstance(value, str | bytes) else f"{name}={value}"
 
 
+def as_array(name: str, value: Any, dtype: Any = None) -> np.ndarray:
+    """Returns numbers as a NumPy array; raises InputError where NumPy makes none of them."""
+    try:
+        return np.asarray(value, dtype)
+    except (ValueError, TypeError, RuntimeError) as error:  # The last is PyTorch's.
+        raise InputError(f"{name} cannot become an array: {error}") from error
+
+
+def as_images(images: Any) -> np.ndarray:
+    """Returns images as an array; plain numbers 0..255 in lists are uint8."""
+    found = as_array("images", images)
+    listed = not hasattr(images, "dtype") and found.dtype.kind == "i"
+    is_byte = listed and found.min(initial=0) >= 0 and found.max(initial=0) <= 255
+    return found.astype(np.uint8) if is_byte else found
+
+
 def check_images(images: np.ndarray, channels: int, stride: int = 1) -> None:
     """Raises InputError unless images are [B, H, W, channels] with sides that stride divides.
 
     Floats have to be about [-1, 1]: decoded images leave this range by a half, others by far more.
+    Other types are an InputTypeError.
     """
+    known = images.dtype == np.uint8 or jnp.issubdtype(images.dtype, jnp.floating)
+    if images.ndim and not known:
+        raise InputTypeError(f"images are {images.dtype}; expected uint8, or floats in [-1, 1]")
     if jnp.issubdtype(images.dtype, jnp.floating) and not np.abs(images).max(initial=0) <= _RANGE:
         raise InputError(
             f"images reach {np.abs(images).max():g}: expected floats about [-1, 1], or uint8 in "
@@ -151,7 +171,7 @@ def check_noise(
     Raises:
       InputError: other shapes.
     """
-    parts = [np.asarray(part, np.float32) for part in noise]
+    parts = [as_array("noise", part, np.float32) for part in noise]
     wanted = [(side * side, config.channels) for side in config.scales]
     shapes = [part.shape for part in parts]
     rows = {shape[0] for shape in shapes if shape}
@@ -171,7 +191,7 @@ def check_known(latents: ArrayLike | None, mask: ArrayLike | None, config: FlowA
     """
     if latents is None or mask is None:
         raise InputError("latents and mask belong together: give both, or none")
-    latents, mask = np.asarray(latents), np.asarray(mask)
+    latents, mask = as_array("latents", latents), as_array("the mask", mask)
     side, channels = config.latent_side, config.channels
     if latents.shape[1:] != (side, side, channels) or latents.dtype.kind != "f":
         raise InputError(

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Shaped, UInt8
 
-from detailflow_jax.inference.checks import ArrayLike, check_images, check_mask, check_whole
+from detailflow_jax.inference.checks import (
+    ArrayLike,
+    as_array,
+    as_images,
+    check_images,
+    check_mask,
+    check_whole,
+)
 from detailflow_jax.inference.errors import InputError, as_input_error
 from detailflow_jax.inference.models import VAE, FlowAR, Generator, Tokenizer
 from detailflow_jax.inference.pairs import check_pair
@@ -49,7 +56,7 @@ def edit(
         mask, a label or setting out of range.
     """
     check_pair(vae, flowar)
-    images, mask, c = np.asarray(images), np.asarray(mask), vae.config
+    images, mask, c = as_images(images), as_array("the mask", mask), vae.config
     side = flowar.config.latent_side * c.stride
     check_images(images, c.image_channels)
     if images.shape[1:3] != (side, side):
@@ -149,7 +156,7 @@ def upscale(
     Raises:
       InputError: a size that no number of tokens stands for; else as `vary`.
     """
-    images = np.asarray(images)
+    images = as_images(images)
     check_images(images, channels=3)
     height, width = images.shape[1:3]
     if height != width:

@@ -20,6 +20,8 @@ from detailflow_jax.inference import hub, programs
 from detailflow_jax.inference.batching import in_batches, pad, place, used, whole_shares
 from detailflow_jax.inference.checks import (
     ArrayLike,
+    as_array,
+    as_images,
     check_codes,
     check_images,
     check_known,
@@ -186,7 +188,7 @@ class _Sampler(Model):
             if not rows:
                 raise InputError("labels are missing: only what is continued or kept needs none")
             return np.full(rows, null)
-        labels = np.asarray(labels)
+        labels = as_array("labels", labels)
         check_labels(labels, null)
         # Trained without classes: only the null class is known.
         return np.full_like(labels, null) if self.config.class_dropout == 1 else labels
@@ -208,7 +210,7 @@ class Tokenizer(Model):
         Raises:
           ValueError, TypeError: another shape or type.
         """
-        images = np.asarray(images)
+        images = as_images(images)
         check_images(images, 3, self.config.encoder.patch_size)
         return self.run(programs.encode, batch_size, images)
 
@@ -231,7 +233,7 @@ class Tokenizer(Model):
         Raises:
           ValueError: codes out of range, or n or size not valid.
         """
-        codes = np.asarray(codes)
+        codes = as_array("codes", codes)
         if codes.ndim == 3:
             check_vectors(codes, self.config.codebook_dim)
         else:
@@ -342,7 +344,7 @@ class Generator(_Sampler):
 
     def _padded(self, prefix: ArrayLike, num_tokens: int | None) -> Int32[np.ndarray, "B N"]:
         """A prefix of codes, followed by -1 up to all tokens."""
-        prefix, c = np.asarray(prefix), self.config
+        prefix, c = as_array("the prefix", prefix), self.config
         check_codes(prefix, c.codebook_size)
         count = c.num_tokens if num_tokens is None else int(num_tokens)
         if prefix.shape[1] > count:
@@ -363,7 +365,7 @@ class Generator(_Sampler):
         c = self.config
         if c.head == "flow":
             raise InputError("this generator has a flow head, which gives no logits")
-        codes, labels = np.asarray(codes), np.asarray(labels)
+        codes, labels = as_array("codes", codes), as_array("labels", labels)
         check_codes(codes, c.codebook_size)
         check_labels(labels, c.num_classes + 1)
         read = c.num_tokens - c.group_size  # the last group is predicted only, unless all is causal
@@ -392,7 +394,7 @@ class VAE(Model):
         Raises:
           ValueError, TypeError: another shape or type.
         """
-        images = np.asarray(images)
+        images = as_images(images)
         check_images(images, self.config.image_channels, self.config.stride)
         moments = self.run(programs.encode_moments, batch_size, images)
         return LatentPosterior(*np.split(moments, 2, axis=-1), self.network)
@@ -427,7 +429,7 @@ class VAE(Model):
         """
         if isinstance(latents, LatentPosterior):
             latents = latents.mode()
-        latents, channels = np.asarray(latents), self.config.latent_channels
+        latents, channels = as_array("latents", latents), self.config.latent_channels
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise InputError(
                 f"latents have shape {latents.shape}, expected [B, h, w, {channels}]: "
@@ -435,6 +437,8 @@ class VAE(Model):
             )
         if not np.issubdtype(latents.dtype, np.floating):
             raise InputError(f"latents are {latents.dtype}, expected floating point numbers")
+        if not np.isfinite(latents).all():
+            raise InputError("latents hold NaN or infinity")
         return self.run(programs.decode_latents, batch_size, latents.astype(np.float32))
 
 

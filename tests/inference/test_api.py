@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import detailflow_jax as df
 from detailflow_jax import tasks
@@ -172,6 +174,29 @@ def test_layout_does_not_matter(gen):
 def test_sample_refuses(gen, settings, unchecked, message):
     with pytest.raises(ValueError, match=message):
         gen.sample(**({"labels": [0]} | settings))
+
+
+def test_images_in_lists_are_the_same(tok, codes, unchecked):
+    np.testing.assert_array_equal(tok.encode(pictures().tolist()), codes)
+    np.testing.assert_array_equal(tok.encode([*map(Image.fromarray, pictures())]), codes)
+    np.testing.assert_array_equal(tok.encode(torch.from_numpy(pictures())), codes)
+    assert tok.encode(pictures(0)).shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([pictures()[0], pictures()[1][:8]], "images cannot become an array: .* inhomogeneous"),
+        (torch.ones(1, 16, 16, 3, requires_grad=True), r"images cannot become .*detach\(\)"),
+        (torch.ones(1, 16, 16, 3).bfloat16(), "images cannot become an array: .*BFloat16"),
+        (pictures().astype(object), "images are object; expected uint8"),
+        ((pictures().astype(int) * 1000).tolist(), "images are int64; expected uint8"),
+        ("cat.png", "images have shape"),
+    ],
+)
+def test_what_is_no_array_of_images_is_refused(tok, unchecked, images, message):
+    with pytest.raises(df.InputError, match=message):
+        tok.encode(images)
 
 
 def test_whole_numbers_of_any_type_are_the_same(gen, unchecked):

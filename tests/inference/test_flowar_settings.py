@@ -22,6 +22,7 @@ import scored_models
         ({"seed": -1}, "seed=-1, expected a whole number from 0"),
         ({"grid": "cosine"}, "grid='cosine' is not one of"),
         ({"noise": [np.zeros((1, 1, 3))]}, "noise has shapes"),
+        ({"noise": "x"}, "noise cannot become an array"),
         ({"labels": [3]}, r"labels \[3\] are out of range, expected 0..2"),
     ],
 )

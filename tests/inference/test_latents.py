@@ -84,6 +84,15 @@ def test_moments_are_those_of_the_image_and_of_its_mirror(vae, source, finished)
     assert np.abs(both[0] - both[1][:, ::-1]).max() > 1e-3  # stride 2 pads one side only
 
 
+def test_latents_that_are_no_numbers_are_refused_and_none_give_none(vae):
+    c = vae.config
+    latents = np.zeros((1, 2, 2, c.latent_channels), np.float32)
+    with pytest.raises(ValueError, match="latents hold NaN"):
+        vae.decode(latents * np.nan)
+    assert len(vae.decode(latents[:0])) == 0
+    assert len(vae.moments(np.zeros((0, 8, 8, c.image_channels), np.uint8))) == 0
+
+
 @pytest.mark.slow
 def test_encoding_and_decoding_is_a_round_trip(vae):
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
