@@ -66,18 +66,23 @@ def open_folder(
     except ConfigError as error:
         page = _HUB_PAGE.match(text)
         inside = f"@{page[2]}/{page[3]}" if page and page[3] else ""
+        remedy = "Download the file and pass its path." if text else "The path is empty."
+        if page:
+            remedy = f"Write hf:{page[1]}{inside}."
+        elif text.startswith("file://"):
+            remedy = f"Write {text.removeprefix('file://')}."
         raise CheckpointError(
             f"{text!r}: an address of an unknown kind",
             expected="a local path, gs://BUCKET/PATH or hf:OWNER/NAME",
-            remedy=f"Write hf:{page[1]}{inside}."
-            if page
-            else "Download the file and pass its path.",
+            remedy=remedy,
         ) from error
     with _reaching(text):
         is_folder = path.is_dir()
         missing = not is_folder and not path.exists()
     if missing:
         hint = f" For the hub, write hf:{text}." if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
+        if text.startswith("~"):
+            hint = f" Only a shell knows ~: write {os.path.expanduser(text)}."
         if os.path.islink(path):
             hint = f" It is a link to {os.readlink(path)}, which is not there."
         raise CheckpointError(

@@ -62,7 +62,7 @@ def entries(tree: Any) -> dict[str, Any]:
             total += len(parts)
             for i, (key, part) in enumerate(parts):
                 inner = f"{path}.{key_name(key)}" if path else key_name(key)
-                if isinstance(key, str):
+                if isinstance(key, str | float):  # averages of several decays
                     deeper.append(((*place, i), inner, part))
                 else:
                     found.append(((*place, i), inner, None))  # No tensor has such a name.
@@ -274,13 +274,15 @@ def _usual(names: Collection[str]) -> list[_Group]:
 def listed(tree: Any) -> str:
     """Returns what messages say that a file holds."""
     top = list(tree.items())[:10] if isinstance(tree, dict) else []
-    inside = ", ".join(f"{key_name(key)}{_kind(value)}" for key, value in top)
+    inside = ", ".join(dict.fromkeys(f"{key_name(key)}{_kind(value)}" for key, value in top))
     return inside or _kind(tree) or type(tree).__name__
 
 
 def key_name(key: Any) -> str:
     """Returns what messages call a key."""
-    return key if isinstance(key, str) else f"a key of type {getattr(key, 'name', 'int')}"
+    return (
+        str(key) if isinstance(key, str | float) else f"a key of type {getattr(key, 'name', 'int')}"
+    )
 
 
 def _kind(value: Any) -> str:

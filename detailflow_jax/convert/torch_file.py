@@ -81,7 +81,7 @@ def items_of(value: Any) -> list[tuple[Any, Any]] | None:
         few = len(value) <= _MOST_LISTED
         return [(str(i), x) for i, x in enumerate(value)] if held and few else None
     parts = value.parts if isinstance(value, Inert) else value
-    if not isinstance(parts, dict) or not any(isinstance(key, str) for key in parts):
+    if not isinstance(parts, dict) or not any(isinstance(key, str | float) for key in parts):
         return None
     if "_parameters" in parts:
         stores = [parts.get(name) for name in ("_parameters", "_buffers", "_modules")]
@@ -105,7 +105,7 @@ def _set_items(target: Any, pairs: Any) -> None:
     """Sets items of a dict; a key whose hash the file could choose is replaced by a placeholder."""
     target = target.parts if isinstance(target, Inert) else target
     for key, value in pairs:
-        plain = type(key) in (str, Inert) or (type(key) is int and abs(key) < 2**63)
+        plain = type(key) in (str, float, Inert) or (type(key) is int and abs(key) < 2**63)
         dict.__setitem__(target, key if plain else Inert(type(key).__name__), value)
 
 

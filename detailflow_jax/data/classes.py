@@ -9,6 +9,8 @@ themselves, to the configuration of a run (`class_names` in WORKDIR/config.json)
 import re
 from collections.abc import Sequence
 
+from absl import logging
+
 from detailflow_jax.data.errors import printable
 from detailflow_jax.data.folders import as_typed
 from detailflow_jax.data.shard_source import manifest_names
@@ -80,6 +82,11 @@ def parse_labels(text: str, names: Sequence[str] = ()) -> list[int]:
                     "first and the last one, as in 0-9"
                 )
             labels.extend(range(first, last + 1))
+            if known.get(as_typed(part), first) != first:
+                logging.warning(
+                    "%s is label %d, not the class named %r, which is label %d",
+                    part, first, part, known[as_typed(part)],
+                )  # fmt: skip
         elif names:
             raise ConfigError(
                 f"cannot read labels {text!r}: there is no class {part!r} among {shown(names)}; "

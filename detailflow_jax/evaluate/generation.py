@@ -130,7 +130,7 @@ def evaluate_images(
     if not NEIGHBOUR < total <= len(images):
         raise EvaluationError(
             f"{images.name} holds {len(images)} images, {total} are asked for: expected more than "
-            f"{NEIGHBOUR} and at most {len(images)}"
+            f"{NEIGHBOUR}" + (f", at most {len(images)}" if len(images) > NEIGHBOUR else "")
         )
     definition = {"images": images.fingerprint, "network": extractor.fingerprint}
     folder = ChunkFolder(out / "samples", total, definition)

@@ -233,6 +233,11 @@ class PictureSource(Source):
         self.name = str(path)
         self._root = files.path(path)
         if not files.is_dir(self._root):
+            if files.exists(self._root):
+                raise EvaluationError(
+                    f"{path} is a file: expected a folder of pictures or an .npz, which "
+                    "np.savez(NEW, np.load(OLD)) makes of an .npy"
+                )
             hint = f"; the images of a package are {path}:train and {path}:test"
             raise EvaluationError(
                 f"{path}: there is no such folder or .npz file{hint * (str(path) in SHIPPED)}"
@@ -359,7 +364,15 @@ Images = NpzImages | SourceImages
 
 
 def open_samples(path: str | os.PathLike) -> Images:
-    """The images of an `.npz` file or of a folder of pictures."""
-    if str(path).endswith(".npz") or (files.exists(path) and not files.is_dir(path)):
+    """The images of an `.npz` file or of a folder of pictures, also as folder:PATH."""
+    path = os.fspath(path).removeprefix("folder:")
+    if path.endswith(".npz") or _is_zip(path):
         return NpzImages(path)
     return SourceImages(PictureSource(path))
+
+
+def _is_zip(path: str) -> bool:
+    if not files.exists(path) or files.is_dir(path):
+        return False
+    with readable(path), files.open_file(path) as file:
+        return zipfile.is_zipfile(file)

@@ -182,6 +182,9 @@ def test_finite_check():
         ("missing.pt", "there is no such file"),
         ("owner/name", "write hf:owner/name"),
         ("https://host/x.pt", "address of an unknown kind"),
+        ("file:///x/y.pt", r"Write /x/y\.pt\."),
+        ("", "The path is empty"),
+        ("~/missing.pt", "Only a shell knows ~: write /"),
         ("hf:only-owner", "not a name on the hub"),
     ],
 )

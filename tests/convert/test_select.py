@@ -160,6 +160,8 @@ FORMS = {
         "ema_rate": [0.99, 0.999], "model": MODEL,
         "ema_params": [list(AVERAGE.values()), list(MODEL.values())],
     },
+    "decays as keys": {"model": MODEL, "ema": {0.99: AVERAGE, 0.999: MODEL}},
+    "lists by decay": {"model": MODEL, "ema": {0.99: list(AVERAGE.values())}},
     "arrays": {
         "model": MODEL, "history": [torch.tensor(2.0)],
         "avg": [(0.9, [x.numpy() for x in AVERAGE.values()])],

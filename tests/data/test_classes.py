@@ -57,6 +57,13 @@ def test_ranges_that_are_none(text):
         parse_labels(text, NAMES)
 
 
+def test_a_number_that_is_the_name_of_another_class_is_told(caplog):
+    assert parse_labels("0,1", ("0", "2", "1")) == [0, 1]
+    assert [r.getMessage() for r in caplog.records] == [
+        "1 is label 1, not the class named '1', which is label 2"
+    ]
+
+
 def test_unknown_labels_suggest_names():
     with pytest.raises(ConfigError, match=r"no class 'dgo'.*closest names: dog"):
         parse_labels("cat,dgo", NAMES)

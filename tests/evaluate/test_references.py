@@ -4,6 +4,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from detailflow_jax.evaluate import (
     distances,
@@ -195,6 +196,19 @@ def test_wrong_references_are_refused(tmp_path, name):
         references.load_reference(
             tmp_path / "wrong.npz", extractor(), image_size=SIZE, cache=tmp_path / "cache"
         )
+
+
+def test_samples_in_other_files_are_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    Image.fromarray(images()[0]).save(tmp_path / "folder" / "x.png")
+    assert len(open_samples(f"folder:{tmp_path}/folder")) == 1
+    np.savez(tmp_path / "x.npz", images())
+    (tmp_path / "x.npz").rename(tmp_path / "x")
+    assert len(open_samples(tmp_path / "x")) == 60
+    np.save(tmp_path / "x.npy", images())
+    for path in (tmp_path / "x.npy", tmp_path / "folder" / "x.png"):
+        with pytest.raises(EvaluationError, match="is a file: expected a folder of pictures or an"):
+            open_samples(path)
 
 
 def test_wrong_folders_are_refused(tmp_path):
