@@ -31,7 +31,7 @@ from detailflow_jax.runtime.config import (
     flatten,
     write_config,
 )
-from detailflow_jax.runtime.errors import ConfigError
+from detailflow_jax.runtime.errors import MOST_SEED, ConfigError
 from detailflow_jax.runtime.feed import Feed, Leaving
 from detailflow_jax.runtime.metrics import Averages, MetricWriter, Progress, log_start, run_log
 from detailflow_jax.runtime.profiler import Profiler
@@ -157,6 +157,8 @@ def check_run(config: ConfigDict, workdir: str) -> None:
     for name, least in (LOOP_FIELDS | newer).items():
         if values[name] < least:
             raise ConfigError(f"config.{name}={values[name]}: expected at least {least}")
+    if config.seed > MOST_SEED:
+        raise ConfigError(f"config.seed={config.seed}: expected at most {MOST_SEED}")
     check_same(config, workdir)
 
 

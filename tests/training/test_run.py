@@ -125,6 +125,8 @@ def test_nan_stops_the_run_with_its_step_and_keeps_the_last_good_state(tmp_path,
 def test_fields_of_the_loop_are_checked(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.log_every=0: expected at least 1"):
         toy_task.run(toy_task.config_of(log_every=0), tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.seed=4294967296: expected at most 4294967295"):
+        toy_task.run(toy_task.config_of(seed=2**32), tmp_path)
     config = toy_task.config_of()
     with config.unlocked():
         del config.tensorboard
