@@ -16,7 +16,7 @@ import measuring
 import numpy as np
 
 from detailflow_jax.inference import api
-from detailflow_jax.inference.checks import check_flow_settings
+from detailflow_jax.inference.checks import check_flow_settings, check_guidance
 from detailflow_jax.models import flow_sampler, flowar, layers, sampler
 from detailflow_jax.ops import flow
 from detailflow_jax.ops import logits as filters
@@ -43,7 +43,8 @@ def schedules(args: argparse.Namespace, num_scales: int) -> dict[str, tuple[int,
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError where a setting is out of range."""
-    check_flow_settings(args.cfg_scale, 0.0, args.guidance_high, "euler", "flow")
+    check_guidance(args.cfg_scale)
+    check_flow_settings(0.0, args.guidance_high, "euler", "flow")
     for steps in schedules(args, len(flowar.FlowARConfig.scales)).values():
         flow_sampler.flow_times(len(steps), steps)
     if args.batch < 1 or args.repeats < 1:

@@ -111,7 +111,7 @@ def placed(name, shape):
     """[(path, shape, bytes, spec)] of a published configuration's state on a mesh."""
     boxed = abstract_state(name)
     shardings = sharding.state_shardings(boxed, abstract_mesh(shape))
-    leaves = jax.tree_util.tree_leaves_with_path(sharding._unboxed(boxed))
+    leaves = jax.tree_util.tree_leaves_with_path(sharding.unboxed(boxed))
     specs = jax.tree.leaves(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
     for (path, leaf), place in zip(leaves, specs, strict=True):
         size = leaf.size * jnp.dtype(leaf.dtype).itemsize
@@ -129,7 +129,7 @@ def test_nothing_large_is_whole_on_every_device_under_fsdp(name):
 
 
 def test_the_discriminator_is_of_the_published_size():
-    heads = sharding._unboxed(abstract_state("tokenizer")).extra["discriminator"]["params"]
+    heads = sharding.unboxed(abstract_state("tokenizer")).extra["discriminator"]["params"]
     assert sum(x.size for x in jax.tree.leaves(heads)) == 7_386_245
 
 

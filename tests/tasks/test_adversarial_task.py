@@ -225,7 +225,7 @@ def test_perceptual_loss_is_lpips():
     shapes = jax.eval_shape(lambda key: perceptual.init(network, key), jax.random.key(0))
     params = jax.tree.map(
         lambda x: rng.standard_normal(x.shape).astype(np.float32) / np.prod(x.shape[:-1]) ** 0.5,
-        sharding._unboxed(shapes),
+        sharding.unboxed(shapes),
     )
     params |= {name: np.abs(x) for name, x in params.items() if name.startswith("linear")}
 

@@ -65,7 +65,7 @@ def filled(init, key):
     rng = np.random.default_rng(1)
     return jax.tree.map(
         lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape).astype(x.dtype)),
-        sharding._unboxed(jax.eval_shape(init, key)),
+        sharding.unboxed(jax.eval_shape(init, key)),
     )
 
 
@@ -235,7 +235,7 @@ def test_repa_in_a_step_of_several_parts(repa):
 def test_repa_has_parameters_only_where_asked(narrow):
     def shapes(**fields):
         state = jax.eval_shape(tasks.make_task(tiny(**fields)).init, jax.random.key(0))
-        flat = mapping.flatten(sharding._unboxed(state.params))
+        flat = mapping.flatten(sharding.unboxed(state.params))
         return {name: x.shape for name, x in flat.items()}
 
     without = shapes(**{"model.decoder.depth": 3, "model.scan": False})
