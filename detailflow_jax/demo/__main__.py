@@ -26,7 +26,7 @@ from detailflow_jax.train import train
 
 DIGITS = "mnist"
 """The set that is learned, a source and a variant of the configurations."""
-SAMPLING = {"cfg_scale": 3.0, "temperature": 0.5}
+SAMPLING = {"cfg_scale": 1.5, "temperature": 0.3}
 
 
 def run(out: pathlib.Path, seed: int) -> dict:
