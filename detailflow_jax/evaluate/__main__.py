@@ -30,7 +30,7 @@ from detailflow_jax.evaluate.networks import (
     pixel_extractor,
 )
 from detailflow_jax.evaluate.samples import open_samples
-from detailflow_jax.inference import api
+from detailflow_jax.inference import api, rules
 from detailflow_jax.runtime import distributed, extras, files, platforms
 from detailflow_jax.runtime.command import HelpFormatter, make_parser, number, seed, several, whole
 from detailflow_jax.runtime.errors import reported
@@ -132,14 +132,7 @@ def _add_generation(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("of --kind detailflow").add_argument
     add("--num_tokens", type=whole(1), help="tokens to sample; default all")
     add("--gradual_cfg", action="store_true", help="lower the guidance group by group")
-    add("--temperature", type=number(above=0), default=1.0, help="divides the logits")
-    add("--top_k", type=whole(0), default=0, help="keep the k most likely codes; 0 keeps all")
-    add(
-        "--top_p",
-        type=number(most=1, above=0),
-        default=1.0,
-        help="keep the likeliest codes of this probability",
-    )
+    rules.add_arguments(add)
 
 
 def _add_reconstruction(command: argparse.ArgumentParser) -> None:

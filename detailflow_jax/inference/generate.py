@@ -26,7 +26,7 @@ from jaxtyping import Int, Shaped, UInt8
 from tqdm import tqdm
 
 from detailflow_jax.data.classes import class_names, parse_labels
-from detailflow_jax.inference import api
+from detailflow_jax.inference import api, rules
 from detailflow_jax.inference.batching import over_processes
 from detailflow_jax.inference.checks import check_labels
 from detailflow_jax.inference.enlarge import decode_enlarged
@@ -143,14 +143,7 @@ def _add_detailflow(add: Any) -> None:
         help="token counts, as 4,8,16; the largest gives samples.npz and grid.png",
     )
     add("--gradual_cfg", action="store_true", help="lower the guidance group by group")
-    add("--temperature", type=number(above=0), default=1.0, help="divides the logits")
-    add("--top_k", type=whole(0), default=0, help="keep the k most likely codes; 0 keeps all")
-    add(
-        "--top_p",
-        type=number(most=1, above=0),
-        default=1.0,
-        help="keep the most likely codes of this probability",
-    )
+    rules.add_arguments(add)
     add("--greedy", action="store_true", help="always take the most likely code")
     add("--continuous", action="store_true", help="of a flow head: decode its vectors as they are")
 

@@ -26,6 +26,7 @@ from detailflow_jax.inference.errors import InputError
 from detailflow_jax.models.sampler import Rule
 from detailflow_jax.ops import Array
 from detailflow_jax.ops import logits as filters
+from detailflow_jax.runtime.command import number, whole
 
 Logits = Float[Array, "*B V"]
 _POSITIVE = "> 0; for the mode use greedy=True, or the rule Greedy()"
@@ -129,3 +130,15 @@ def _check(value: Any, allowed: Callable[[Any], bool], name: str, expected: str)
     plain = value is None or isinstance(value, numbers.Real | str | np.ndarray)
     if plain and not allowed(check_number(name, value, expected)):
         raise InputError(f"{name}={value}, expected {expected}")
+
+
+def add_arguments(add: Callable[..., Any]) -> None:
+    """Adds the options of a command that set the rules; `add` is a parser's `add_argument`."""
+    add("--temperature", type=number(above=0), default=1.0, help="divides the logits")
+    add("--top_k", type=whole(0), default=0, help="keep the k most likely codes; 0 keeps all")
+    add(
+        "--top_p",
+        type=number(most=1, above=0),
+        default=1.0,
+        help="keep the most likely codes of this probability",
+    )
