@@ -5,6 +5,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from detailflow_jax.runtime.errors import ConfigError
+
 IMAGENET_IMAGES = 1_281_167
 """Images in the training split of ImageNet."""
 
@@ -119,14 +121,14 @@ def small_side(options: ConfigDict) -> int:
     """Side of the images of a `small` variant, by default 64."""
     side = options.image_size or 64
     if side % 16 or not 32 <= side <= 256:
-        raise ValueError(f"image_size={side}: expected a multiple of 16 from 32 to 256")
+        raise ConfigError(f"image_size={side}: expected a multiple of 16 from 32 to 256")
     return side
 
 
 def only_small(variant: str, options: ConfigDict) -> None:
-    """Raises ValueError if an option of `small` is given with another variant."""
+    """Raises ConfigError if an option of `small` is given with another variant."""
     if options.image_size and variant != "small":
-        raise ValueError(
+        raise ConfigError(
             f"image_size={options.image_size} is an option of the variant small, not of {variant}"
         )
 

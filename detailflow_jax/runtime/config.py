@@ -12,6 +12,7 @@ the files beside it, and `config_parts` of `configs/`.
 import contextlib
 import inspect
 import json
+import math
 import os
 import pathlib
 import re
@@ -139,8 +140,10 @@ def _run_config_file(spec: str) -> ConfigDict:
             raise ConfigError(f"{path} defines no function get_config(arg)")
         if has_arg and not inspect.signature(get_config).parameters:
             raise ConfigError(f"{path} has no variants: write {path!r} instead of {spec!r}")
-        with raised_as(ConfigError, f"{spec}: "):  # What it has against its argument.
+        try:
             config = get_config(arg) if has_arg else get_config()
+        except ConfigError as error:  # What it has against its argument; others are bugs.
+            raise ConfigError(f"{spec}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")
     return config
@@ -258,7 +261,7 @@ def decode_variant(
         arg: such as "detailflow_16:runlocal,batch_size=8".
         variants: the names of the variants.
         **options: the options with their defaults. A value is read as the type of its default;
-            a bare option means True.
+            a bare option means True. Numbers are finite and at least 0.
 
     Returns:
         (variant, options as a ConfigDict with one entry for each of `options`).
@@ -280,6 +283,8 @@ def decode_variant(
         if not has_value and not isinstance(options[name], bool):
             raise ConfigError(f"option {name} needs a value: {name}={options[name]!r}")
         _apply_override(values, f"--config.{name}={text if has_value else 'true'}", "option ")
+        if not isinstance(values[name], str) and not 0 <= values[name] < math.inf:
+            raise ConfigError(f"option {name}: expected a number of at least 0, got {text!r}")
     return variant, values
 
 

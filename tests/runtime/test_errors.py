@@ -49,11 +49,34 @@ def test_a_bug_in_a_forked_task_keeps_its_traceback(where, tmp_path):
     assert not isinstance(raised.value, errors.UserError)
 
 
-def test_a_bug_in_a_configuration_file_keeps_its_traceback(tmp_path, capsys):
+@pytest.mark.parametrize(("bug", "kind"), [('{}["a bug"]', KeyError), ('int("a bug")', ValueError)])
+def test_a_bug_in_a_configuration_file_keeps_its_traceback(bug, kind, tmp_path):
     path = tmp_path / "config.py"
-    path.write_text('def get_config(arg=None):\n    return {}["a bug"]\n')
-    with pytest.raises(KeyError, match="a bug"):
+    path.write_text(f"def get_config(arg=None):\n    return {bug}\n")
+    with pytest.raises(kind, match="a bug") as raised:
         train.main(["--config", str(path), "--workdir", str(tmp_path)])
-    path.write_text('def get_config(arg=None):\n    raise ValueError(f"no variant {arg}")\n')
+    assert not isinstance(raised.value, errors.UserError)
+
+
+def test_a_configuration_file_refuses_its_argument_in_one_line(tmp_path, capsys):
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from detailflow_jax.runtime.errors import ConfigError\n"
+        'def get_config(arg=None):\n    raise ConfigError(f"no variant {arg}")\n'
+    )
     assert train.main(["--config", f"{path}:x", "--workdir", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {path}:x: no variant x\n"
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("vae.py:small:image_size=40", "image_size=40: expected a multiple of 16 from 32 to 256"),
+        ("vae.py:kl16:image_size=64", "image_size=64 is an option of the variant small"),
+        ("vae.py:small:epochs=nan", "option epochs: expected a number of at least 0, got 'nan'"),
+        ("vae.py:small:batch_size=-1", "option batch_size: expected a number of at least 0"),
+    ],
+)
+def test_shipped_configurations_refuse_options_in_one_line(spec, text, tmp_path, capsys):
+    assert train.main(["--config", f"configs/{spec}", "--workdir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: configs/{spec}: {text}")
