@@ -74,14 +74,19 @@ class Inert:
 def items_of(value: Any) -> list[tuple[Any, Any]] | None:
     """Returns what a dict, an object, or a list of these or of tensors holds, else None.
 
-    A module holds its parameters, buffers and modules. Lists may be in lists.
+    A module holds its parameters, buffers and modules. Lists may be in lists. A dict whose keys are
+    whole numbers is a list.
     """
-    if isinstance(value, list | tuple):
-        held = any(_is_held(x) for x in value[:_MOST_LISTED])
-        few = len(value) <= _MOST_LISTED
-        return [(str(i), x) for i, x in enumerate(value)] if held and few else None
     parts = value.parts if isinstance(value, Inert) else value
-    if not isinstance(parts, dict) or not any(isinstance(key, str | float) for key in parts):
+    if isinstance(value, list | tuple):
+        parts = dict(enumerate(value))
+    if not isinstance(parts, dict):
+        return None
+    if all(type(key) is int for key in parts):
+        held = len(parts) <= _MOST_LISTED and any(map(_is_held, parts.values()))
+        order = sorted(parts) if {*parts} == {*range(len(parts))} else parts  # else of addresses
+        return [(str(i), parts[i]) for i in order] if held else None
+    if not any(isinstance(key, str | float) for key in parts):
         return None
     if "_parameters" in parts:
         stores = [parts.get(name) for name in ("_parameters", "_buffers", "_modules")]

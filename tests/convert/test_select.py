@@ -162,6 +162,15 @@ FORMS = {
     },
     "decays as keys": {"model": MODEL, "ema": {0.99: AVERAGE, 0.999: MODEL}},
     "lists by decay": {"model": MODEL, "ema": {0.99: list(AVERAGE.values())}},
+    "numbered": {
+        "model": MODEL, "ema": {"shadow": dict(enumerate(AVERAGE.values()))},
+        "optimizer": {"state": {i: {"exp_avg": x} for i, x in enumerate(AVERAGE.values())}},
+    },
+    "numbered backwards": {
+        "model": MODEL, "ema": dict(reversed([*enumerate(AVERAGE.values())])),
+    },
+    "by address": {"model": MODEL, "ema": {id(x): x for x in AVERAGE.values()}},
+    "whole numbers as keys": {"model": MODEL, "ema": {10: AVERAGE, 100: MODEL}},
     "arrays": {
         "model": MODEL, "history": [torch.tensor(2.0)],
         "avg": [(0.9, [x.numpy() for x in AVERAGE.values()])],
