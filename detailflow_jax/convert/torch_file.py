@@ -75,16 +75,18 @@ def items_of(value: Any) -> list[tuple[Any, Any]] | None:
     """Returns what a dict, an object, or a list of these or of tensors holds, else None.
 
     A module holds its parameters, buffers and modules. Lists may be in lists. A dict whose keys are
-    whole numbers is a list.
+    whole numbers is a list, a list of names and tensors is a dict.
     """
     parts = value.parts if isinstance(value, Inert) else value
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and len(value) <= _MOST_LISTED:
+        if value and all(map(_is_named, value)):
+            return [(name, part) for name, part in value]
         parts = dict(enumerate(value))
     if not isinstance(parts, dict):
         return None
-    if all(type(key) is int for key in parts):
-        held = len(parts) <= _MOST_LISTED and any(map(_is_held, parts.values()))
+    if len(parts) <= _MOST_LISTED and all(type(key) is int for key in parts):
         order = sorted(parts) if {*parts} == {*range(len(parts))} else parts  # else of addresses
+        held = any(map(_is_held, parts.values()))
         return [(str(i), parts[i]) for i in order] if held else None
     if not any(isinstance(key, str | float) for key in parts):
         return None
@@ -104,6 +106,14 @@ def _is_held(value: Any, depth: int = 2) -> bool:
     if isinstance(value, list | tuple):
         return depth > 0 and any(_is_held(x, depth - 1) for x in value[:2])
     return isinstance(value, dict | Inert | TensorSpec | ArraySpec)
+
+
+def _is_named(value: Any) -> bool:
+    """Whether this is one of `list(module.named_parameters())`."""
+    match value:
+        case (str(), TensorSpec() | ArraySpec()):
+            return True
+    return False
 
 
 def _set_items(target: Any, pairs: Any) -> None:

@@ -170,6 +170,7 @@ FORMS = {
         "model": MODEL, "ema": dict(reversed([*enumerate(AVERAGE.values())])),
     },
     "by address": {"model": MODEL, "ema": {id(x): x for x in AVERAGE.values()}},
+    "pairs": {"model": list(MODEL.items()), "ema": [[k, x] for k, x in AVERAGE.items()]},
     "whole numbers as keys": {"model": MODEL, "ema": {10: AVERAGE, 100: MODEL}},
     "arrays": {
         "model": MODEL, "history": [torch.tensor(2.0)],
