@@ -147,9 +147,8 @@ class NpzImages:
                 shape, dtype, self._in_memory = _read_header(member)
         if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or 0 in shape:
             raise EvaluationError(
-                f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3] with N > 0: "
-                "channels go last by moveaxis(x, 1, -1); images become uint8 from [-1, 1] by "
-                "clip(127.5 * x + 128, 0, 255), from [0, 1] by clip(255 * x, 0, 255)"
+                f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3] with N > 0"
+                f"{_how_to_mend(shape, dtype)}"
             )
         self._length, self.shape = shape[0], tuple(shape[1:])
         self._member, self._next = None, 0
@@ -203,6 +202,27 @@ class NpzImages:
     def fingerprint(self) -> str:
         """A hash of the whole file."""
         return hash_file(self.name)
+
+
+def _how_to_mend(shape: tuple[int, ...], dtype: np.dtype) -> str:
+    """How an array x of such a shape and type becomes RGB images; it begins with a colon."""
+    single, grey = len(shape) == 3 and shape[-1] in (3, 4), len(shape) == 3
+    channels_first = len(shape) == 4 and shape[1] in (1, 3, 4) and shape[-1] not in (1, 3, 4)
+    channels = 0 if len(shape) < 3 else shape[1 if channels_first else -1]
+    steps = {
+        "images become uint8 from [-1, 1] by clip(127.5 * x + 128, 0, 255), from [0, 1] by "
+        "clip(255 * x, 0, 255)": dtype.kind == "f",
+        "numbers from 0 to 255 become uint8 by x.astype('uint8')": dtype.kind in "iu"
+        and dtype != np.uint8,
+        "one image becomes a set of one by x[None]": single,
+        "channels go last by moveaxis(x, 1, -1)": channels_first,
+        "grey becomes RGB by stack([x, x, x], -1)": grey and not single,
+        "grey becomes RGB by repeat(x, 3, -1)": not grey and channels == 1,
+        "RGBA is laid over white by 255 - (255.0 - x[..., :3]) * (x[..., 3:] / 255), rounded to "
+        "uint8": channels == 4 and (single or not grey),
+    }
+    wanted = "; ".join(step for step, needed in steps.items() if needed)
+    return f": {wanted}" * bool(wanted)
 
 
 def _read_header(member) -> tuple[tuple[int, ...], np.dtype, bool]:

@@ -177,8 +177,23 @@ WRONG = {
         lambda p: np.savez(p, np.moveaxis(images(), -1, 1)),
         r"uint8 \[60, 3, 16, 16\].*channels go last by moveaxis",
     ),
-    "16 bits": (lambda p: np.savez(p, images().astype(np.uint16)), "arr_0 is uint16"),
-    "grey": (lambda p: np.savez(p, images()[..., 0]), r"uint8 \[60, 16, 16\], expected"),
+    "16 bits": (
+        lambda p: np.savez(p, images().astype(np.uint16)),
+        r"arr_0 is uint16.*0 to 255 become uint8 by x\.astype",
+    ),
+    "grey": (
+        lambda p: np.savez(p, images()[..., 0]),
+        r"uint8 \[60, 16, 16\], expected.* N > 0: grey becomes RGB by stack\(\[x, x, x\], -1\)$",
+    ),
+    "one channel": (
+        lambda p: np.savez(p, images()[:, None, ..., 0] / 255),
+        r"by moveaxis\(x, 1, -1\); grey becomes RGB by repeat\(x, 3, -1\)$",
+    ),
+    "transparency": (
+        lambda p: np.savez(p, np.concatenate([images(), images()[..., :1]], -1)),
+        r"\[60, 16, 16, 4\], expected.* > 0: RGBA is laid over white by 255 - \(255.0 - x\[..., :3",
+    ),
+    "one image": (lambda p: np.savez(p, images()[0]), r"a set of one by x\[None\]$"),
     "no pixels": (lambda p: np.savez(p, images()[:, :0]), r"uint8 \[60, 0, 16, 3\], expected"),
     "other names": (lambda p: np.savez(p, a=1, b=2), "holds a, b: expected mu with sigma"),
     "half": (lambda p: np.savez(p, mu=np.zeros(12)), "expected mu with sigma"),
