@@ -137,6 +137,7 @@ def _model(num_tokens: int) -> dict:
         "table_std": 0.02,  # of position tables and queries at the start; more from scratch
         "causal_encoder": True,  # False: its queries see each other (without correction)
         "teacher_width": 1152,
+        "overlap": False,  # True: the decoder's patches overlap by half, and no seams show
         "repa_layer": 0,  # for losses.repa: the decoder block whose tokens are aligned
         "dtype": "bfloat16",
         "attention": "auto",  # "plain", "splash" (TPU), "cudnn" (GPU): `ops.attention`

@@ -44,6 +44,7 @@ class TokenizerConfig:
     decoder: ViTConfig = PUBLISHED_DECODER
     causal_encoder: bool = True  # False: every query sees every query (the paper's baseline)
     teacher_width: int = 0  # of the alignment teacher; 0: no projection for alignment
+    overlap: bool = False  # the decoder's patches paint over their borders: `patches.blend`
     repa_layer: int = 0  # the decoder block whose tokens are aligned too, from 1; 0: none
     # What position tables and queries start with. 0.02 suits patches of a trained encoder; from
     # scratch they vanish beside the patches for hundreds of steps.
@@ -59,6 +60,11 @@ class TokenizerConfig:
             raise ValueError(
                 f"image_size={self.image_size} is no multiple of the decoder's "
                 f"patch_size={self.decoder.patch_size}"
+            )
+        if self.overlap and self.decoder.patch_size % 2:
+            raise ValueError(
+                "overlap=True needs an even patch_size of the decoder, not "
+                f"{self.decoder.patch_size}"
             )
         if not 0 <= self.repa_layer <= self.decoder.depth:
             raise ValueError(
@@ -188,11 +194,11 @@ class Decoder(nn.Module):
             mask = mask[:, None, None, :]  # [B or 1, 1, 1, P + n]
         hidden, tapped = trunk.run_tapped(tokens.astype(dtype), height * width, mask=mask)
         hidden = hidden[:, : height * width]
-        to_pixels = layers.dense(
-            c.decoder.patch_size**2 * 3, ("embed", "pixels"), dtype=dtype, name="to_pixels"
-        )
-        pixels = to_pixels(hidden.astype(dtype)).astype(jnp.float32)  # [B, P, p * p * 3]
-        return patches.unpatchify(pixels, c.decoder.patch_size, height, width), tapped
+        size = c.decoder.patch_size
+        painted, join = (2 * size, patches.blend) if c.overlap else (size, patches.unpatchify)
+        to_pixels = layers.dense(painted**2 * 3, ("embed", "pixels"), dtype=dtype, name="to_pixels")
+        pixels = to_pixels(hidden.astype(dtype)).astype(jnp.float32)  # [B, P, painted^2 * 3]
+        return join(pixels, size, height, width), tapped
 
 
 def _unit_codebook(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:

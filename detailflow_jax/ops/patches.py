@@ -4,7 +4,9 @@ Shapes: B batch, H x W pixels, C channels, P patches in row-major order, F = p*p
 """
 
 import einops
-from jaxtyping import Shaped
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Shaped
 
 from detailflow_jax.ops import Array
 
@@ -31,3 +33,41 @@ def unpatchify(
     """The images of a grid of height x width patches; the inverse of `patchify`."""
     pattern = "b (h w) (p q c) -> b (h p) (w q) c"
     return einops.rearrange(patches, pattern, p=patch_size, q=patch_size, h=height, w=width)
+
+
+def blend(
+    windows: Float[Array, "B {height*width} F"], patch_size: int, height: int, width: int
+) -> Float[Array, "B {height*patch_size} {width*patch_size} C"]:
+    """The images of a grid of overlapping windows, twice as wide as the patches under them.
+
+    A window is painted over its patch and half a patch around it. Its weight falls linearly from
+    its middle to its edge, and the weights of all windows over a pixel are made to add up to 1: no
+    pixel changes abruptly from one window to the next.
+    """
+    p = patch_size
+    rise = (np.arange(p) + 0.5) / p
+    ramp = np.concatenate([rise, rise[::-1]])  # at a distance of p, two of them add up to 1
+    pattern = "b (h w) (i p j q c) -> b h w i p j q c"
+    parts = einops.rearrange(windows, pattern, h=height, w=width, i=2, j=2, p=p, q=p)
+    parts *= (ramp[:, None] * ramp).reshape(2, p, 2, p, 1).astype(np.float32)
+    batch, channels = len(parts), parts.shape[-1]
+    total = jnp.zeros((batch, height + 1, width + 1, p, p, channels), parts.dtype)
+    for i in (0, 1):
+        for j in (0, 1):
+            total = total.at[:, i : height + i, j : width + j].add(parts[:, :, :, i, :, j])
+    picture = einops.rearrange(total, "b h w p q c -> b (h p) (w q) c")
+    half = p // 2
+    picture = picture[:, half : half + height * p, half : half + width * p]
+    covered = [
+        _covered(ramp, side, p)[half : half + side * p].astype(np.float32)
+        for side in (height, width)
+    ]
+    return picture / (covered[0][:, None, None] * covered[1][:, None])
+
+
+def _covered(ramp: np.ndarray, side: int, patch_size: int) -> np.ndarray:
+    """The sum of the windows' weights along an axis: below 1 only half a patch from its ends."""
+    total = np.zeros((side + 1) * patch_size)
+    for start in range(0, side * patch_size, patch_size):
+        total[start : start + len(ramp)] += ramp
+    return total

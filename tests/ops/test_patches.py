@@ -1,5 +1,6 @@
 """Images cut into patches and put together."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,3 +16,24 @@ def test_patches_are_row_column_channel():
     np.testing.assert_array_equal(patches.unpatchify(tokens, 4, 2, 3), picture)
     with pytest.raises(ValueError, match=r"8x12 .* patches of 5"):
         patches.patchify(picture, 5)
+
+
+def test_overlapping_windows_hide_their_borders():
+    windows = jax.random.normal(jax.random.key(0), (2, 6, 8 * 8 * 3))
+    picture = patches.blend(windows, 4, 2, 3)
+    assert picture.shape == (2, 8, 12, 3)
+    # In between four centres: all four windows with equal weights, up to half a pixel.
+    np.testing.assert_allclose(patches.blend(jnp.ones_like(windows), 4, 2, 3), 1.0, rtol=1e-6)
+    even = jnp.broadcast_to(jnp.arange(6.0)[:, None], (1, 6, 192))  # of one value each
+    row = patches.blend(even, 4, 2, 3)[0, 0, :, 0]
+    np.testing.assert_allclose(row, [0, 0, *np.arange(0.125, 2, 0.25), 2, 2], atol=1e-6)
+
+
+def test_a_window_reaches_half_a_patch_beyond_its_own():
+    def value(windows):
+        return patches.blend(windows, 4, 3, 3)[0, 4:8, 4:8].sum()  # the middle patch
+
+    gradient = jax.grad(value)(jnp.zeros((1, 9, 192))).reshape(3, 3, 8, 8, 3)[..., 0]
+    seen = gradient[1, 1]
+    assert np.all(seen[2:6, 2:6] > 0) and np.all(seen[:2] == 0) and np.all(seen[:, 6:] == 0)
+    assert np.all(gradient[0, 0, 6:, 6:] > 0) and np.all(gradient[0, 0, :6] == 0)

@@ -82,6 +82,30 @@ def params_of(model):
     ]
 
 
+# ----------------------------------------------------------------------- overlapping patches
+
+
+def test_overlapping_patches_travel_with_the_weights():
+    """Their kernel has four times the columns; another patch size must not be read from it."""
+    model = network(**{"model.overlap": True})
+    params = params_of(model)
+    side = model.config.image_size
+    tensors = mapping.to_published(names.TABLE, params)
+    both, extra, notices = names.describe(model.config)
+    assert any("overlap" in notice for notice in notices)
+    told = {"encoder_num_heads": 2, "decoder_num_heads": 2}
+    config, _ = NETWORKS["tokenizer"].infer(tensors, both | extra, told, "here")
+    assert config.overlap and config.decoder.patch_size == model.config.decoder.patch_size
+    codes = jnp.zeros((1, model.config.num_tokens), jnp.int32)
+    decode = {"method": model.decode_codes}
+    picture = model.apply({"params": params}, codes, side, **decode)
+    assert picture.shape == (1, side, side, 3) and np.ptp(picture) > 0
+    with pytest.raises(ConfigError, match=r"overlap=True needs an even patch_size.*not 5"):
+        tasks.make_task(
+            tiny(**{"model.overlap": True, "model.decoder.patch_size": 5, "model.image_size": 40})
+        )
+
+
 # ----------------------------------------------------------------------------------- plain encoder
 
 

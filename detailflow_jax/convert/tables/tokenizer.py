@@ -65,9 +65,10 @@ def infer_config(s: Settings) -> TokenizerConfig:
 
     Overrides are its fields, `encoder_num_heads` and `decoder_num_heads`.
     """
-    s.fields["causal_encoder"] = _causal_encoder(s)
+    s.fields["causal_encoder"] = _flag(s, "causal_encoder", True)
     s.only("causal_decoder", False, "so its decoder is causal")
     s.only("codebook_l2_norm", True, "so its codes are not normalised")
+    s.fields["overlap"] = _flag(s, "overlap", False)
     trunks = {part: _trunk(part, s) for part in ("encoder", "decoder")}
     table = "quantize.embedding.weight"
     s.by_shape("codebook_size", s.size(table, 0))
@@ -82,26 +83,27 @@ def infer_config(s: Settings) -> TokenizerConfig:
     return s.build(TokenizerConfig)
 
 
-def _causal_encoder(s: Settings) -> bool:
-    """The override, the published field, or True."""
-    value = s.overrides.pop("causal_encoder", s.published.get("causal_encoder", True))
+def _flag(s: Settings, name: str, default: bool) -> bool:
+    """The override, the field beside the weights, or the default."""
+    value = s.overrides.pop(name, s.published.get(name, default))
     if not isinstance(value, bool):
-        raise CheckpointError(f"{s.source}: causal_encoder={value!r}", expected="true or false")
+        raise CheckpointError(f"{s.source}: {name}={value!r}", expected="true or false")
     return value
 
 
 def _trunk(part: str, s: Settings) -> ViTConfig:
     """Sizes of the encoder's or decoder's trunk; heads by override, ours beside it, or width."""
     name, heads = f"{part}.visual_model", f"{part}_num_heads"
-    patches, axis = f"{name}.embeddings.patch_embedding.weight", 1
-    if part == "decoder":
-        patches, axis = "decoder.to_pixel.model.weight", 0
+    if part == "encoder":
+        pixels = s.size(f"{name}.embeddings.patch_embedding.weight", 1)
+    else:
+        pixels = s.size("decoder.to_pixel.model.weight", 0) // (4 if s.fields["overlap"] else 1)
     config = siglip.infer_trunk(
         s,
         name,
         s.overrides.pop(heads, None) or s.published.get(heads),
         override=heads,
-        pixels=s.size(patches, axis),
+        pixels=pixels,
     )
     s.check(f"{part[:3]}_patch_size", config.patch_size)
     model, pretrained = (s.published.get(k) for k in (f"{part}_model", f"{part[:3]}_pretrained"))
@@ -132,6 +134,9 @@ def describe(config: TokenizerConfig) -> Description:
         "min_image_size": config.image_size,
     }
     notices, unnamed = [], []
+    if config.overlap:
+        extra["overlap"] = True
+        notices.append("the decoder's patches overlap: the published code has no such decoder")
     for part in ("encoder", "decoder"):
         trunk, short = getattr(config, part), part[:3]
         both |= {f"{short}_type": "siglip2", f"{short}_patch_size": trunk.patch_size}
