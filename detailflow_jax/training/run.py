@@ -155,7 +155,7 @@ class Run:
 
     def finish(self) -> None:
         """Logs the end of the run."""
-        total, seconds = self.config.total_steps, self.progress.seconds
+        total, seconds = self.config.total_steps, self.clock.seconds.total()
         logging.info("finished %d steps in %.0f s: %s", total, seconds, self.clock.shares_shown())
         if self.feed.skipped:
             logging.warning(
