@@ -7,7 +7,8 @@ themselves, to the configuration of a run (`class_names` in WORKDIR/config.json)
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import logging
 
@@ -110,6 +111,28 @@ def check_same_classes(names: Sequence[str], workdir: str) -> None:
             f"{workdir} was trained with the classes {shown(before)}; the data have "
             f"{shown(names)}: give the run another --workdir, or the data their order with a "
             "classes.txt beside the class folders"
+        )
+
+
+def warn_of_other_names(names: Sequence[str], start: Mapping[str, Any]) -> None:
+    """Warns where training starts from as many classes as there are here, but of other names.
+
+    Args:
+      names: of the classes here.
+      start: `config.init_from`.
+    """
+    model, _, _ = (start.get("model") or "").partition("#")
+    if not model or start.get("classes") or not files.exists(files.path(model) / "config.json"):
+        return
+    before = read_config(model).get("class_names", ())
+    if len(before) == len(names) and tuple(before) != tuple(names):
+        by_name = ",".join(str(before.index(x)) if x in before else "new" for x in names)
+        logging.warning(
+            "the classes of %s are %s: their vectors are taken by label; by name they are taken "
+            "with --config.init_from.classes=%s",
+            model,
+            shown(before),
+            by_name,
         )
 
 

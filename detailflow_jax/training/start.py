@@ -16,7 +16,7 @@ from detailflow_jax.convert.complete import complete
 from detailflow_jax.convert.load import reading_once
 from detailflow_jax.convert.start import check_encoder, load_into
 from detailflow_jax.data import make_iterator
-from detailflow_jax.data.classes import check_same_classes, shown
+from detailflow_jax.data.classes import check_same_classes, shown, warn_of_other_names
 from detailflow_jax.data.lengths import follow_images
 from detailflow_jax.data.pipeline import batch_sizes
 from detailflow_jax.evaluate.training import make_scorer
@@ -112,6 +112,8 @@ def begin(
     _log_data(lengths, origin.class_names, getattr(iterator, "num_examples", 0), config.batch_size)
     if _is_finished(config, step, workdir):
         return Begun(step, state, task, None)
+    if step == 0 and "num_classes" in config.get("model", {}):
+        warn_of_other_names(origin.class_names, config.get("init_from") or {})
     state = load_into(config, state, task.frozen, fresh=step == 0)
     origin.found["weights"] = fingerprint(state.frozen)
     check_moved(config, workdir, "weights", origin.found["weights"])

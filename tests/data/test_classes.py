@@ -9,7 +9,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from detailflow_jax.data import classes, make_iterator
-from detailflow_jax.data.classes import check_same_classes, class_names, parse_labels, shown
+from detailflow_jax.data.classes import (
+    check_same_classes,
+    class_names,
+    parse_labels,
+    shown,
+    warn_of_other_names,
+)
 from detailflow_jax.runtime.config import check_same, read_config, write_config
 from detailflow_jax.runtime.errors import ConfigError
 
@@ -137,3 +143,16 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(ConfigError, match=f"{name} is a pipe, socket or device: expected a regu"):
         class_names(str(tmp_path))
+
+
+def test_weights_of_classes_with_other_names_are_told(tmp_path, caplog):
+    write_config(ConfigDict({"task": "generator"}), tmp_path, ("cat", "dog"))
+    start = {"model": f"{tmp_path}#ema"}
+    for same in (("cat", "dog"), ("a", "b", "c")):  # Another number starts anew.
+        warn_of_other_names(same, start)
+    warn_of_other_names(("a", "b"), start | {"classes": "1,0"})
+    warn_of_other_names(("a", "b"), {"model": "hf:owner/name"})
+    assert not caplog.text
+    warn_of_other_names(("dog", "owl"), start)
+    assert "are 0: cat, 1: dog: their vectors" in caplog.text
+    assert "--config.init_from.classes=1,new" in caplog.text
