@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from detailflow_jax.convert import diffusers, export
+from detailflow_jax.convert import diffusers, export, portable
 from detailflow_jax.convert.load import load
 from detailflow_jax.convert.published import Loaded
 from detailflow_jax.convert.registry import NETWORKS
@@ -158,6 +158,7 @@ def convert(args: argparse.Namespace) -> list[str]:
             keys=args.keys,
             source=found.source,
             encoded_by=found.encoded_by,
+            class_names=found.class_names,
             overwrite=args.overwrite,
             progress=functools.partial(tqdm, desc="write", unit="tensor"),
         )
@@ -179,8 +180,7 @@ def write_jax(found: Loaded, dst: str, *, overwrite: bool = False) -> None:
     """
     model = dataclasses.asdict(found.config)
     written = {"task": found.kind, "source": found.source, "model": model}
-    if found.encoded_by:
-        written["encoded_by"] = found.encoded_by
+    written |= portable.known(encoded_by=found.encoded_by, class_names=found.class_names)
     with folder_for(local_path(dst), _FOLDER, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
         checkpoint.save_params(folder, found.params)

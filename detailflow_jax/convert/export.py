@@ -2,13 +2,13 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detailflow_jax.convert import mapping, published
+from detailflow_jax.convert import mapping, portable, published
 from detailflow_jax.convert.errors import CheckpointError
 from detailflow_jax.convert.load import is_workdir, load
 from detailflow_jax.convert.readers import read_checkpoint
@@ -51,6 +51,7 @@ def export(
     keys: Collection[str] = (),
     source: str = "",
     encoded_by: str = "",
+    class_names: Sequence[str] = (),
     overwrite: bool = False,
     progress: Callable[[list], Iterable] = iter,
 ) -> Exported:
@@ -71,6 +72,7 @@ def export(
         weights (once in the file). "discriminator", the trained part of that in `source`.
       source: the run or published file that the network was read from.
       encoded_by: fingerprint of the encoder that it belongs to, for `config.yaml`.
+      class_names: in the order of the labels, for the same.
       overwrite: whether a checkpoint at `path` may be replaced.
       progress: wraps the list of what is to be written.
 
@@ -112,7 +114,7 @@ def export(
         described,
         wrap=None if bare else "model",
         more=more,
-        extra_yaml=extra | ({"encoded_by": encoded_by} if encoded_by else {}),
+        extra_yaml=extra | portable.known(encoded_by=encoded_by, class_names=list(class_names)),
         name=network.file_name(config),
         overwrite=overwrite,
     )

@@ -123,10 +123,18 @@ def _load_own(
     remedy = "Leave out the override of a size, or check config.json there."
     check_shapes(params, of.abstract(config, scan=scan), str(path), remedy)
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
-    made = str(stored.get("encoded_by") or "")
-    report = mapping.Report()
+    # Those of a tokenizer or autoencoder are only of its images.
+    names = stored.get("class_names") if hasattr(config, "num_classes") else None
     return Loaded(
-        of.name, config, params, report, notices, str(path), tuple(dtypes), encoded_by=made
+        of.name,
+        config,
+        params,
+        mapping.Report(),
+        notices,
+        str(path),
+        tuple(dtypes),
+        encoded_by=str(stored.get("encoded_by") or ""),
+        class_names=tuple(names or ()),
     )
 
 

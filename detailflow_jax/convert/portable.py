@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,12 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def write(
-    folder: Path, kind: str, config: Any, params: Mapping[str, Any], encoded_by: str = ""
+    folder: Path,
+    kind: str,
+    config: Any,
+    params: Mapping[str, Any],
+    encoded_by: str = "",
+    class_names: Sequence[str] = (),
 ) -> None:
     """Writes the two files into a folder that is there.
 
@@ -41,13 +46,18 @@ def write(
       config: of the network.
       params: nested parameters, scanned or not.
       encoded_by: fingerprint of the encoder that it belongs to.
+      class_names: in the order of the labels.
     """
     written = {"task": kind, "model": dataclasses.asdict(with_scan(config, True))}
-    if encoded_by:
-        written["encoded_by"] = encoded_by
+    written |= known(encoded_by=encoded_by, class_names=list(class_names))
     (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
     flat = mapping.flatten(jax.device_get(layers.stack_layers(params)))
     save_safetensors(flat, folder / WEIGHTS, "np")
+
+
+def known(**facts: Any) -> dict[str, Any]:
+    """Returns those of the facts about a network that are not empty."""
+    return {name: value for name, value in facts.items() if value}
 
 
 def find(path: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -40,6 +40,7 @@ class Loaded:
       taken: the set that was read, "model", "ema" or "discriminator".
       encoded_by: fingerprint of the encoder whose codes or latents it was trained on; "" where that
         is not known.
+      class_names: in the order of the labels; empty where they are not known.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Loaded:
     dtypes: tuple[str, ...]
     taken: Weights = "model"
     encoded_by: str = ""
+    class_names: tuple[str, ...] = ()
 
 
 def read(
@@ -121,7 +123,14 @@ def read(
         notices=notices + done.notices,
         taken=files[0].taken,
         encoded_by=str(published.get("encoded_by") or ""),
+        class_names=_texts(published.get("class_names")),
     )
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """A list of texts; nothing for any other value, which is not of a file written here."""
+    is_list = isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+    return tuple(value) if is_list else ()
 
 
 @contextlib.contextmanager

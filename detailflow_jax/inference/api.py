@@ -125,7 +125,7 @@ def _load(
     for notice in found.notices:
         logging.warning("%s", notice)
     model = model or {m.kind: m for m in (Tokenizer, Generator, VAE, FlowAR)}[found.kind]
-    return model(found.config, found.params, found.source, found.encoded_by)
+    return model(found.config, found.params, found.source, found.encoded_by, found.class_names)
 
 
 def to_uint8(images: ArrayLike) -> UInt8[np.ndarray, "*B H W C"]:
@@ -181,6 +181,7 @@ def save_pytorch(
         keys=keys,
         source=model.source,
         encoded_by=model.encoded_by,
+        class_names=model.class_names,
         overwrite=overwrite,
     )
     for notice in done.notices:

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import io
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -171,11 +170,11 @@ def generate(args: argparse.Namespace) -> Images:
     """
     files.check_folder(args.out)  # Before the sampling.
     kind = "flowar" if args.flowar else "generator"
-    labels = np.repeat(labels_of(args.labels, getattr(args, kind)), args.per_class)
     counts: list[int] = sorted({*(args.num_tokens or ())}) if kind == "generator" else []
     steps = args.num_steps
     decoder, model = (LOAD[name](getattr(args, name)) for name in (DECODERS[kind], kind))
     api.check_pair(decoder, model)
+    labels = np.repeat(labels_of(args.labels, model), args.per_class)
     check_labels(labels, model.config.num_classes)
     with as_input_error("--num_tokens: "):
         for count in counts:
@@ -210,12 +209,12 @@ def write_origin(
     write_atomically(path, text.encode())
 
 
-def labels_of(text: str, model: str) -> list[int]:
-    """Returns the labels that a text lists; names are those that the workdir `model` keeps."""
-    names = ()
-    if re.search(r"[^0-9,\s-]", text) and files.is_dir(model):
+def labels_of(text: str, model: api.Model) -> list[int]:
+    """Returns the labels that a text lists: numbers, and names that the model knows."""
+    names = model.class_names
+    if not names and files.is_dir(model.source):  # It was trained before runs kept the names.
         with contextlib.suppress(ConfigError):
-            names = class_names(model)
+            names = class_names(model.source)
     return parse_labels(text, names)
 
 

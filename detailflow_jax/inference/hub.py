@@ -108,16 +108,22 @@ def write(
     if folder.exists():
         raise ConfigError(f"{folder} exists already: name a new folder")
     folder.mkdir(parents=True)
-    portable.write(folder, model.kind, model.config, model.params, model.encoded_by)
+    made_of = model.encoded_by, model.class_names
+    portable.write(folder, model.kind, model.config, model.params, *made_of)
     if image:
         (folder / "picture.png").write_bytes(image)
     published = folder / "pytorch"
     if pytorch and isinstance(model.config, DCAEConfig):
         diffusers.write(model.kind, model.config, model.params, folder / "diffusers")
     elif pytorch:
-        origin, encoder = model.source, model.encoded_by
         export.export(
-            model.kind, model.config, model.params, published, source=origin, encoded_by=encoder
+            model.kind,
+            model.config,
+            model.params,
+            published,
+            source=model.source,
+            encoded_by=model.encoded_by,
+            class_names=model.class_names,
         )
     card = _card(model, repo, tables, bool(image), licence)
     (folder / "README.md").write_text(card, encoding="utf-8")

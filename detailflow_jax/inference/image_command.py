@@ -80,7 +80,7 @@ def repeated(
     """
     images, labels = images.repeat(args.count, axis=0), None
     if args.label is not None:
-        label = labels_of(args.label, model.source)
+        label = labels_of(args.label, model)
         if len(label) != 1:
             raise InputError(f"--label {args.label}: expected one class")
         labels = np.full(len(images), label[0])

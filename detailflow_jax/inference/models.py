@@ -58,6 +58,7 @@ class Model:
       source: where they come from.
       encoded_by: fingerprint of the encoder whose codes or latents it was trained on; "" where that
         is not known.
+      class_names: in the order of the labels; empty where they are not known.
       mesh: what splits batches; None with one device.
     """
 
@@ -66,7 +67,12 @@ class Model:
     network: Any
 
     def __init__(
-        self, config: Any, params: Mapping[str, Any], source: str = "memory", encoded_by: str = ""
+        self,
+        config: Any,
+        params: Mapping[str, Any],
+        source: str = "memory",
+        encoded_by: str = "",
+        class_names: tuple[str, ...] = (),
     ):
         """Takes parameters in the scanned or the unrolled layout."""
         scan = scans()
@@ -75,7 +81,7 @@ class Model:
         # Unlike `jnp.asarray`, this uses suitable host memory without a copy.
         self.params = jax.device_put(params)
         self.network = NETWORKS[self.kind].module(self.config)
-        self.source, self.encoded_by = source, encoded_by
+        self.source, self.encoded_by, self.class_names = source, encoded_by, class_names
         self.mesh: Mesh | None = None
         if jax.local_device_count() > 1:
             self.spread(sharding.make_mesh({}, jax.local_devices()))

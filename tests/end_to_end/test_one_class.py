@@ -7,8 +7,9 @@ import pytest
 
 import detailflow_jax as df
 from detailflow_jax import data, train
+from detailflow_jax.convert import __main__ as converting
 from detailflow_jax.data.classes import class_names
-from detailflow_jax.inference import generate
+from detailflow_jax.inference import generate, hub
 from detailflow_jax.runtime.errors import ConfigError
 
 
@@ -42,8 +43,14 @@ def test_one_class_and_none(codes, tmp_path, class_dropout):
     assert np.isfinite(line["loss"])
     assert class_names(str(tmp_path)) == ("all",)
     generator = df.load_generator(str(tmp_path))
-    assert generate.labels_of("all,0", str(tmp_path)) == [0, 0]
+    assert generate.labels_of("all,0", generator) == [0, 0]
     with pytest.raises(ConfigError, match="there is no class 'cat' among 0: all"):
-        generate.labels_of("cat", str(tmp_path))
+        generate.labels_of("cat", generator)
+    convert = ["--src", str(tmp_path), "--dst", str(tmp_path / "jax")]
+    assert converting.main(["--to", "jax", *convert]) == 0
+    hub.write(generator, tmp_path / "hub", "owner/name")
+    df.save_pytorch(generator, tmp_path / "published" / "gen.safetensors")
+    for place in ("jax", "hub", "published/gen.safetensors"):
+        assert df.load_generator(tmp_path / place, num_heads=4).class_names == ("all",)
     sampled = generator.sample([0, 0], seed=0, cfg_scale=1.0)
     assert sampled.shape == (2, 16) and 0 <= sampled.min() <= sampled.max() < 256
