@@ -93,6 +93,7 @@ def _published(variant: str, options: ConfigDict) -> ConfigDict:
         "table_side": 16,
     }
     config.full_probability = 0.8  # share of batches that reconstruct from all tokens
+    config.decode_buckets = 0  # programs that the sizes of such images share; 0: one for each size
     config.correction = {  # the self-correcting second pass
         "enabled": True,
         "noise_per_sample": True,  # False: one noise position for the whole batch, as published

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, PRNGKeyArray
 
 from detailflow_jax.models import layers, siglip
-from detailflow_jax.ops import Array, augment
+from detailflow_jax.ops import Array, augment, padded
 
 Images = Float[Array, "B H W 3"]
 Positions = Float[Array, "B L C"]
@@ -371,11 +371,16 @@ class Discriminator:
         features = self.read(frozen, self.view(key, images))
         return self.judge(params, state, features, train=train)
 
-    def view(self, key: PRNGKeyArray | None, images: Images) -> Float[Array, "B _ _ 3"]:
-        """Images as the network takes them: unchanged for PatchGAN, a random view for DINO."""
+    def view(
+        self, key: PRNGKeyArray | None, images: Images, part: padded.Part | None = None
+    ) -> Float[Array, "B _ _ 3"]:
+        """Images as the network takes them: unchanged for PatchGAN, a random view for DINO.
+
+        DINO's can be of a part of the images.
+        """
         if self.trunk is None:
             return images
-        return augment.random_view(key, images, self.trunk.config.image_size)
+        return augment.random_view(key, images, self.trunk.config.image_size, part)
 
     def read(self, frozen: Any, views: Images) -> Any:
         """What the trained part judges, computed per image: DINO's features, or the image."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from detailflow_jax.ops import Array
+from detailflow_jax.ops import Array, padded
 
 Images = Float[Array, "B H W 3"]
 Features = tuple[Float[Array, "B _ _ _"], ...]
@@ -46,12 +46,15 @@ class VGG16(nn.Module):
     precision: Any = None
 
     @nn.compact
-    def __call__(self, images: Images) -> Features:
-        """Five features of normalised images, in `dtype`."""
+    def __call__(self, images: Images, part: padded.Part | None = None) -> Features:
+        """Five features of normalised images, in `dtype`; outside of a part they mean nothing.
+
+        A convolution sees zeros there, as beyond the border of a whole image.
+        """
         features, x, count = [], images.astype(self.dtype), 0
         for stage in STAGES:
             if features:
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x, part = nn.max_pool(x, (2, 2), (2, 2)), padded.over(part, 2)
             for width in stage:
                 convolution = nn.Conv(
                     width,
@@ -61,7 +64,7 @@ class VGG16(nn.Module):
                     precision=self.precision,
                     name=f"conv_{count}",
                 )
-                small = min(x.shape[1:3]) < 3
+                small, x = min(x.shape[1:3]) < 3, padded.zeroed(x, part)
                 x = nn.relu(_in_three(convolution, x) if small else convolution(x))
                 count += 1
             features.append(x)
@@ -99,8 +102,8 @@ class LPIPS(nn.Module):
             for i, stage in enumerate(STAGES)
         ]
 
-    def features(self, images: Images) -> Features:
-        """VGG16's five features of images in [-1, 1].
+    def features(self, images: Images, part: padded.Part | None = None) -> Features:
+        """VGG16's five features of images in [-1, 1]; see `VGG16` for a part of them.
 
         Raises:
           ValueError: if the images are smaller than 16 x 16.
@@ -111,14 +114,18 @@ class LPIPS(nn.Module):
                 "least, as VGG16 halves them four times"
             )
         shift, scale = jnp.array(_SHIFT), jnp.array(_SCALE)
-        return self.vgg((images.astype(jnp.float32) - shift) / scale)
+        return self.vgg((images.astype(jnp.float32) - shift) / scale, part)
 
-    def compare(self, features: Features, others: Features) -> Float[Array, " B"]:
-        """The distance of two images from the features of each, float32."""
+    def compare(
+        self, features: Features, others: Features, part: padded.Part | None = None
+    ) -> Float[Array, " B"]:
+        """The distance of two images, or of a part of them, from the features of each, float32."""
         distance = jnp.zeros(len(features[0]))
         for weight, a, b in zip(self.weights, features, others, strict=True):
             difference = jnp.square(unit_channels(a) - unit_channels(b))
-            distance += jnp.mean(jnp.sum(difference * weight[..., 0], axis=-1), axis=(1, 2))
+            difference = jnp.sum(difference * weight[..., 0], axis=-1, keepdims=True)
+            distance += padded.mean(difference, part, axis=(1, 2, 3))
+            part = padded.over(part, 2)
         return distance
 
     def __call__(self, images: Images, reference: Images) -> Float[Array, " B"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from detailflow_jax.models import layers
 from detailflow_jax.models.layers import LayerCache, Mask, Prefix, Rope, Tokens
-from detailflow_jax.ops import Array, interpolation, patches
+from detailflow_jax.ops import Array, interpolation, padded, patches
 
 Images = Float[Array, "B H W 3"]
 Patches = Float[Array, "B P D"]
@@ -129,9 +129,11 @@ class VisionTransformer(nn.Module):
         self.blocks = layers.Stack(block, options, c.depth, scan=self.scan, remat=self.remat)
         self.final_norm = layers.layer_norm()
 
-    def positions(self, height: int, width: int) -> Float[Array, "{height*width} D"]:
-        """The position table resized to a grid of patches, float32."""
-        return interpolation.resize_position_table(self.position_table, height, width)
+    def positions(
+        self, height: int, width: int, part: padded.Part | None = None
+    ) -> Float[Array, "{height*width} D"]:
+        """The position table resized to a grid of patches, or to a part of it; float32."""
+        return interpolation.resize_position_table(self.position_table, height, width, part)
 
     def embed(self, images: Images) -> Patches:
         """Patch tokens, with their positions, of images in [-1, 1]."""

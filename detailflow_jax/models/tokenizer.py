@@ -5,6 +5,7 @@ Sizes: g group, c causal tokens. Float images are [B, H, W, 3] in [-1, 1].
 """
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from detailflow_jax.models import layers
 from detailflow_jax.models.layers import LayerCache
 from detailflow_jax.models.siglip import VisionTransformer, ViTConfig
-from detailflow_jax.ops import Array, correction, masks, patches, quantization, resolution
+from detailflow_jax.ops import Array, correction, masks, padded, patches, quantization, resolution
 
 Images = Float[Array, "B H W 3"]
 Latents = Float[Array, "B n d"]
@@ -153,7 +154,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, codes: Float[Array, "B n D"], height: int, width: int, num_tokens: Count | None = None
+        self,
+        codes: Float[Array, "B n D"],
+        height: int,
+        width: int,
+        num_tokens: Count | None = None,
+        part: padded.Part | None = None,
     ) -> tuple[Images, Float[Array, "B {height*width} D"] | None]:
         """The image of height x width patches that projected codes stand for, float32.
 
@@ -162,9 +168,11 @@ class Decoder(nn.Module):
           height: of the image, in patches.
           width: of the image, in patches.
           num_tokens: hides the codes from this count on (data); None shows all.
+          part: of the image, if it is to be decoded in the top left of a larger grid; in pixels.
 
         Returns:
-          The image, and the grid's tokens after block `repa_layer` (None if that is 0).
+          The image, zero outside of the part; and the grid's tokens after block `repa_layer` (None
+          if that is 0).
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         trunk = VisionTransformer(
@@ -183,21 +191,27 @@ class Decoder(nn.Module):
             self, "latent_positions", c.num_tokens, c.decoder.width, c.table_std
         )
         batch, length, _ = codes.shape
-        grid = jnp.broadcast_to(
-            mask_token + trunk.positions(height, width), (batch, height * width, c.decoder.width)
-        )
+        on_grid = padded.over(part, c.decoder.patch_size)
+        grid = mask_token + trunk.positions(height, width, on_grid)
+        grid = jnp.broadcast_to(grid, (batch, *grid.shape))
         tokens = jnp.concatenate([grid, codes + latent_positions[:length]], axis=1)  # [B, P + n, D]
         mask = None
-        if num_tokens is not None:
-            shown = jnp.arange(length) < jnp.reshape(num_tokens, (-1, 1))
+        if num_tokens is not None or on_grid:
+            count = length if num_tokens is None else num_tokens
+            shown = jnp.arange(length) < jnp.reshape(count, (-1, 1))
             mask = jnp.pad(shown, ((0, 0), (height * width, 0)), constant_values=True)
+            if on_grid:
+                mask = mask.at[:, : height * width].set(on_grid.inside.ravel())
             mask = mask[:, None, None, :]  # [B or 1, 1, 1, P + n]
         hidden, tapped = trunk.run_tapped(tokens.astype(dtype), height * width, mask=mask)
         hidden = hidden[:, : height * width]
         size = c.decoder.patch_size
-        painted, join = (2 * size, patches.blend) if c.overlap else (size, patches.unpatchify)
+        blend = functools.partial(patches.blend, part=on_grid)
+        painted, join = (2 * size, blend) if c.overlap else (size, patches.unpatchify)
         to_pixels = layers.dense(painted**2 * 3, ("embed", "pixels"), dtype=dtype, name="to_pixels")
         pixels = to_pixels(hidden.astype(dtype)).astype(jnp.float32)  # [B, P, painted^2 * 3]
+        if on_grid:
+            pixels = jnp.where(on_grid.inside.reshape(-1, 1), pixels, 0)
         return join(pixels, size, height, width), tapped
 
 
@@ -349,7 +363,11 @@ class Tokenizer(nn.Module):
     # ---- decoding -------------------------------------------------------------------------
 
     def decode(
-        self, latents: Latents, size: int, num_tokens: Count | None = None
+        self,
+        latents: Latents,
+        size: int,
+        num_tokens: Count | None = None,
+        part: padded.Part | None = None,
     ) -> Float[Array, "B {size} {size} 3"]:
         """Images of quantised, normalised codes; float32, about [-1, 1].
 
@@ -357,27 +375,34 @@ class Tokenizer(nn.Module):
           latents: normalised codebook entries.
           size: side in pixels, a multiple of the decoder's patch (static: one compile per size).
           num_tokens: hides tokens from this count on (data, so that one program serves all counts).
+          part: the true side, as data, of images at the top left; the rest is zero. None: `size`.
 
         Raises:
           ValueError: if `size` is not a positive multiple of the patch.
         """
-        return self._decode(latents, size, num_tokens)[0]
+        return self._decode(latents, size, num_tokens, part)[0]
 
     def decode_tapped(
-        self, latents: Latents, size: int, num_tokens: Count | None = None
+        self,
+        latents: Latents,
+        size: int,
+        num_tokens: Count | None = None,
+        part: padded.Part | None = None,
     ) -> tuple[Images, Float[Array, "B P teacher_width"]]:
         """The images, and the patches' tokens after block `repa_layer` in the teacher's space."""
-        images, tapped = self._decode(latents, size, num_tokens)
+        images, tapped = self._decode(latents, size, num_tokens, part)
         return images, _project(self.repa_layers, tapped)
 
-    def _decode(self, latents: Array, size: int, num_tokens: Count | None):
+    def _decode(
+        self, latents: Array, size: int, num_tokens: Count | None, part: padded.Part | None
+    ):
         side, rest = divmod(size, self.config.decoder.patch_size)
         if rest or side < 1:
             raise ValueError(
                 f"size={size} is not a positive multiple of the decoder's patch "
                 f"({self.config.decoder.patch_size} px)"
             )
-        return self.decoder(self.post_quant_conv(latents), side, side, num_tokens)
+        return self.decoder(self.post_quant_conv(latents), side, side, num_tokens, part)
 
     def decode_codes(
         self, codes: Codes, size: int, num_tokens: Count | None = None

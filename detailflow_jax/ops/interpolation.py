@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from detailflow_jax.ops import Array
+from detailflow_jax.ops import Array, padded
 
 
 def read_only(matrix: np.ndarray) -> np.ndarray:
@@ -98,11 +98,12 @@ def enlarge(
 
 
 def resize_position_table(
-    table: Float[Array, "rows D"], height: int, width: int
+    table: Float[Array, "rows D"], height: int, width: int, part: padded.Part | None = None
 ) -> Float[Array, "{height*width} D"]:
     """A square position table [side * side, D] resized to a grid of height x width patches.
 
-    Antialiased bilinear, as in SigLIP2-NaFlex; float32.
+    Antialiased bilinear, as in SigLIP2-NaFlex; float32. A `part` of the grid is what is filled, and
+    the rest is zero.
 
     Raises:
       ValueError: if the number of rows is not a square.
@@ -110,9 +111,11 @@ def resize_position_table(
     side = round(table.shape[0] ** 0.5)
     if side * side != table.shape[0]:
         raise ValueError(f"position table has {table.shape[0]} rows; expected a square number")
-    if (height, width) == (side, side):
+    if part is None and (height, width) == (side, side):
         return jnp.asarray(table, jnp.float32)
     grid = table.reshape(side, side, -1)
-    rows = antialiased_bilinear_matrix(side, height)
-    columns = antialiased_bilinear_matrix(side, width)
+    rows, columns = (
+        padded.pick(lambda n: antialiased_bilinear_matrix(side, n), size, part)
+        for size in (height, width)
+    )
     return apply_matrices(grid, rows, columns).reshape(height * width, -1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from detailflow_jax.ops import Array
+from detailflow_jax.ops import Array, padded
 
 
 def patchify(images: Shaped[Array, "B H W C"], patch_size: int) -> Shaped[Array, "B P F"]:
@@ -36,13 +36,18 @@ def unpatchify(
 
 
 def blend(
-    windows: Float[Array, "B {height*width} F"], patch_size: int, height: int, width: int
+    windows: Float[Array, "B {height*width} F"],
+    patch_size: int,
+    height: int,
+    width: int,
+    part: padded.Part | None = None,
 ) -> Float[Array, "B {height*patch_size} {width*patch_size} C"]:
     """The images of a grid of overlapping windows, twice as wide as the patches under them.
 
     A window is painted over its patch and half a patch around it. Its weight falls linearly from
     its middle to its edge, and the weights of all windows over a pixel are made to add up to 1: no
-    pixel changes abruptly from one window to the next.
+    pixel changes abruptly from one window to the next. Where a `part` of the grid is filled, the
+    windows outside of it are zero, and so are the pixels.
     """
     p = patch_size
     rise = (np.arange(p) + 0.5) / p
@@ -58,16 +63,16 @@ def blend(
     picture = einops.rearrange(total, "b h w p q c -> b (h p) (w q) c")
     half = p // 2
     picture = picture[:, half : half + height * p, half : half + width * p]
-    covered = [
-        _covered(ramp, side, p)[half : half + side * p].astype(np.float32)
+    rows, columns = (
+        padded.pick(lambda n: _scale(ramp, n, p)[half:][: n * p], side, part)
         for side in (height, width)
-    ]
-    return picture / (covered[0][:, None, None] * covered[1][:, None])
+    )
+    return picture * (rows[:, None, None] * columns[:, None])
 
 
-def _covered(ramp: np.ndarray, side: int, patch_size: int) -> np.ndarray:
-    """The sum of the windows' weights along an axis: below 1 only half a patch from its ends."""
+def _scale(ramp: np.ndarray, side: int, patch_size: int) -> np.ndarray:
+    """1 / the sum of the windows' weights along an axis: not 1 only half a patch from its ends."""
     total = np.zeros((side + 1) * patch_size)
     for start in range(0, side * patch_size, patch_size):
         total[start : start + len(ramp)] += ramp
-    return total
+    return (1 / total).astype(np.float32)

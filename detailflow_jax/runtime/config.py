@@ -45,6 +45,7 @@ MAY_DIFFER = (
     "wandb",
     "score",
     "accumulate",
+    "decode_buckets",
     "mesh",
     "data.prefetch",
     "data.num_workers",

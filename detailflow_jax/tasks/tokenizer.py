@@ -19,14 +19,14 @@ from jaxtyping import Float, Int, PRNGKeyArray, UInt8
 
 from detailflow_jax.models import siglip
 from detailflow_jax.models.tokenizer import Count, Tokenizer, TokenizerConfig
-from detailflow_jax.ops import Array, correction, interpolation, quantization
+from detailflow_jax.ops import Array, correction, interpolation, padded, quantization
 from detailflow_jax.ops import images as pixels
 from detailflow_jax.ops.input_sizes import InputSizes, input_sizes
 from detailflow_jax.runtime.errors import ConfigError, raised_as
 from detailflow_jax.tasks import Metrics, Plan, Task, TrainState, from_section, tokenizer_figures
 from detailflow_jax.tasks.losses import Pass, Step
 from detailflow_jax.tasks.tokenizer_figures import group_counts
-from detailflow_jax.tasks.tokenizer_plan import draw_noise, tokens_by_size
+from detailflow_jax.tasks.tokenizer_plan import draw_noise, program_sizes, tokens_by_size
 from detailflow_jax.tasks.trainer import Trainer
 
 USAGE_WINDOW = 65_536
@@ -75,11 +75,18 @@ def make(config: Any) -> Task:
         parts=TRAIN_ONLY[config.train_only],
         sizes=sizes,
         tokens=tokens_by_size(config, c, sizes),
+        programs=program_sizes(config, c),
     )
 
 
 def forward(
-    model: Tokenizer, rows: Any, key: PRNGKeyArray | None, *, size: int, token_count: Count
+    model: Tokenizer,
+    rows: Any,
+    key: PRNGKeyArray | None,
+    *,
+    size: int,
+    token_count: Count,
+    part: padded.Part | None = None,
 ) -> Step:
     """What a step makes of a batch, inside of `Tokenizer.apply`.
 
@@ -91,6 +98,7 @@ def forward(
       key: unused, nothing else is random.
       size: S; static.
       token_count: how many tokens are decoded; data, so that another count needs no compilation.
+      part: of the target, if that is smaller than S, for the same reason.
     """
     del key
     images, target, span, choice = rows
@@ -100,9 +108,9 @@ def forward(
         codes, latents, passes = two_passes(model, images, span, choice)
     c, tapped = model.config, None
     if c.repa_layer:
-        reconstruction, tapped = model.decode_tapped(latents, size, token_count)
+        reconstruction, tapped = model.decode_tapped(latents, size, token_count, part)
     else:
-        reconstruction = model.decode(latents, size, token_count)
+        reconstruction = model.decode(latents, size, token_count, part)
     return Step(
         images=images,
         target=target,
@@ -113,6 +121,7 @@ def forward(
         span=span,
         aligned=model.align(latents[: len(images), 0]) if c.teacher_width else None,
         tapped=tapped,
+        part=part,
     )
 
 
@@ -166,10 +175,12 @@ class TokenizerTrainer(Trainer):
     Attributes:
       sizes: dynamic input resolution, or None.
       tokens: input side -> how many tokens encode it.
+      programs: sides that images are decoded to, together those of one program.
     """
 
     sizes: InputSizes | None
     tokens: Mapping[int, int]
+    programs: tuple[tuple[int, ...], ...]
 
     last_kernel = ("decoder", "to_pixels", "kernel")
     keys = ("teacher", "lpips", "adversarial")
@@ -181,7 +192,10 @@ class TokenizerTrainer(Trainer):
         return self.start(key, jnp.zeros((1, side, side, 3)), window=window)
 
     def plan(self, step: int) -> Plan:
-        """See `Task`. The variant is the decoded side; (input side, decoded side) if both vary."""
+        """See `Task`.
+
+        The variant is the side of what is decoded; (input side, that one) if both vary.
+        """
         resolutions = self.model.config.resolutions
         side = self.sizes.size(step) if self.sizes else resolutions.image_size
         rng = np.random.default_rng((self.config.seed, step))
@@ -190,8 +204,14 @@ class TokenizerTrainer(Trainer):
         size = resolutions.decoded_size(count)
         low = side if count == most else resolutions.resolution(count)
         matrix = interpolation.degradation_matrix(side, low, size)
-        variant = (side, size) if self.sizes else size
-        return variant, {"token_count": np.int32(count), "degrade": matrix}
+        [together] = [sides for sides in self.programs if size in sides]
+        together = tuple(one for one in together if one <= side)
+        part = None
+        if len(together) > 1:
+            part = padded.Part(np.int32(together.index(size)), together)
+            matrix = np.pad(matrix, ((0, together[-1] - size), (0, 0)))
+        variant = (side, together[-1]) if self.sizes else together[-1]
+        return variant, {"token_count": np.int32(count), "degrade": matrix, "part": part}
 
     def train_step(
         self, state: TrainState, batch: Any, plan: Mapping[str, Any], *, variant: Any
@@ -213,7 +233,7 @@ class TokenizerTrainer(Trainer):
         count = jnp.asarray(plan["token_count"])
         noise = draw_noise(key, c, config.correction, len(images), count, self.tokens[side])
         target = interpolation.apply_matrices(images, plan["degrade"], plan["degrade"])
-        made = functools.partial(forward, size=size, token_count=count)
+        made = functools.partial(forward, size=size, token_count=count, part=plan["part"])
         new, metrics, codes = self.step(state, (images, target, *noise), key, made)
         window = quantization.remember_codes(state.extra["window"], codes)
         metrics["codebook_usage"] = quantization.codebook_usage(window, c.codebook_size)

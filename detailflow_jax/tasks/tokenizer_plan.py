@@ -3,6 +3,7 @@
 Shapes: B batch, n tokens of the step, N when the input has full size.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -50,6 +51,20 @@ def tokens_by_size(config: Any, c: TokenizerConfig, sizes: InputSizes | None) ->
         with raised_as(ConfigError, f"{where}: "):
             found[size] = c.resolutions.best_count(size)
     return found
+
+
+def program_sizes(config: Any, c: TokenizerConfig) -> tuple[tuple[int, ...], ...]:
+    """The sides in pixels that images are decoded to, ascending; together those of one program.
+
+    Raises:
+      ConfigError: `config.decode_buckets` is below 0.
+    """
+    number = config.get("decode_buckets", 0)
+    if number < 0:
+        raise ConfigError(f"config.decode_buckets={number}; expected 0 or more programs")
+    sizes = sorted({c.resolutions.decoded_size(n) for n in c.resolutions.token_counts})
+    bucket = (lambda size: -(-size * number // c.image_size)) if number else None
+    return tuple(tuple(same) for _, same in itertools.groupby(sizes, bucket))
 
 
 def draw_noise(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detailflow_jax.ops import patches
+from detailflow_jax.ops import padded, patches
 
 
 def test_patches_are_row_column_channel():
@@ -37,3 +37,12 @@ def test_a_window_reaches_half_a_patch_beyond_its_own():
     seen = gradient[1, 1]
     assert np.all(seen[2:6, 2:6] > 0) and np.all(seen[:2] == 0) and np.all(seen[:, 6:] == 0)
     assert np.all(gradient[0, 0, 6:, 6:] > 0) and np.all(gradient[0, 0, :6] == 0)
+
+
+def test_windows_on_a_part_of_the_grid_are_blended_as_on_a_smaller_one():
+    windows = jax.random.normal(jax.random.key(0), (2, 4, 192))
+    part = padded.Part(np.int32(0), (2, 3))
+    wide = jnp.pad(windows.reshape(2, 2, 2, 192), [(0, 0), (0, 1), (0, 1), (0, 0)])
+    got = patches.blend(wide.reshape(2, 9, 192), 4, 3, 3, part)
+    np.testing.assert_allclose(got[:, :8, :8], patches.blend(windows, 4, 2, 2), atol=1e-6)
+    assert not got[:, 8:].any() and not got[:, :, 8:].any()

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from detailflow_jax.ops import Array
+from detailflow_jax.ops import Array, padded
 from detailflow_jax.runtime.errors import ConfigError, near_names
 from detailflow_jax.runtime.weights import Need
 from detailflow_jax.tasks import TrainState
@@ -63,6 +63,7 @@ class Step:
       images: in [-1, 1].
       target: what the reconstruction should be.
       reconstruction: of clean codes, then of corrected ones.
+      part: which part of target and reconstruction is the image; the rest is zero. None: all.
       latents: what was decoded, [n, N, d]; of the autoencoder [B, h, w, C], scaled.
       codes: clean codes, or None.
       passes: of the tokenizer: the clean pass and, with self-correction, the corrected one.
@@ -87,6 +88,7 @@ class Step:
     span: Any = None
     aligned: Any = None
     tapped: Any = None
+    part: padded.Part | None = None
     posterior: Any = None
     watched: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     # The trainer adds these: the function that makes a step does not know them.
@@ -166,6 +168,10 @@ class Loss(abc.ABC):
     reads: ClassVar[tuple[str, ...]] = ()
     """Fields of `Step` that the term needs and not every task makes."""
 
+    padded: ClassVar[bool] = False
+    """Whether the term is right for a part of an image (`Step.part`). Each class says so itself:
+    what a subclass computes may be another matter."""
+
     @property
     def frozen(self) -> Frozen | None:
         """The frozen network that the term needs."""
@@ -237,7 +243,14 @@ def make_losses(setting: Setting) -> dict[str, Loss]:
         if "weight" not in section:
             raise ConfigError(f"config.losses.{name} has no field `weight`")
         if section["weight"]:
-            losses[name] = _class_of(name, path).make(name, section, setting)
+            kind = _class_of(name, path)
+            if setting.config.get("decode_buckets") and not vars(kind).get("padded"):
+                raise ConfigError(
+                    f"config.losses.{name} is computed of whole images: {kind.__name__} does not "
+                    "say `padded = True` (tasks/losses/__init__.py). Set config.decode_buckets=0 "
+                    f"or config.losses.{name}.weight=0"
+                )
+            losses[name] = kind.make(name, section, setting)
     return losses
 
 

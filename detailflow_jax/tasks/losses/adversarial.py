@@ -96,6 +96,12 @@ def check(name: str, setting: Setting, network: Any) -> None:
             f"config.discriminator.consistency={d.consistency} compares weak and strong "
             "augmentation: set config.discriminator.augment=True or consistency=0"
         )
+    if d.kind == "patchgan" and config.get("decode_buckets"):
+        raise ConfigError(
+            f"config.decode_buckets={config.decode_buckets}: the norms of PatchGAN are over all "
+            "positions, also those outside of the image; set config.decode_buckets=0 or "
+            "config.discriminator.kind=dino"
+        )
     if d.kind == "patchgan" and setting.smallest < 3 * 2**network.num_layers:
         raise ConfigError(
             f"the smallest images are of {setting.smallest} px: PatchGAN with "
@@ -126,6 +132,8 @@ class Adversarial(Loss):
     optimizer: optax.GradientTransformation
     smallest: int
     frozen: Frozen | None = None
+
+    padded = True
 
     @classmethod
     def make(cls, name, section, setting):
@@ -179,9 +187,10 @@ class Adversarial(Loss):
         key, _ = jax.random.split(jax.random.fold_in(step.key, 1))
         disc_state, frozen = state.extra["discriminator"], state.frozen.get("dino", {})
         value, fake_grad, new = self._judge(
-            disc_state, frozen, jax.lax.stop_gradient(fakes), state.step, key
+            disc_state, frozen, jax.lax.stop_gradient(fakes), state.step, key, step.part
         )
-        step.kept["discriminator"] = {"fakes": fakes, "target": step.target, "state": new}
+        kept = {"fakes": fakes, "target": step.target, "part": step.part, "state": new}
+        step.kept["discriminator"] = kept
         return with_gradient(value, fakes, fake_grad)
 
     def balance(self, others: Array, ours: Array, number: Int[Array, ""]) -> Scalar:
@@ -199,25 +208,26 @@ class Adversarial(Loss):
         reals = by_batch(jnp.concatenate([target] * (len(fakes) // len(target))))
         disc_state = state.extra["discriminator"] | {"state": kept["state"]}
         frozen = state.frozen.get("dino", {})
-        new, metrics = self._update(disc_state, frozen, (reals, fakes), state.step, key)
+        pair, part = (reals, fakes), kept["part"]
+        new, metrics = self._update(disc_state, frozen, pair, state.step, key, part)
         return {"discriminator": new}, metrics
 
-    def _view(self, images, key, policy=augment.WEAK):
+    def _view(self, images, key, part, policy=augment.WEAK):
         augment_key, view_key = jax.random.split(key)
         if self.config.augment:
-            images = augment.diff_augment(augment_key, images, policy)
-        return self.network.view(view_key, images)
+            images = augment.diff_augment(augment_key, images, policy, part)
+        return self.network.view(view_key, images, part)
 
     def _read(self, frozen, views):
         if "patch_embed" in frozen:
             frozen = frozen | {"patch_embed": gathered(frozen["patch_embed"])}
         return self.network.read(frozen, views)
 
-    def _judge(self, disc_state, frozen, fakes, step, key):
+    def _judge(self, disc_state, frozen, fakes, step, key, part):
         """(generator's loss, its gradient with respect to `fakes`, state after the forward)."""
 
         def loss(fakes):
-            features = self._read(frozen, self._view(fakes, key))
+            features = self._read(frozen, self._view(fakes, key, part))
             params = gathered(disc_state["params"])
             logits, state = self.network.judge(params, disc_state["state"], features, train=True)
             return adversarial.generator_loss(self.config.loss, logits), state
@@ -231,12 +241,12 @@ class Adversarial(Loss):
 
         return _either(step >= self.config.start_step, active, idle)
 
-    def _losses(self, params, disc_state, frozen, pair, key):
+    def _losses(self, params, disc_state, frozen, pair, key, part):
         """(sum, (metrics, state, LeCAM averages)) for a pair of real and fake images."""
         c, state, logits = self.config, disc_state["state"], []
         policies = [augment.WEAK] * 2 + [augment.STRONG] * 2 * bool(c.consistency)
         keys = jax.random.split(key, len(policies))
-        views = [self._view(pair[i % 2], keys[i], policy) for i, policy in enumerate(policies)]
+        views = [self._view(pair[i % 2], keys[i], part, one) for i, one in enumerate(policies)]
         # One pass of the frozen part for all. An image's views lie side by side, so that no row
         # moves to another device; batch statistics are of one set of views at a time.
         together = by_batch(jnp.stack(views, axis=1).reshape(-1, *views[0].shape[1:]))
@@ -258,12 +268,12 @@ class Adversarial(Loss):
         watched = {"real": jnp.mean(weak[0]), "fake": jnp.mean(weak[1])}
         return sum(terms.values()), (terms | watched, state, averages)
 
-    def _update(self, disc_state, frozen, pair, step, key):
+    def _update(self, disc_state, frozen, pair, step, key, part):
         """`disc_state` after an update, and metrics; before the start nothing changes."""
 
         def active():
             grads, (metrics, state, averages) = jax.grad(self._losses, has_aux=True)(
-                disc_state["params"], disc_state, frozen, pair, key
+                disc_state["params"], disc_state, frozen, pair, key, part
             )
             updates, opt_state = self.optimizer.update(
                 grads, disc_state["opt_state"], disc_state["params"]

@@ -16,6 +16,7 @@ class Align(Loss):
     frozen: Frozen | None = None
 
     reads = ("aligned",)
+    padded = True
 
     @classmethod
     def make(cls, name, section, setting):

@@ -8,7 +8,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from detailflow_jax.models import lpips
 from detailflow_jax.models.layers import apply
-from detailflow_jax.ops import Array
+from detailflow_jax.ops import Array, padded
 from detailflow_jax.ops.adversarial import ramp
 from detailflow_jax.runtime import weights
 from detailflow_jax.runtime.errors import ConfigError
@@ -33,6 +33,8 @@ class Perceptual(Loss):
     linear: str | None = None
     random: bool = False
     network: lpips.LPIPS = dataclasses.field(default_factory=lpips.LPIPS)
+
+    padded = True
 
     @classmethod
     def make(cls, name, section, setting):
@@ -63,7 +65,7 @@ class Perceptual(Loss):
     def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""
         params = step.state.frozen["lpips"]
-        return distance(self.network, params, step.reconstruction, step.target)
+        return distance(self.network, params, step.reconstruction, step.target, step.part)
 
 
 def init(network: lpips.LPIPS, key: PRNGKeyArray) -> Any:
@@ -77,12 +79,16 @@ def distance(
     params: Any,
     reconstruction: Float[Array, "n S S 3"],
     target: Float[Array, "B S S 3"],
+    part: padded.Part | None = None,
 ) -> Scalar:
-    """Mean LPIPS of reconstructions and their targets, which are repeated to as many."""
+    """Mean LPIPS of reconstructions and their targets, which are repeated to as many.
+
+    Where a `part` is filled, of that alone.
+    """
     params = gathered(params)
-    features = apply(network, params, by_batch(reconstruction), method="features")
+    features = apply(network, params, by_batch(reconstruction), part, method="features")
     # A target stands for several reconstructions: its features are computed once.
-    wanted = apply(network, params, target, method="features")
+    wanted = apply(network, params, target, part, method="features")
     times = len(reconstruction) // len(target)
     wanted = tuple(jnp.concatenate([x] * times) for x in wanted)
-    return jnp.mean(apply(network, params, features, wanted, method="compare"))
+    return jnp.mean(apply(network, params, features, wanted, part, method="compare"))

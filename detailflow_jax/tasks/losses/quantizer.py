@@ -25,6 +25,7 @@ class VQ(Loss):
     """Squared distance of the codebook entries to the latents, which pass no gradient."""
 
     reads = ("passes",)
+    padded = True
 
     def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""
@@ -35,6 +36,7 @@ class Commitment(Loss):
     """Squared distance of the latents to the codebook entries, which pass no gradient."""
 
     reads = ("passes",)
+    padded = True
 
     def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""
@@ -45,6 +47,7 @@ class Entropy(Loss):
     """Low entropy per token, high entropy over the batch: see `quantization.entropy_loss`."""
 
     reads = ("passes",)
+    padded = True
 
     def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""

@@ -1,11 +1,12 @@
 """Alignment of a decoder block's tokens with the teacher's patch features (REPA)."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from detailflow_jax.ops import Array, interpolation, quantization
+from detailflow_jax.ops import Array, interpolation, padded, quantization
 from detailflow_jax.runtime.errors import ConfigError
 from detailflow_jax.tasks.losses import Frozen, Loss, Scalar, Step, teacher
 
@@ -17,6 +18,7 @@ class Repa(Loss):
     frozen: Frozen | None = None
 
     reads = ("tapped",)
+    padded = True
 
     @classmethod
     def make(cls, name, section, setting):
@@ -31,23 +33,31 @@ class Repa(Loss):
 
     def __call__(self, step: Step) -> Scalar:
         """See `Loss`."""
-        return patch_alignment(step.tapped, step.features["teacher"])
+        return patch_alignment(step.tapped, step.features["teacher"], step.part)
 
 
-def patch_alignment(predicted: Float[Array, "n p D"], patches: Float[Array, "B P D"]) -> Scalar:
+def patch_alignment(
+    predicted: Float[Array, "n p D"],
+    patches: Float[Array, "B P D"],
+    part: padded.Part | None = None,
+) -> Scalar:
     """-mean cosine of projected decoder tokens and the teacher's patch features, over patches.
 
     Args:
       predicted: of a square grid, of the B images once or several times.
       patches: of a square grid, resized to that of `predicted` by antialiased bilinear
         interpolation.
+      part: of the image in pixels, where that fills a part of the grid of `predicted`.
     """
     batch, length, width = patches.shape
     have, want = (round(n**0.5) for n in (length, predicted.shape[1]))
-    if have != want:
-        matrix = interpolation.antialiased_bilinear_matrix(have, want)
+    if part:
+        part = padded.over(part, part.sides[-1] // want)
+    if part or have != want:
+        resize = functools.partial(interpolation.antialiased_bilinear_matrix, have)
+        matrix = padded.pick(resize, want, part)
         grid = patches.reshape(batch, have, have, width)
         patches = interpolation.apply_matrices(grid, matrix, matrix).reshape(batch, -1, width)
     predicted = predicted.reshape(-1, *patches.shape)  # so that the features need no copies
     cosine = quantization.normalize(predicted, 1e-8) * quantization.normalize(patches, 1e-8)
-    return -jnp.mean(jnp.sum(cosine, axis=-1))
+    return -padded.mean(jnp.sum(cosine, axis=-1).reshape(-1, want, want, 1), part)
