@@ -187,7 +187,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         try:
             yield
         except Exception as error:
-            cause = "is the disk full or read-only"
+            cause = "is the disk full or read-only, or can its files not be synced or replaced"
             if files.is_remote(self.directory):
                 cause = "does the bucket answer, and may this account write there"
             if jax.process_count() > 1:
@@ -204,6 +204,9 @@ def save_params(workdir: str | os.PathLike, params: dict) -> None:
     Args:
         workdir: gets a folder `checkpoints`; make it under a temporary name for atomicity.
         params: nested dict of arrays; NaN or Inf are saved too.
+
+    Raises:
+        CheckpointError, OSError: the disk does not take it.
     """
     state = {"params": params}
     clock = {"checksums": {name: _checksum(tree) for name, tree in state.items()}}
@@ -212,11 +215,15 @@ def save_params(workdir: str | os.PathLike, params: dict) -> None:
         state=ocp.PyTreeCheckpointHandler(use_compression=False),
         clock=ocp.JsonCheckpointHandler(),
     )
+    whole = ocp.args.Composite(state=ocp.args.PyTreeSave(state), clock=ocp.args.JsonSave(clock))
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(
-            _directory(workdir) / "0",
-            ocp.args.Composite(state=ocp.args.PyTreeSave(state), clock=ocp.args.JsonSave(clock)),
-        )
+        try:
+            checkpointer.save(_directory(workdir) / "0", whole)
+        except ValueError as error:  # TensorStore's, of any kind.
+            raise CheckpointError(
+                f"cannot write a checkpoint to {workdir}: {_reason(error)} (is the disk full, or "
+                "can its files not be synced or replaced?)"
+            ) from error
 
 
 def restore_params(

@@ -173,6 +173,17 @@ def test_failure_while_writing_leaves_nothing(tmp_path, folders, to, capsys, mon
     assert names_in(tmp_path) == []
 
 
+def test_a_mount_that_takes_no_checkpoint_is_one_line(tmp_path, folders, capsys, monkeypatch):
+    def save(*_):  # As TensorStore says it where files cannot be replaced or synced.
+        raise ValueError("Failed to fsync file: Invalid argument [os_error_code='22']\nmore")
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", save)
+    assert run("--to", "jax", "--src", folders["generator"], "--dst", tmp_path / "dst") == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: cannot write a checkpoint to ") and "Failed to fsync" in last
+    assert names_in(tmp_path) == []
+
+
 @pytest.mark.parametrize("to", ["jax", "pytorch"])
 def test_what_is_there_is_kept_unless_it_may_go(tmp_path, folders, to, capsys):
     command = ["--to", to, "--src", folders["generator"], "--dst", tmp_path / "dst"]
