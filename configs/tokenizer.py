@@ -236,6 +236,7 @@ def _mnist(options: ConfigDict) -> ConfigDict:
     config.data.source = "mnist"
     # Only three sizes to decode, 8, 16 and 32 px: each is a program of its own to compile.
     config.model.update(resolution_power=2.5, codebook_size=512, codebook_dim=8, table_std=0.5)
+    config.model.overlap = True
     for part in ("encoder", "decoder"):
         config.model[part].update(depth=3, num_heads=2, patch_size=8, table_side=4)
     config.full_probability = 0.7
@@ -251,7 +252,7 @@ def _photos(options: ConfigDict) -> ConfigDict:
     config = _mnist(options)
     config.total_steps = int((options.epochs or 4) * 4066 // config.batch_size)
     config.data.update(source="photos", flip=True)
-    config.model.update(num_tokens=32, codebook_size=1024)
+    config.model.update(num_tokens=32, codebook_size=1024, overlap=False)
     return config
 
 

@@ -55,12 +55,12 @@ def blend(
     pattern = "b (h w) (i p j q c) -> b h w i p j q c"
     parts = einops.rearrange(windows, pattern, h=height, w=width, i=2, j=2, p=p, q=p)
     parts *= (ramp[:, None] * ramp).reshape(2, p, 2, p, 1).astype(np.float32)
-    batch, channels = len(parts), parts.shape[-1]
-    total = jnp.zeros((batch, height + 1, width + 1, p, p, channels), parts.dtype)
-    for i in (0, 1):
-        for j in (0, 1):
-            total = total.at[:, i : height + i, j : width + j].add(parts[:, :, :, i, :, j])
-    picture = einops.rearrange(total, "b h w p q c -> b (h p) (w q) c")
+    quarters = [  # of the windows, each on a grid of patches one larger than the image
+        jnp.pad(parts[:, :, :, i, :, j], [(0, 0), (i, 1 - i), (j, 1 - j), (0, 0), (0, 0), (0, 0)])
+        for i in (0, 1)
+        for j in (0, 1)
+    ]
+    picture = einops.rearrange(sum(quarters, jnp.zeros(())), "b h w p q c -> b (h p) (w q) c")
     half = p // 2
     picture = picture[:, half : half + height * p, half : half + width * p]
     rows, columns = (
