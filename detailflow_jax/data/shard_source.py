@@ -78,6 +78,11 @@ class ShardSource:
                 f"{path}: a shard is {wrong[0]!r:.99}, expected file (in this folder), num_records "
                 "and num_bytes; remove it and run the extraction again, which writes it"
             )
+        if (total := sum(shard["num_records"] for shard in shards)) != manifest["num_records"]:
+            raise ConfigError(
+                f"{path} contradicts itself: num_records is {manifest['num_records']}, its shards "
+                f"have {total}"
+            )
         return manifest
 
     @classmethod

@@ -236,6 +236,7 @@ def test_damaged_folders_are_refused_by_file(copied):
         ({"shards": {"file": "x"}}, "a shard is {'file': 'x'}, expected file"),
         ({"shards": [{"file": "x", "num_records": 1}]}, "expected file .in this folder., num_rec"),
         ({"shards": [{"file": "../x", "num_records": 1, "num_bytes": 1}]}, "in this folder"),
+        ({"num_records": 40}, "contradicts itself: num_records is 40, its shards have 41"),
         ({"class_names": [0] * 10}, "class_names are .*expected a list of texts"),
         ({"encoded_by": 5}, "encoded_by is 5, expected text"),
         ({"group_size": 0}, "group_size is 0, expected a whole number from 1 to"),

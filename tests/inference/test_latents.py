@@ -248,7 +248,7 @@ def test_layouts_that_cannot_be(fields, message):
 )
 def test_manifests_that_cannot_be(name, value, message, tmp_path):
     fields = {
-        **{"format_version": 1, "num_records": 4, "shards": [], "source": "x", "vae": "y"},
+        **{"format_version": 1, "num_records": 0, "shards": [], "source": "x", "vae": "y"},
         **{"scale_factor": 1.0, "shift_factor": 0.0, "image_size": 4, "crop": "center"},
         **{"class_names": [], "num_classes": 2, **dataclasses.asdict(LAYOUT)},
     }
