@@ -239,7 +239,8 @@ def test_perceptual_loss_is_lpips():
 
 
 def test_decoder_only_with_a_ramped_perceptual_term(images, monkeypatch):
-    def distance(network, params, reconstruction, target):
+    def distance(network, params, reconstruction, target, part):
+        assert part is None
         assert reconstruction.shape == (8, 16, 16, 3) and target.shape == (4, 16, 16, 3)
         return 1.0 + 0 * jnp.mean(reconstruction)
 

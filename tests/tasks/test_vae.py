@@ -130,7 +130,7 @@ def test_restored_from_a_checkpoint_it_ends_with_the_same_bits(trained, images, 
 def test_perceptual_and_adversarial_terms(images, monkeypatch):
     """A ramp, a start that compiles nothing anew, and the adaptive weight of the family."""
 
-    def distance(network, params, reconstruction, target):
+    def distance(network, params, reconstruction, target, part=None):
         assert reconstruction.shape == target.shape == (4, 16, 16, 3)
         return jnp.mean(jnp.abs(reconstruction - target))
 
