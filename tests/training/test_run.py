@@ -1,6 +1,8 @@
 """The training loop on a small task: what it writes, what stops it, and how exactly it resumes."""
 
 import dataclasses
+import json
+import re
 import shutil
 
 import jax
@@ -10,8 +12,8 @@ import pytest
 import toy_task
 from detailflow_jax import train
 from detailflow_jax.runtime.checkpoint import Checkpoints, restore_params
-from detailflow_jax.runtime.config import read_config
-from detailflow_jax.runtime.errors import ConfigError, DataError, Diverged
+from detailflow_jax.runtime.config import read_config, write_config
+from detailflow_jax.runtime.errors import ConfigError, DataError, Diverged, UserError
 from detailflow_jax.runtime.feed import Feed
 from detailflow_jax.train import UNUSABLE
 
@@ -69,6 +71,9 @@ def test_finished_run_started_again_says_so(finished, capfd):
 def test_a_finished_run_can_be_made_longer(finished, tmp_path):
     workdir, config, _, _, _ = finished
     shutil.copytree(workdir, tmp_path / "longer")
+    clock = json.loads((workdir / "clock.json").read_text())
+    clock["seconds"]["restart"] = 5000.0
+    (tmp_path / "longer" / "clock.json").write_text(json.dumps(clock))
     longer = toy_task.config_of(**config.to_dict())
     longer.total_steps += 3
     state = toy_task.run(longer, tmp_path / "longer")
@@ -82,6 +87,9 @@ def test_a_finished_run_can_be_made_longer(finished, tmp_path):
     assert lines[: len(toy_task.metrics_of(workdir))] == toy_task.metrics_of(workdir)
     assert lines[-1]["step"] == config.total_steps + 3
     assert read_config(tmp_path / "longer").total_steps == config.total_steps + 3
+    # The last line tells the seconds that its shares are of, those before the restart included.
+    log = (tmp_path / "longer" / "log.txt").read_text()
+    assert re.search(r"finished 23 steps in 50\d\d s: .*restart (100|99)%", log)
 
 
 def test_a_start_that_fails_leaves_no_configuration_behind(tmp_path):
@@ -102,6 +110,18 @@ def test_workdir_of_another_configuration_is_refused(finished):
     other.optim.lr = 0.5
     with pytest.raises(ConfigError, match=r"optim\.lr: 0\.01 in the workdir, 0\.5 now"):
         toy_task.run(other, workdir)
+
+
+def test_a_start_from_classes_of_other_names_is_told(tmp_path, capfd):
+    config = toy_task.config_of(init_from={"model": str(tmp_path / "trained")})
+    config.model.num_classes = 2
+    (tmp_path / "trained").mkdir()
+    write_config(config, tmp_path / "trained", ("cat", "dog"))
+    iterator = toy_task.make_iterator(config)
+    iterator.class_names = ("dog", "cat")
+    with pytest.raises(UserError):  # There is no checkpoint.
+        train.train(config, tmp_path / "run", toy_task.make_task(config), iterator)
+    assert "by name they are taken with --config.init_from.classes=1,0" in capfd.readouterr().err
 
 
 def test_nan_stops_the_run_with_its_step_and_keeps_the_last_good_state(tmp_path, capfd):
