@@ -93,13 +93,19 @@ def test_every_scale_is_the_latent_of_the_reduced_image():
     vae = VAE(VAEConfig(latent_channels=2, **sizes))
     images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     key, params = jax.random.key(0), state.frozen["vae"]
-    levels = flowar_task.reduced_images(vae, params, images, (1, 2, 4), key)
-    for scale, side in enumerate((1, 2, 4)):
-        block = 4 // side
-        small = images.reshape(2, 2 * side, block, 2 * side, block, 3).mean((2, 4))
-        posterior = vae.apply({"params": params}, small, method="encode")
-        expected = vae.scale(posterior.sample(jax.random.fold_in(key, scale)))
-        np.testing.assert_allclose(levels[scale].reshape(expected.shape), expected, atol=1e-5)
+
+    @jax.jit
+    def both(params, images):
+        expected = []
+        for scale, side in enumerate((1, 2, 4)):
+            block = 4 // side
+            small = images.reshape(2, 2 * side, block, 2 * side, block, 3).mean((2, 4))
+            posterior = vae.apply({"params": params}, small, method="encode")
+            expected.append(vae.scale(posterior.sample(jax.random.fold_in(key, scale))))
+        return flowar_task.reduced_images(vae, params, images, (1, 2, 4), key), expected
+
+    for level, expected in zip(*both(params, images), strict=True):
+        np.testing.assert_allclose(level.reshape(expected.shape), expected, atol=1e-5)
     batch = {"image": np.zeros((8, 8, 8, 3), np.uint8), "label": np.zeros(8, np.int32)}
     step = functools.partial(task.train_step, variant=None)
     _, metrics = jax.eval_shape(step, state, batch, {})
