@@ -35,6 +35,7 @@ def large_params(init, *args, draw=measuring.random_params):
     return jax.tree.map(lambda x: 20 * x, draw(init, *args))
 
 
+@pytest.mark.full
 def test_the_parts_and_the_way_without_a_cache_are_those_of_the_sampler():
     network = flowar.FlowAR(flowar.FlowARConfig(**TINY, buffer_size=2, scan=False))
     params = large_params(network.init, *flowar.example(network.config))

@@ -4,7 +4,6 @@ import pathlib
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from detailflow_jax.runtime.config import load_config
@@ -44,14 +43,14 @@ def start(task):
     def draw(path, leaf):
         name = getattr(path[-1], "key", None)
         if "opt_state" in jax.tree_util.keystr(path) or leaf.ndim == 0 or name in ("bias", "mean"):
-            return jnp.zeros(leaf.shape, leaf.dtype)
+            return np.zeros(leaf.shape, leaf.dtype)
         if name in ("scale", "var"):
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return np.ones(leaf.shape, leaf.dtype)
         size = np.prod(leaf.shape[:-1]) ** -0.5
-        return jnp.asarray(size * rng.standard_normal(leaf.shape), leaf.dtype)
+        return np.asarray(size * rng.standard_normal(leaf.shape), leaf.dtype)
 
     shapes = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
-    state = jax.tree_util.tree_map_with_path(draw, shapes)
+    state = jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
     return state if state.ema is None else state.replace(ema=state.params)
 
 

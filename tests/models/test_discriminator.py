@@ -250,7 +250,7 @@ def test_the_start_of_the_adversarial_term_does_not_recompile():
 # ------------------------------------------------------------------------------------ eight devices
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_batch_statistics_are_of_the_whole_batch_on_every_mesh():
     """Half of the batch is bright, half dark: devices see one kind only."""
     errors = json.loads(children.run_on_eight_devices(__file__).splitlines()[-1])

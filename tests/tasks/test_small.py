@@ -64,7 +64,11 @@ TRUNK = {"width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32}
     ("name", "narrow"),
     [
         ("tokenizer", {"encoder": TRUNK, "decoder": TRUNK}),
-        ("vae", {"channels": 4, "multipliers": (1, 2), "norm_groups": 2}),
+        pytest.param(
+            "vae",
+            {"channels": 4, "multipliers": (1, 2), "norm_groups": 2},
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_a_step_on_patches_of_photographs(name, narrow):

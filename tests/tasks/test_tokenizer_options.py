@@ -356,6 +356,7 @@ def test_images_are_cropped_to_their_size_from_the_positions_of_their_batch(whol
         assert_same([batch], [{k: x[:rows] for k, x in alone[side][step].items()}])
 
 
+@pytest.mark.full
 def test_processes_and_workers_see_the_same_batches(whole):
     batches, state = whole
     halves = [stream(50, process_index=i, process_count=2)[0] for i in range(2)]

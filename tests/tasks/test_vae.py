@@ -101,6 +101,7 @@ def test_pictures(trained, images):
     assert (draws[0] != draws[1]).any()
 
 
+@pytest.mark.full
 def test_restored_from_a_checkpoint_it_ends_with_the_same_bits(trained, images, tmp_path):
     task, step, states, _ = trained
     mesh = sharding.make_mesh({})
