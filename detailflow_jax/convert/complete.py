@@ -6,7 +6,7 @@ field that is set is checked against it.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -38,7 +38,7 @@ def complete(config: ConfigDict) -> ConfigDict:
     origins: dict[str, str] = {}
     filled: dict[str, Any] = {}
     with config.unlocked():
-        for field, value, origin in make(config):
+        for field, value, origin in make(config, defaults or {}):
             _settle(config, (field, value, origin), origins)
             filled[field] = list(value) if isinstance(value, tuple) else value
     if defaults is not None:  # Where the file has no default, that is what the data know.
@@ -73,7 +73,7 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
-def _of_generator(config: ConfigDict) -> Iterator[Fact]:
+def _of_generator(config: ConfigDict, _: Mapping[str, Any]) -> Iterator[Fact]:
     kind, _, folder = config.data.source.partition(":")
     if kind != "codes":
         raise ConfigError(
@@ -93,7 +93,7 @@ def _of_generator(config: ConfigDict) -> Iterator[Fact]:
         yield "model.causal_num", manifest["causal_num"], origin
 
 
-def _of_flowar(config: ConfigDict) -> Iterator[Fact]:
+def _of_flowar(config: ConfigDict, defaults: Mapping[str, Any]) -> Iterator[Fact]:
     kind, _, folder = config.data.source.partition(":")
     scaling = {}
     if kind == "latents":
@@ -102,6 +102,10 @@ def _of_flowar(config: ConfigDict) -> Iterator[Fact]:
         origin = f"the latents in {folder}"
         scaling = {name: manifest[name] for name in ("scale_factor", "shift_factor")}
         yield "model.num_classes", manifest["num_classes"], origin
+        default = defaults.get("data.image_size")
+        # The default is for images; whoever sets another side expects it to count.
+        if default is not None and config.data.image_size != default:
+            yield "data.image_size", manifest["image_size"], origin
         yield from _of_latents(config, side, channels, origin)
     else:
         source = data.make_source(

@@ -143,7 +143,8 @@ def _plain_folder(root: epath.Path, where: str, fetch: Callable[[str], Path]) ->
             inside += (root / "checkpoints").iterdir()
         # In a bucket this would take a request per file; only files have suffixes there.
         if not files.is_remote(str(root)):
-            inside = [path for path in inside if path.is_file()]
+            # A link that leads nowhere is here, for the error to name it where it is read.
+            inside = [path for path in inside if path.is_file() or not path.exists()]
     return Folder(where, sorted(path.relative_to(root).as_posix() for path in inside), fetch)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,12 +32,16 @@ RESAVE = (
 
 @dataclasses.dataclass(slots=True)
 class Storage:
-    """`numel` numbers elsewhere in the file: their bytes, or None if the file lacks them."""
+    """`numel` numbers elsewhere in the file: their bytes, or None if the file lacks them.
+
+    `checksum` is what the file says to be their CRC-32; 0: it says nothing.
+    """
 
     key: str
     dtype: np.dtype
     numel: int
     data: np.ndarray | None = None
+    checksum: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -76,6 +81,9 @@ class TensorSpec:
                 f"{last}; expected at most the {size // self.dtype.itemsize} elements of its "
                 "storage"
             )
+        if storage.checksum and zlib.crc32(storage.data) != storage.checksum:
+            raise ValueError(f"the bytes of its storage {storage.key!r} have another checksum")
+        storage.checksum = 0  # Tensors may share it.
 
     def array(self) -> np.ndarray:
         """Returns a read-only view of the file; raises ValueError if NumPy has no such array."""

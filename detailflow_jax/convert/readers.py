@@ -129,9 +129,17 @@ def check_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def _read_file(path: Path, name: str) -> _File:
-    size = path.stat().st_size
-    # numpy cannot map an empty file.
-    raw = np.memmap(path, np.uint8, "r").view(np.ndarray) if size else np.empty(0, np.uint8)
+    try:
+        size = path.stat().st_size
+        # numpy cannot map an empty file.
+        raw = np.memmap(path, np.uint8, "r").view(np.ndarray) if size else np.empty(0, np.uint8)
+    except OSError as error:
+        link = f", it is a link to {os.readlink(path)}" if path.is_symlink() else ""
+        raise CheckpointError(
+            f"{name}: cannot be read: {error.strerror or error}{link}",
+            expected="a file that this user may read",
+            remedy="Download or copy the file again, or make it readable.",
+        ) from error
     head = raw[:4096].tobytes()
     # First, because the length that comes before the header may begin with any byte.
     if head[8:9] == b"{":

@@ -18,6 +18,7 @@ from __future__ import annotations
 import pickle
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +325,7 @@ def open_torch(raw: np.ndarray, path: Path, name: str) -> Any:
 
 
 def _open_zip(raw: np.ndarray, path: Path, name: str) -> Any:
-    members = _members(raw, path, name)
+    members, checksums = _members(raw, path, name)
     pickles = [m for m in members if m.count("/") == 1 and m.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise CheckpointError(
@@ -343,12 +344,19 @@ def _open_zip(raw: np.ndarray, path: Path, name: str) -> Any:
     tree, storages = _load(_Stream(members[pickles[0]]), name)
     for key, storage in storages.items():
         storage.data = members.get(f"{root}data/{key}")
+        storage.checksum = checksums.get(f"{root}data/{key}", 0)
     return tree
 
 
-def _members(raw: np.ndarray, path: Path, name: str) -> dict[str, np.ndarray]:
-    """The bytes of every member of the archive."""
+def _members(
+    raw: np.ndarray, path: Path, name: str
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """The bytes of every member of the archive, and the checksums of those that are numbers.
+
+    The bytes of others are compared with theirs. PyTorch can leave checksums out; they are 0 then.
+    """
     members: dict[str, np.ndarray] = {}
+    checksums: dict[str, int] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
@@ -367,6 +375,10 @@ def _members(raw: np.ndarray, path: Path, name: str) -> dict[str, np.ndarray]:
                     if found:
                         raise ValueError(f"member {member!r}: {problem}")
                 members[member] = raw[start : start + size]
+                if "/data/" in member:  # Read, and compared, only where they are used.
+                    checksums[member] = info.CRC
+                elif info.CRC and zlib.crc32(members[member]) != info.CRC:
+                    raise ValueError(f"member {member!r}: its bytes have another checksum")
     # zipfile raises all of these on damaged archives, besides its own error.
     except (
         zipfile.BadZipFile, struct.error, RuntimeError, ValueError, KeyError, IndexError, EOFError,
@@ -378,7 +390,7 @@ def _members(raw: np.ndarray, path: Path, name: str) -> dict[str, np.ndarray]:
             expected="a whole file of plain uncompressed members, as torch.save writes",
             remedy=AGAIN,
         ) from error
-    return members
+    return members, checksums
 
 
 def _check_order(little: bool, name: str) -> None:

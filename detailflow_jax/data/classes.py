@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
 from absl import logging
 
 from detailflow_jax.data.errors import printable
@@ -29,8 +30,8 @@ def class_names(place: str) -> tuple[str, ...]:
     """Returns the class names of a run, of codes or latents, or of images, in label order.
 
     Args:
-        place: a workdir, a folder of codes or latents, a folder of images, or a source of images
-            such as "digits" or "tfds:cifar10".
+        place: a workdir, a folder that `detailflow convert` wrote, of codes or latents, or of
+            images, or a source of images such as "digits" or "tfds:cifar10".
 
     Raises:
         ConfigError: nothing of these, or a run that has no class names.
@@ -41,7 +42,7 @@ def class_names(place: str) -> tuple[str, ...]:
     folder = files.path(path)
     if files.exists(folder / "config.json"):
         config = read_config(folder)
-        if names := config.get("class_names"):
+        if names := config.get("class_names") or _exported(folder / "config.yaml"):
             return tuple(names)
         source = str(config.get("data", {}).get("source", ""))
         if ":" in source or source in SOURCE_KINDS:  # Trained before runs kept the names.
@@ -50,6 +51,18 @@ def class_names(place: str) -> tuple[str, ...]:
     if files.exists(manifest := folder / "manifest.json"):
         return manifest_names(files.read_json(manifest), manifest)
     return tuple(make_source(f"folder:{path}").class_names)
+
+
+def _exported(path: Any) -> list[str]:
+    """The class names that `detailflow convert --to pytorch` writes beside the weights."""
+    if not files.exists(path):
+        return []
+    try:
+        names = (yaml.safe_load(files.read_bytes(path)) or {}).get("class_names")
+    except (yaml.YAMLError, AttributeError):  # It is not of an export from here.
+        return []
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_list else []
 
 
 def parse_labels(text: str, names: Sequence[str] = ()) -> list[int]:
@@ -151,7 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Labels follow the names of the class folders, numbers in them by value, or the "
         "lines of classes.txt beside the folders.",
     )
-    help_text = "a workdir, a folder of codes, latents or images, or a source such as digits"
+    help_text = (
+        "a workdir, a folder of codes, latents, images or `detailflow convert`, or a source such "
+        "as digits"
+    )
     parser.add_argument("place", metavar="DIR", help=help_text)
     names = class_names(parser.parse_args(argv).place)
     print("\n".join(f"{label}\t{printable(name)}" for label, name in enumerate(names)))

@@ -18,7 +18,7 @@ from detailflow_jax.runtime.errors import BucketError, ConfigError, NotFoundErro
 
 IMAGE_FILE = re.compile(
     r".+\.(jpe?g|jpe|jfif|jp2|a?png|webp|avif|heic|heif|hif|bmp|dib|gif|tiff?|p[pgbn]m)",
-    re.IGNORECASE,
+    re.IGNORECASE | re.DOTALL,
 )
 CLASSES_FILE = "classes.txt"
 """In the folder of the class folders: their names in the order of the labels, one per line."""

@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -40,7 +41,7 @@ _TURNS = {  # EXIF orientation -> what makes the image upright.
     8: Image.Transpose.ROTATE_90,
 }
 _ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
-_ORIENTATION, _SHORT = 0x0112, 3  # The EXIF tag and its type; 1 is upright.
+_ORIENTATION, _SHORT = 0x0112, 3  # The EXIF tag and its type, one number; 1 is upright.
 _PNG_DEPTH = 24  # Where a PNG says how many bits a channel has.
 _LARGEST_REDUCTION = 8  # Of a JPEG block, which has 8 x 8 coefficients.
 
@@ -162,6 +163,8 @@ def _decode(data: bytes, reduce_to: int | None, upright: bool) -> Picture:
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """The formats that this installation of Pillow and its plugins reads."""
+    # Pillow warns of odd EXIF and the like without the file's name; what can be read is read.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     Image.init()
     for package, register in _PLUGINS.items():
         with contextlib.suppress(ImportError):
@@ -193,8 +196,8 @@ def _written_orientation(exif: bytes) -> int | None:
         (table,) = struct.unpack_from(f"{order}I", block, 4)
         (count,) = struct.unpack_from(f"{order}H", block, table)
         for place in range(table + 2, table + 2 + 12 * count, 12):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", block, place)
-            if tag == _ORIENTATION and kind == _SHORT:
+            tag, *kind, value = struct.unpack_from(f"{order}HHIH", block, place)
+            if tag == _ORIENTATION and kind == [_SHORT, 1]:
                 return value
     except struct.error:  # The table ends early, or there is none.
         pass

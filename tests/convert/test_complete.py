@@ -173,6 +173,10 @@ def test_flowar_takes_its_sizes_from_the_latents_and_the_autoencoder(latents, va
             "model.scales=(1,2,4)",
             r"scales is \(1, 2, 4\) .*, but \(1, 2, 4, 6\) according to the latents",
         ),
+        (
+            "data.image_size=64",
+            "data.image_size is 64 in the configuration, but 16 according to the latents in",
+        ),
         ("vae.channels=8", "vae.channels is 8 .*, but 4 according to the autoencoder"),
     ],
 )

@@ -1,6 +1,7 @@
 """Hostile and broken files: nothing in them runs, and each ends in one clear error."""
 
 import builtins
+import errno
 import io
 import os
 import pickle
@@ -277,6 +278,34 @@ def test_cut_anywhere(tmp_path):
             refused(path, "damaged|cut|begins with|outside|not in the file|holds")
 
 
+def test_bytes_that_are_not_those_written(tmp_path):
+    numbers, path = torch.arange(300.0), tmp_path / "x.pt"
+    torch.save({"model": {"w": numbers}, "optimizer": {"v": numbers + 0.5}}, path)
+    whole = path.read_bytes()
+
+    def flipped(after):
+        data = bytearray(whole)
+        data[whole.index(after) + 100] ^= 1
+        path.write_bytes(data)
+
+    flipped(numbers.numpy().tobytes())
+    refused(path, "tensor 'w': the bytes of its storage '0' have another checksum")
+    flipped(b"x/data.pkl")
+    refused(path, "member 'x/data.pkl': its bytes have another checksum")
+    flipped((numbers + 0.5).numpy().tobytes())  # Not read, since nobody uses it.
+    np.testing.assert_array_equal(read_checkpoint(path).tensors["w"], numbers)
+
+
+def test_checksums_may_be_left_out(tmp_path, monkeypatch):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.arange(3)}, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert zipfile.ZipFile(tmp_path / "x.pt").testzip() == "x/data.pkl"
+    np.testing.assert_array_equal(read_checkpoint(tmp_path / "x.pt").tensors["w"], [0, 1, 2])
+
+
 def test_safetensors_headers_that_lie(tmp_path):
     def write(header, data=bytes(24), length=None):
         path = tmp_path / "x.safetensors"
@@ -309,6 +338,25 @@ def test_broken_configuration(tmp_path):
         with pytest.raises(CheckpointError, match=f"{name}: .*holds a list"):
             read_checkpoint(tmp_path)
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "config.yaml", "x.safetensors"])
+def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path, name):
+    if name.startswith("config"):
+        torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    (tmp_path / name).symlink_to("blobs/1")
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read: .*No such file"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
+
+    def memmap(*_):  # Root may read everything.
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(np, "memmap", memmap)
+    refused(tmp_path / "x.pt", "cannot be read: Permission denied; expected a file that this user")
 
 
 @pytest.mark.parametrize("name", ["zip.pt", "old.pt", "x.safetensors"])

@@ -8,6 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from convert_models import random_params
+from detailflow_jax.convert.export import export
 from detailflow_jax.data import classes, make_iterator
 from detailflow_jax.data.classes import (
     check_same_classes,
@@ -16,6 +18,7 @@ from detailflow_jax.data.classes import (
     shown,
     warn_of_other_names,
 )
+from detailflow_jax.models.generator import GeneratorConfig
 from detailflow_jax.runtime.config import check_same, read_config, write_config
 from detailflow_jax.runtime.errors import ConfigError
 
@@ -98,6 +101,19 @@ def test_the_command_lists_what_images_and_runs_hold(folder, tmp_path, capsys):
     for place, words in ((tmp_path / "old", "no class names"), (tmp_path / "none", "no image")):
         assert classes.main([str(place)]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_an_export_has_its_class_names_in_the_other_file(tmp_path):
+    config = GeneratorConfig(
+        width=8, depth=1, num_heads=1, num_tokens=4, codebook_size=4, num_classes=2
+    )
+    params = random_params("generator", config, scan=False)
+    export("generator", config, params, tmp_path / "gen", class_names=["cat", "7"])
+    assert class_names(str(tmp_path / "gen")) == ("cat", "7")
+    for text in ("{", "[1]", "class_names: [1, 2]", "x: !!python/tuple [1]"):
+        (tmp_path / "gen" / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match="has no class names"):
+            class_names(str(tmp_path / "gen"))
 
 
 def test_a_run_keeps_its_classes(tmp_path):

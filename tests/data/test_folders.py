@@ -62,6 +62,12 @@ def test_a_folder_with_the_name_of_an_image_is_a_folder(tmp_path):
         class_folders(str(tmp_path))
 
 
+def test_a_line_end_in_its_name_costs_no_image(tmp_path):
+    add(tmp_path, "cat/1.png", "cat/a\nb.PNG")
+    assert find_images(tmp_path) == ["cat/1.png", "cat/a\nb.PNG"]
+    assert class_folders(str(tmp_path)) == {"cat": ["1.png", "a\nb.PNG"]}
+
+
 def test_pipes_are_not_images(tmp_path):
     add(tmp_path, "cat/1.png")
     os.mkfifo(tmp_path / "cat" / "2.png")  # To read it would wait for ever.

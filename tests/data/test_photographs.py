@@ -3,6 +3,7 @@
 import io
 import struct
 import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -67,6 +68,24 @@ def test_one_malformed_tag_costs_no_photograph(broken, value):
 def test_an_orientation_out_of_range_turns_nothing(value):
     data = encoded(picture(), "PNG", exif=exif_block(orientation(value)))
     np.testing.assert_array_equal(decode_image(data, "x"), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("count", [0, 2, 100])
+def test_an_orientation_that_is_not_one_number_turns_nothing(count):
+    exif = exif_block((0x0112, 3, count, struct.pack(">HH", 6, 0)))
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encoded(picture(), kind, exif=exif)
+        np.testing.assert_array_equal(decode_image(data, "x"), plainly(data))
+
+
+def test_pillow_says_nothing_of_malformed_exif(fresh_formats):
+    data = encoded(picture(), "JPEG", exif=exif_block((0x010F, 2, 4000, b"\0\0\xff\0")))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        decode_image(data, "x")
+    assert said == []
+    with pytest.warns(UserWarning, match="Skipping tag"):
+        plainly(data)
 
 
 def test_turned_tiffs_are_turned_once():
