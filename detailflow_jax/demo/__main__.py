@@ -107,7 +107,7 @@ def page(
             f"{group} tokens say where the ink is, and every further {group} sharpen it.",
         ),
         "Real digits as tokens": grids["reconstructions"].section(
-            "The last row are digits that nothing was trained on; above it is what their tokens "
+            "The last row shows digits that nothing was trained on, above it is what their tokens "
             "keep of them.",
         ),
         "Figures": [report.table_html(table(figures))],

@@ -105,8 +105,8 @@ def page(
             "themselves: the autoencoder has never seen codes as smooth as these.",
         ),
         "Real digits through the autoencoder": drawn["reconstructions"].section(
-            "FlowAR does not write pixels but the short code of an autoencoder. The last row are "
-            "digits that nothing was trained on, the first what their codes keep of them.",
+            "FlowAR does not write pixels but the short code of an autoencoder. The last row shows "
+            "digits that nothing was trained on, the first one what their codes keep of them.",
         ),
         "Figures": [report.table_html(table(figures))],
         "Training of the autoencoder": [

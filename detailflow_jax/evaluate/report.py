@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,9 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 .grid img { width: 100%; display: block; border-radius: 2px; }
 .grid span { color: var(--soft); text-align: center; }
 .grid .row { text-align: right; padding-right: .4rem; }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-.plots figure { margin: 0; flex: 1 1 20rem; max-width: 26rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
+  gap: 1rem; }
+.plots figure { margin: 0; }
 svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: .9rem; color: var(--soft); }
 table { border-collapse: collapse; width: 100%; }
@@ -42,6 +44,7 @@ td { text-align: right; padding-left: 1rem; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 pre { background: var(--box); padding: .7rem .9rem; border-radius: 6px; white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: .85rem; }
+pre span { white-space: nowrap; }
 """
 _INK = "#808080"  # Of axes and their texts: legible on light and on dark.
 _LINES = ("#3b82f6", "#f97316", "#10b981", "#d946ef")
@@ -145,9 +148,10 @@ def text_html(*paragraphs: str) -> str:
 
 
 def commands_html(commands: Mapping[str, str]) -> str:
-    """Commands to copy: what each does -> the command."""
+    """Commands to copy: what each does -> the command. No line ends between the dashes of one."""
+    whole = lambda command: re.sub(r"(?<!\S)--\S+", r"<span>\g<0></span>", html.escape(command))  # noqa: E731
     return "".join(
-        f"<p>{html.escape(what)}</p><pre>{html.escape(command)}</pre>"
+        f"<p>{html.escape(what)}</p><pre>{whole(command)}</pre>"
         for what, command in commands.items()
     )
 

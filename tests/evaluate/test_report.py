@@ -49,3 +49,5 @@ def test_page_is_for_phones_and_for_both_schemes(images):
 
 def test_commands_are_for_copying():
     assert "<pre>make demo</pre>" in report.commands_html({"again": "make demo"})
+    command = report.commands_html({"more": "detailflow generate --out a-b<c"})
+    assert "<pre>detailflow generate <span>--out</span> a-b&lt;c</pre>" in command
