@@ -53,6 +53,7 @@ _REMEDIES = {
 }
 # No configuration or index is near this; a file that is would only fill the memory.
 _MAX_TEXT_BYTES = 64 << 20
+_MOST_VALUES = 1 << 19  # An index has two per tensor.
 
 
 def choose_weights(names: Sequence[str], where: str) -> str:
@@ -106,33 +107,48 @@ def read_mapping(path: Path, where: str, parse: Callable[[str], Any]) -> dict[st
     Args:
         path: the file.
         where: what messages call it.
-        parse: text -> value, raising ValueError or `yaml.YAMLError`.
+        parse: text -> value, raising ValueError.
 
     Raises:
         CheckpointError: the file does not parse, holds no mapping, or is far too large.
     """
-    import yaml
-
     try:
         if path.stat().st_size > _MAX_TEXT_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
         content = parse(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict | None):
             raise ValueError(f"it holds a {type(content).__name__}")
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        _check_bounded(content)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{where}: cannot be read: {error}",
+            f"{where}: cannot be read: {' '.join(str(error).split())}",
             expected="one mapping in plain JSON or YAML, without Python objects",
             remedy="Download it again, or remove it and name the configuration yourself.",
         ) from error
     return content or {}
 
 
+def _check_bounded(content: Any) -> None:
+    """Raises ValueError if values could not be walked or shown, in YAML by aliases of aliases."""
+    waiting, count = [content], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES:
+            raise ValueError(f"it unfolds to more than {_MOST_VALUES} values")
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        elif isinstance(value, int) and abs(value) >= 1 << 128:
+            raise ValueError("it holds a whole number of more than 128 bits")
+
+
 def parse_yaml(text: str) -> Any:
     """Returns what YAML text holds, with tuples and namespaces of `yaml.dump` as plain values.
 
     Raises:
-        yaml.YAMLError: no YAML, or it names other objects of Python.
+        ValueError: no YAML, or it names other objects of Python.
     """
     import yaml
 
@@ -146,7 +162,11 @@ def parse_yaml(text: str) -> Any:
     Loader.add_multi_constructor(
         f"{tag}object:", lambda loader, _, node: loader.construct_mapping(node, True)
     )
-    return yaml.load(text, Loader)
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, AttributeError, LookupError, TypeError, OverflowError) as error:
+        # Its constructors raise almost any class on values that are not of their tag.
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _candidates(names: Sequence[str]) -> list[str]:

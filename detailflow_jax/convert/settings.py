@@ -75,7 +75,7 @@ class Settings:
         for theirs in self._published_names(name):
             said = self.published.get(theirs)
             if said is not None and said != (list(value) if isinstance(value, tuple) else value):
-                self.contradict(theirs, repr(said), value)
+                self.contradict(theirs, f"{said!r:.99}", value)
 
     def _published_names(self, name: str) -> Sequence[str]:
         names = self.names.get(name, name)
@@ -144,7 +144,8 @@ class Settings:
         if not (is_number and above < value <= _MOST):
             least = f"from {above + 1}" if kind is int else f"above {above}"
             raise CheckpointError(
-                f"{self.source}: {name}={value!r}", expected=f"{kind.__name__} {least} to {_MOST}"
+                f"{self.source}: {name}={value!r:.99}",
+                expected=f"{kind.__name__} {least} to {_MOST}",
             )
         return kind(value)
 
@@ -159,7 +160,7 @@ class Settings:
         said = self.published.get(name)
         if said is not None and said != supported:
             raise CheckpointError(
-                f"{self.source}: its configuration says {name}={said!r}, {meaning}",
+                f"{self.source}: its configuration says {name}={said!r:.99}, {meaning}",
                 expected=f"{name}={supported!r}, {where}",
                 remedy="Such a network is not supported here.",
             )

@@ -59,7 +59,7 @@ def _exported(path: Any) -> list[str]:
         return []
     try:
         names = (yaml.safe_load(files.read_bytes(path)) or {}).get("class_names")
-    except (yaml.YAMLError, AttributeError):  # It is not of an export from here.
+    except Exception:  # Not of an export from here; PyYAML raises almost any class.
         return []
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return names if is_list else []

@@ -219,6 +219,7 @@ def test_overrides_that_cannot_be(tmp_path, name, overrides, message):
         ("generator_a", {"gpt_model": "GPT-L"}, "gpt_model=GPT-L, 24 layers of width 1024.*2 lay"),
         ("generator_a", {"model_type": "t2i"}, "not conditioned on classes"),
         ("generator_a", {"n_head": True}, "num_heads=True; expected int"),
+        ("generator_a", {"n_layer": "x" * 5000}, "says n_layer='x{98}, the weights themselves"),
     ],
 )  # fmt: skip
 def test_contradictions_name_both_values(tmp_path, name, change, message):

@@ -340,6 +340,28 @@ def test_broken_configuration(tmp_path):
         (tmp_path / name).unlink()
 
 
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]\n" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("dim: 0x" + "f" * 6000, "it holds a whole number of more than 128 bits"),
+        ("dim: &a [*a]", "it unfolds to more than"),
+        (LAUGHS, "it unfolds to more than"),
+        ("dim: !!timestamp 'x'", "AttributeError"),
+        ("dim: !!bool 'x'", "KeyError: 'x'"),
+        ("dim: [8\nx: 3", "ParserError"),
+    ],
+)
+def test_values_of_yaml_that_are_none(tmp_path, text, found):
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=f"config.yaml: cannot be read: .*{found}") as caught:
+        read_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["config.json", "config.yaml", "x.safetensors"])
 def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path, name):
     if name.startswith("config"):

@@ -105,10 +105,11 @@ def test_the_command_lists_what_images_and_runs_hold(folder, tmp_path, capsys):
 
 def test_an_export_has_its_class_names_in_the_other_file(tmp_path):
     config = GeneratorConfig(
-        width=8, depth=1, num_heads=1, num_tokens=4, codebook_size=4, num_classes=2
+        width=8, depth=1, num_heads=1, num_tokens=8, codebook_size=4, num_classes=2
     )
     params = random_params("generator", config, scan=False)
-    export("generator", config, params, tmp_path / "gen", class_names=["cat", "7"])
+    path = tmp_path / "gen" / "model.safetensors"
+    export("generator", config, params, path, class_names=["cat", "7"])
     assert class_names(str(tmp_path / "gen")) == ("cat", "7")
     for text in ("{", "[1]", "class_names: [1, 2]", "x: !!python/tuple [1]"):
         (tmp_path / "gen" / "config.yaml").write_text(text)

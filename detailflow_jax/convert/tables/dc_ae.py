@@ -139,7 +139,7 @@ def infer_config(s: Settings) -> DCAEConfig:
         types = _each(s, f"{part}_block_types", _RES, widths)
         if unknown := {*types} - {_RES, _VIT}:
             raise CheckpointError(
-                f"{s.source}: {part}_block_types has {sorted(map(str, unknown))[0]!r}",
+                f"{s.source}: {part}_block_types has {sorted(map(str, unknown))[0]!r:.99}",
                 expected=f"{_RES} or {_VIT}",
                 remedy="Such an autoencoder is not supported here.",
             )

@@ -87,7 +87,7 @@ def _flag(s: Settings, name: str, default: bool) -> bool:
     """The override, the field beside the weights, or the default."""
     value = s.overrides.pop(name, s.published.get(name, default))
     if not isinstance(value, bool):
-        raise CheckpointError(f"{s.source}: {name}={value!r}", expected="true or false")
+        raise CheckpointError(f"{s.source}: {name}={value!r:.99}", expected="true or false")
     return value
 
 

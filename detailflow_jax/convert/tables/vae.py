@@ -225,7 +225,8 @@ def _levels(s: Settings, names: Names) -> None:
     widths = [s.size(f"{level}.{first}.conv1.weight", 0, 4) for level in levels]
     channels = s.fields["channels"]
     if names.reverse and s.published.get("block_out_channels", widths) != widths:
-        s.contradict("block_out_channels", str(s.published["block_out_channels"]), widths)
+        said = f"{s.published['block_out_channels']!r:.99}"
+        s.contradict("block_out_channels", said, widths)
     if odd := [width for width in widths if width % channels]:
         raise CheckpointError(
             f"{s.source}: a level is {odd[0]} channels wide",
@@ -244,7 +245,7 @@ def _levels(s: Settings, names: Names) -> None:
         types = _block_types(part, attending, count)
         field = "down_block_types" if part == "encoder" else "up_block_types"
         if names.reverse and s.published.get(field, types) != types:
-            s.contradict(field, str(s.published[field]), types)
+            s.contradict(field, f"{s.published[field]!r:.99}", types)
 
 
 def _count(s: Settings, prefix: str, most: int) -> int:
@@ -305,7 +306,7 @@ def _by_channel(s: Settings, mean: Any, std: Any) -> dict[str, Any]:
         numbers = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
         if not numbers or len(value) != count or (value is std and min(value) <= 0):
             raise CheckpointError(
-                f"{s.source}: its configuration says {name}={value!r}",
+                f"{s.source}: its configuration says {name}={value!r:.99}",
                 expected=f"{count} numbers, one per latent channel"
                 + (", above 0" if value is std else ""),
             )
