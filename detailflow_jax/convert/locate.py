@@ -226,7 +226,8 @@ def _read_index(folder: Folder, name: str) -> dict[str, str]:
     """Tensor name -> file name in the folder, from the `weight_map` of an index."""
     where = folder.label(name)
     weight_map = read_mapping(folder.fetch(name), where, json.loads).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+    named = isinstance(weight_map, dict) and bool(weight_map)  # {} names no file
+    if not named or not all(isinstance(s, str) for s in weight_map.values()):
         raise CheckpointError(
             f"{where}: has no usable weight_map",
             expected='{"weight_map": {TENSOR: FILE}}',

@@ -125,6 +125,10 @@ def test_shards(tmp_path, suffix):
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     with pytest.raises(CheckpointError, match="not beside it"):
         read_checkpoint(tmp_path)
+    for nothing in ({}, [], {"a": 1}):
+        index.write_text(json.dumps({"weight_map": nothing}))
+        with pytest.raises(CheckpointError, match="has no usable weight_map"):
+            read_checkpoint(tmp_path)
     index.unlink()  # All shards are there, which their names tell.
     assert list(read_checkpoint(tmp_path).tensors) == ["a", "b"]
     (tmp_path / f"{stem}-00001-of-00002.{suffix}").unlink()
