@@ -84,7 +84,7 @@ def test_pillow_says_nothing_of_malformed_exif(fresh_formats):
         warnings.simplefilter("always")
         decode_image(data, "x")
     assert said == []
-    with pytest.warns(UserWarning, match="Skipping tag"):
+    with pytest.warns(UserWarning):  # in words that differ by its version
         plainly(data)
 
 
