@@ -121,7 +121,7 @@ def read_mapping(path: Path, where: str, parse: Callable[[str], Any]) -> dict[st
         _check_bounded(content)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{where}: cannot be read: {' '.join(str(error).split())}",
+            f"{where}: cannot be read: {error}",
             expected="one mapping in plain JSON or YAML, without Python objects",
             remedy="Download it again, or remove it and name the configuration yourself.",
         ) from error
@@ -142,31 +142,6 @@ def _check_bounded(content: Any) -> None:
             waiting += value
         elif isinstance(value, int) and abs(value) >= 1 << 128:
             raise ValueError("it holds a whole number of more than 128 bits")
-
-
-def parse_yaml(text: str) -> Any:
-    """Returns what YAML text holds, with tuples and namespaces of `yaml.dump` as plain values.
-
-    Raises:
-        ValueError: no YAML, or it names other objects of Python.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Builds nothing that a file names."""
-
-    tag = "tag:yaml.org,2002:python/"
-    Loader.add_constructor(
-        f"{tag}tuple", lambda loader, node: loader.construct_sequence(node, True)
-    )
-    Loader.add_multi_constructor(
-        f"{tag}object:", lambda loader, _, node: loader.construct_mapping(node, True)
-    )
-    try:
-        return yaml.load(text, Loader)
-    except (yaml.YAMLError, AttributeError, LookupError, TypeError, OverflowError) as error:
-        # Its constructors raise almost any class on values that are not of their tag.
-        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _candidates(names: Sequence[str]) -> list[str]:

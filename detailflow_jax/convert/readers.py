@@ -20,10 +20,11 @@ import numpy as np
 from detailflow_jax.convert import foreign, select
 from detailflow_jax.convert.errors import CheckpointError, some
 from detailflow_jax.convert.folders import Folder, open_folder
-from detailflow_jax.convert.locate import find, parse_yaml, read_mapping
+from detailflow_jax.convert.locate import find, read_mapping
 from detailflow_jax.convert.pickled import read_tensors, strided_view
 from detailflow_jax.convert.select import Preference, Recognise, Weights
 from detailflow_jax.convert.torch_file import PICKLE_MAGIC, ZIP_MAGIC, items_of, open_torch
+from detailflow_jax.runtime.yaml_text import parse_yaml
 
 # Where a training checkpoint keeps its settings, the first one present being read.
 _ARGUMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "model_args")

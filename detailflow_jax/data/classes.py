@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from absl import logging
 
 from detailflow_jax.data.errors import printable
@@ -20,7 +19,8 @@ from detailflow_jax.data.sources import SOURCE_KINDS, make_source
 from detailflow_jax.runtime import files
 from detailflow_jax.runtime.command import make_parser
 from detailflow_jax.runtime.config import read_config
-from detailflow_jax.runtime.errors import ConfigError, closest_names, reported
+from detailflow_jax.runtime.errors import ConfigError, UserError, closest_names, reported
+from detailflow_jax.runtime.yaml_text import parse_yaml
 
 _NUMBERS = re.compile(r"[\d,\s-]+")
 _MOST_LABELS = 1_000_000  # in a range; more are a slip of the pen
@@ -53,14 +53,17 @@ def class_names(place: str) -> tuple[str, ...]:
     return tuple(make_source(f"folder:{path}").class_names)
 
 
-def _exported(path: Any) -> list[str]:
+def _exported(path: files.PathLike) -> list[str]:
     """The class names that `detailflow convert --to pytorch` writes beside the weights."""
     if not files.exists(path):
         return []
     try:
-        names = (yaml.safe_load(files.read_bytes(path)) or {}).get("class_names")
-    except Exception:  # Not of an export from here; PyYAML raises almost any class.
-        return []
+        content = parse_yaml(files.read_bytes(path).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise ConfigError(f"cannot read {path}: {error}; expected YAML") from error
+    names = content.get("class_names") if isinstance(content, dict) else None
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return names if is_list else []
 

@@ -1,4 +1,7 @@
-"""What all models share: parameters on the devices, batches, and samples of labels."""
+"""What all models share: parameters on the devices, batches, and samples of labels.
+
+The letters of shapes are those of the package.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -172,7 +175,7 @@ class Sampler(Model):
         rows = labels.astype(np.int32), indices, *parts
         return self.run(run, batch_size, *rows)
 
-    def classes(self, labels: ArrayLike | None, rows: int) -> Int[np.ndarray, " B"]:
+    def _classes(self, labels: ArrayLike | None, rows: int) -> Int[np.ndarray, " B"]:
         """The labels as the network knows them; None is the null class, `rows` times."""
         null = self.config.num_classes
         if labels is None:

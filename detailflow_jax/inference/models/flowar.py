@@ -1,4 +1,7 @@
-"""FlowAR on arrays: labels to latents."""
+"""FlowAR on arrays: labels to latents.
+
+The letters of shapes are those of the package.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +69,7 @@ class FlowAR(Sampler):
         given: dict[str, Any] = {}
         if latents is not None or mask is not None:
             given["known"] = check_known(latents, mask, self.config)
-        classes = self.classes(labels, len(given["known"].mask) if given else 0)
+        classes = self._classes(labels, len(given["known"].mask) if given else 0)
         if noise is not None:
             given["noise"] = check_noise(noise, self.config, len(classes))
         return self._sample(sampling, classes, seed, first_index, batch_size, **given)

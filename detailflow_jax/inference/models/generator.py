@@ -1,4 +1,7 @@
-"""The generator on arrays: labels to codes."""
+"""The generator on arrays: labels to codes.
+
+The letters of shapes are those of the package.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -82,9 +85,9 @@ class Generator(Sampler):
         rest = num_tokens, rules, num_steps, continuous
         sampling = sample_codes(self.network, scale, *filters, *rest)
         if prefix is None:
-            return self._sample(sampling, self.classes(labels, 0), seed, first_index, batch_size)
+            return self._sample(sampling, self._classes(labels, 0), seed, first_index, batch_size)
         padded = self._padded(prefix, num_tokens)
-        classes = self.classes(labels, len(padded))
+        classes = self._classes(labels, len(padded))
         return self._sample(sampling, classes, seed, first_index, batch_size, prefix=padded)
 
     def stream(
@@ -103,7 +106,7 @@ class Generator(Sampler):
           ValueError: a label or setting out of range.
         """
         sampling = sample_codes(self.network, cfg_scale, **settings)
-        classes = self.classes(labels, 0).astype(np.int32)
+        classes = self._classes(labels, 0).astype(np.int32)
         return self._streamed(sampling, classes, seed)
 
     def _streamed(

@@ -1,4 +1,7 @@
-"""The tokenizer on arrays: images to codes and back."""
+"""The tokenizer on arrays: images to codes and back.
+
+The letters of shapes are those of the package.
+"""
 
 import numpy as np
 from jaxtyping import Float32, Int32

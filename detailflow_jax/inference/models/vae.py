@@ -1,4 +1,7 @@
-"""The autoencoder on arrays: images to latents and back."""
+"""The autoencoder on arrays: images to latents and back.
+
+The letters of shapes are those of the package.
+"""
 
 import dataclasses
 from collections.abc import Sequence
